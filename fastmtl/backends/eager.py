@@ -1,0 +1,357 @@
+"""The ops in plain batched PyTorch: the reference every other backend is tested against, and what torch.compile gets.
+
+Any device, any floating dtype; gradients by autograd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BadIdError
+from ..spec import (
+    BN_EPSILON,
+    BN_MOMENTUM,
+    DICE_EPSILON,
+    LEAKY_SLOPE,
+    MEAN_EPSILON,
+    EmbeddingSpec,
+    ExpertGateParams,
+    ExpertGateSpec,
+    Span,
+)
+
+#: Whether autograd sees through the functions of this backend (the others come as <op>_fwd and <op>_bwd).
+DIFFERENTIABLE = True
+
+
+def unavailable() -> str | None:
+    """Why this backend can't run on this machine; None: it can."""
+    return None
+
+
+def unsupported(op: str, *tensors: Tensor) -> str | None:
+    """Why this backend can't run ``op`` on these tensors; None: it can."""
+    return None
+
+
+# --------------------------------------------------------------------------------------------- embedding_bag
+
+
+class _TablePlan(NamedTuple):
+    """One weight tensor's share of a lookup."""
+
+    columns: Tensor | None  # id columns that read it; None: all of them, in order
+    segments: Tensor | None  # output slot of each id column; None: one slot a column
+    n_segments: int
+    mean: Tensor | None  # [n_segments] slots that are averaged
+
+
+class _Plan(NamedTuple):
+    """A spec and the batch's bag lengths, turned into index tensors on the batch's device."""
+
+    vocab: Tensor  # [S]
+    offset: Tensor  # [S]
+    padding: Tensor | None  # [2, S] ids that are padding
+    has_padding: Tensor | None  # [2, S]
+    replacement: Tensor | None  # [S] row that stands for unknown ids, -1: zero vector, -2: raise
+    tables: tuple[_TablePlan, ...]
+    order: Tensor | None  # output columns, where the tables' pieces are not in the spec's order
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+    if torch.compiler.is_compiling():
+        return _make_plan(spec, columns, device)
+    key = (spec, columns, device)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 256:  # sequence lengths may differ from batch to batch
+            _plans.clear()
+        plan = _plans[key] = _make_plan(spec, columns, device)
+    return plan
+
+
+def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+    bags = spec.bags
+    bag_of = [f for f in range(len(bags)) for _ in range(columns[f + 1] - columns[f])]
+
+    def tensor(values, dtype=torch.int64):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    padding = has_padding = replacement = None
+    if any(bag.padding for bag in bags):
+        pads = [((*bags[f].padding, 0, 0)[:2], len(bags[f].padding)) for f in bag_of]
+        padding = tensor([[p[k] for p, _ in pads] for k in range(2)])
+        has_padding = tensor([[n > k for _, n in pads] for k in range(2)], torch.bool)
+    if any(bag.oov != "raise" for bag in bags):
+        code = {"raise": -2, "zero": -1}
+        replacement = tensor([code.get(bags[f].oov, bags[f].oov) for f in bag_of])
+
+    tables, starts = [], {}
+    at = 0
+    for table in range(1 + max((bag.table for bag in bags), default=-1)):
+        mine = [s for s, f in enumerate(bag_of) if bags[f].table == table]
+        segments, mean, n_segments = [], [], 0
+        for f, bag in enumerate(bags):
+            if bag.table != table:
+                continue
+            starts[f] = at + n_segments * bag.dim
+            length = columns[f + 1] - columns[f]
+            own = length if bag.pooling == "concat" else 1
+            segments += range(n_segments, n_segments + own) if bag.pooling == "concat" else [n_segments] * length
+            mean += [bag.pooling == "mean"] * own
+            n_segments += own
+            dim = bag.dim
+        at += n_segments * dim
+        pooled = segments != list(range(n_segments))
+        tables.append(
+            _TablePlan(
+                None if mine == list(range(len(bag_of))) else tensor(mine),
+                tensor(segments) if pooled else None,
+                n_segments,
+                tensor(mean, torch.bool) if any(mean) else None,
+            )
+        )
+    widths = spec.bag_widths(columns)
+    order = [c for f in range(len(bags)) for c in range(starts[f], starts[f] + widths[f])]
+    return _Plan(
+        tensor([bags[f].vocab for f in bag_of]),
+        tensor([bags[f].offset for f in bag_of]),
+        padding,
+        has_padding,
+        replacement,
+        tuple(tables),
+        None if order == list(range(len(order))) else tensor([*order, *range(at, at + spec.n_dense)]),
+    )
+
+
+def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
+    """Raise :class:`BadIdError` for the first id of ``ids [B, S]`` that its bag refuses; return if there is none."""
+    for f, bag in enumerate(spec.bags):
+        if bag.oov != "raise":
+            continue
+        part = ids[:, columns[f] : columns[f + 1]]
+        bad = (part < 0) | (part >= bag.vocab)
+        for pad in bag.padding:
+            bad &= part != pad
+        if bad.any():
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise BadIdError.at(bag.name, int(part[row, column]), row, bag.vocab)
+
+
+def _rows(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+    """Rows of the weights [B, S] for the ids, and a mask of the lookups that count (None: all)."""
+    bad = (ids < 0) | (ids >= plan.vocab)
+    keep = None
+    if plan.padding is not None:
+        pad = ((ids == plan.padding[0]) & plan.has_padding[0]) | ((ids == plan.padding[1]) & plan.has_padding[1])
+        bad = bad & ~pad
+        keep = ~pad
+    if plan.replacement is None:
+        if bad.any():
+            raise_bad_id(ids, columns, spec)
+    else:
+        if (bad & (plan.replacement == -2)).any():
+            raise_bad_id(ids, columns, spec)
+        lost = bad & (plan.replacement == -1)
+        keep = ~lost if keep is None else keep & ~lost
+        ids = torch.where(bad, plan.replacement, ids)
+    rows = ids + plan.offset
+    return (rows, None) if keep is None else (torch.where(keep, rows, 0), keep)
+
+
+@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
+def _rows_opaque(
+    ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None,
+    replacement: Tensor | None, columns: list[int], names: list[str]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`_rows` as one opaque op, so that the check of the ids survives torch.compile without a graph break."""
+    bad = (ids < 0) | (ids >= vocab)
+    pad = torch.zeros_like(bad)
+    if padding is not None and has_padding is not None:
+        pad = ((ids == padding[0]) & has_padding[0]) | ((ids == padding[1]) & has_padding[1])
+    bad = bad & ~pad
+    refused = bad if replacement is None else bad & (replacement == -2)
+    if refused.any():
+        row, column = (int(i) for i in refused.nonzero()[0])
+        feature = max(f for f in range(len(names)) if columns[f] <= column)
+        raise BadIdError.at(names[feature], int(ids[row, column]), row, int(vocab[column]))
+    keep = ~pad
+    if replacement is not None:
+        keep &= ~(bad & (replacement == -1))
+        ids = torch.where(bad, replacement, ids)
+    return torch.where(keep, ids + offset, 0), keep
+
+
+@_rows_opaque.register_fake
+def _(ids, vocab, offset, padding, has_padding, replacement, columns, names):
+    return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
+
+
+def embedding_bag(
+    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+) -> Tensor:
+    """See :func:`fastmtl.ops.embedding_bag`."""
+    pieces = []
+    order = None
+    if spec.bags:
+        plan = _plan(spec, columns, ids.device)
+        order = plan.order
+        if torch.compiler.is_compiling():
+            rows, keep = _rows_opaque(
+                ids, plan.vocab, plan.offset, plan.padding, plan.has_padding, plan.replacement,
+                list(columns), [bag.name for bag in spec.bags],
+            )  # fmt: skip
+            if plan.padding is None and plan.replacement is None:
+                keep = None
+        else:
+            rows, keep = _rows(ids, columns, spec, plan)
+        for weight, table in zip(weights, plan.tables, strict=True):
+            pieces.append(_lookup(weight, rows, keep, table))
+    if dense is not None:
+        pieces.append(dense)
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    return out if order is None else out.index_select(1, order)
+
+
+def _lookup(weight: Tensor, rows: Tensor, keep: Tensor | None, table: _TablePlan) -> Tensor:
+    if table.columns is not None:
+        rows = rows.index_select(1, table.columns)
+        keep = None if keep is None else keep.index_select(1, table.columns)
+    emb = F.embedding(rows, weight)  # [B, S, D]
+    if keep is not None:
+        emb = torch.where(keep.unsqueeze(-1), emb, 0)
+    if table.segments is not None:
+        emb = emb.new_zeros(len(emb), table.n_segments, emb.shape[2]).index_add(1, table.segments, emb)
+    if table.mean is not None:
+        counted = torch.ones_like(rows, dtype=emb.dtype) if keep is None else keep.to(emb.dtype)
+        if table.segments is not None:
+            counted = counted.new_zeros(len(emb), table.n_segments).index_add(1, table.segments, counted)
+        emb = emb / torch.where(table.mean, counted + MEAN_EPSILON, 1).unsqueeze(-1)
+    return emb.flatten(1)
+
+
+# ----------------------------------------------------------------------------------------------- expert_gate
+
+
+def _merged(spans: tuple[Span, ...]) -> list[Span]:
+    """Spans with touching neighbours joined."""
+    out: list[Span] = []
+    for span in spans:
+        if out and out[-1].stop == span.start:
+            out[-1] = Span(out[-1].start, span.stop)
+        else:
+            out.append(span)
+    return out
+
+
+def _take(z: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """The columns of ``z [B, C]`` in ``spans``; a view where they are one range."""
+    merged = _merged(spans)
+    if len(merged) == 1:
+        return z[:, merged[0].start : merged[0].stop]
+    return torch.cat([z[:, a:b] for a, b in merged], dim=1)
+
+
+def _first_linear(x: Tensor, weight: Tensor, bias: Tensor, spec: ExpertGateSpec) -> Tensor:
+    """``[N, B, I]`` through the wide weight: ``[B, C]``. One GEMM for each run of inputs of equal share."""
+    if len(x) == 1:
+        return F.linear(x[0], weight, bias)
+    spans = spec.input_spans
+    pieces, n = [], 0
+    while n < len(x):
+        share = spans[n].stop - spans[n].start
+        m = n
+        while m < len(x) and spans[m].stop - spans[m].start == share:
+            m += 1
+        rows = slice(spans[n].start, spans[m - 1].stop)
+        if m - n == 1:
+            z = F.linear(x[n], weight[rows], bias[rows])
+        else:
+            w = weight[rows].view(m - n, share, -1).transpose(1, 2)
+            z = torch.baddbmm(bias[rows].view(m - n, 1, share), x[n:m], w)  # [m - n, B, share]
+            z = z.transpose(0, 1).flatten(1)
+        pieces.append(z)
+        n = m
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def activate(z: Tensor, activation: str, alpha: Tensor | None) -> Tensor:
+    """The activation of ``z [B, E, H]``; ``alpha [E]`` is its learned scalar for each expert."""
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z)
+    if activation == "leakyrelu":
+        return F.leaky_relu(z, LEAKY_SLOPE)
+    if activation == "prelu":
+        return torch.where(z > 0, z, alpha.unsqueeze(-1) * z)
+    if activation == "dice":
+        # normalised over the layer's units, not over the batch, and by the SUM of squares: as torch-rechub does
+        centred = z - z.mean(dim=-1, keepdim=True)
+        gate = torch.sigmoid(centred / (centred.square() + DICE_EPSILON).sum(dim=-1, keepdim=True).sqrt())
+        return gate * z + (1 - gate) * alpha.unsqueeze(-1) * z
+    if activation == "softmax":
+        return torch.softmax(z, dim=-1)
+    if activation == "tanh":
+        return torch.tanh(z)
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "silu":
+        return F.silu(z)
+    return z
+
+
+def _hidden(z: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, layer: int, training: bool) -> Tensor:
+    """Normalised ``z [B, E * H]`` of a layer to its activations ``[B, E, H]``."""
+    z = z.unflatten(1, (spec.n_experts, spec.dims[layer]))
+    h = activate(z, spec.activation, params.alpha[layer] if params.alpha else None)
+    return F.dropout(h, spec.dropout, training) if spec.dropout else h
+
+
+def _normalise(z: Tensor, params: ExpertGateParams, layer: int, training: bool) -> Tensor:
+    # one row has no batch statistics: it is normalised by the running ones and does not change them
+    return F.batch_norm(
+        z, params.running_mean[layer], params.running_var[layer], params.gamma[layer], params.beta[layer],
+        training and len(z) > 1, BN_MOMENTUM, BN_EPSILON,
+    )  # fmt: skip
+
+
+def _gate_weights(z: Tensor, spec: ExpertGateSpec) -> Tensor:
+    """Normalised gate columns of ``z [B, C]`` to mixing weights ``[B, G, E]``, zero where a gate skips an expert."""
+    logits = _take(z, spec.gate_spans)
+    n_gates, n_experts = len(spec.gates), spec.n_experts
+    everyone = tuple(range(n_experts))
+    if any(gate.experts != everyone for gate in spec.gates):
+        slots = [g * n_experts + e for g, gate in enumerate(spec.gates) for e in gate.experts]
+        full = logits.new_full((len(logits), n_gates * n_experts), float("-inf"))
+        logits = full.index_copy(1, torch.tensor(slots, device=z.device), logits)
+    return torch.softmax(logits.unflatten(1, (n_gates, n_experts)), dim=-1)
+
+
+def expert_gate(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool) -> Tensor:
+    """See :func:`fastmtl.ops.expert_gate`."""
+    gate_weights = None
+    if spec.dims:
+        z = _normalise(_first_linear(x, params.weight[0], params.bias[0], spec), params, 0, training)
+        if spec.gates:
+            gate_weights = _gate_weights(z, spec)
+        h = _hidden(_take(z, spec.expert_spans), params, spec, 0, training)  # [B, E, H]
+        for layer in range(1, len(spec.dims)):
+            w = params.weight[layer].view(spec.n_experts, spec.dims[layer], -1).transpose(1, 2)
+            b = params.bias[layer].view(spec.n_experts, 1, -1)
+            z = torch.baddbmm(b, h.transpose(0, 1), w).transpose(0, 1).flatten(1)
+            h = _hidden(_normalise(z, params, layer, training), params, spec, layer, training)
+    else:
+        h = x[list(spec.expert_input)].transpose(0, 1)
+    if spec.output_layer:
+        return (h * params.out_weight).sum(dim=-1) + params.out_bias  # [B, E]
+    if gate_weights is not None:
+        h = torch.bmm(gate_weights, h)  # [B, G, H]
+    return h.transpose(0, 1)
