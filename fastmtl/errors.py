@@ -16,6 +16,15 @@ class FastMTLError(ValueError):
 class BadIdError(FastMTLError, IndexError):
     """An id outside the vocabulary of its feature."""
 
+    @classmethod
+    def at(cls, feature: str, value: int, row: int, vocab: int) -> BadIdError:
+        """The error for id ``value`` in row ``row`` of a batch, for a feature with ``vocab`` ids."""
+        return cls(
+            f"feature {feature!r}: id {value} in row {row} of the batch is outside the vocabulary of {vocab} "
+            f"(ids 0 to {vocab - 1}); raise vocab_size, mend the data, or give the feature oov='zero' or "
+            f"oov=<the row that stands for unknown ids>"
+        )
+
 
 class BadDataError(FastMTLError):
     """A column, row, label or file that cannot be used as it is."""

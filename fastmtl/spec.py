@@ -3,14 +3,17 @@
 Nothing here knows a model, a device or a kernel. Parameters travel beside the description, batched:
 
 - an embedding weight holds the tables of all features of one width, one below the other: ``[V_total, D]``;
-- a layer of experts and gates holds its first linear layers as ONE wide weight ``[C, I]`` whose rows ("columns" of the
-  product ``x @ weight.T``) are ordered by input: for input 0 its experts, then its gates, then input 1, and so on.
+- a layer of experts and gates holds the first linear layers of its E experts one below the other, ``[E * H, I]``, and
+  those of its G gates likewise, ``[C, I]``; both are ordered by the input they read, so that the rows that read one
+  input are one range. (Two tensors, not one: MMoE's experts are shared between the tasks, its gates are not.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
@@ -118,56 +121,49 @@ class ExpertGateSpec:
         return 1 + max((*self.expert_input, *(gate.input for gate in self.gates)))
 
     @cached_property
-    def _layout(self) -> tuple[tuple[Span, ...], tuple[Span, ...], tuple[Span, ...]]:
-        width = self.dims[0] if self.dims else 0
-        experts: dict[int, Span] = {}
-        gates: dict[int, Span] = {}
-        inputs = []
-        at = 0
-        for n in range(self.n_inputs):
-            start = at
-            for e, source in enumerate(self.expert_input):
-                if source == n:
-                    experts[e] = Span(at, at + width)
-                    at += width
-            for g, gate in enumerate(self.gates):
-                if gate.input == n:
-                    gates[g] = Span(at, at + len(gate.experts))
-                    at += len(gate.experts)
-            inputs.append(Span(start, at))
-        return (
-            tuple(experts[e] for e in range(self.n_experts)),
-            tuple(gates[g] for g in range(len(self.gates))),
-            tuple(inputs),
-        )
-
-    @property
     def expert_spans(self) -> tuple[Span, ...]:
-        """Rows of the wide first weight that belong to each expert."""
-        return self._layout[0]
+        """For each input, the range of experts that read it."""
+        return _runs(self.expert_input, [1] * self.n_experts, self.n_inputs)
 
-    @property
+    @cached_property
     def gate_spans(self) -> tuple[Span, ...]:
-        """Rows of the wide first weight that belong to each gate."""
-        return self._layout[1]
+        """For each gate, its rows of the gates' weight: one for each expert it mixes."""
+        stops = list(accumulate(len(gate.experts) for gate in self.gates))
+        return tuple(Span(stop - len(gate.experts), stop) for gate, stop in zip(self.gates, stops, strict=True))
+
+    @cached_property
+    def gate_input_spans(self) -> tuple[Span, ...]:
+        """For each input, the rows of the gates' weight that read it."""
+        return _runs([gate.input for gate in self.gates], [len(gate.experts) for gate in self.gates], self.n_inputs)
 
     @property
-    def input_spans(self) -> tuple[Span, ...]:
-        """Rows of the wide first weight that read each input."""
-        return self._layout[2]
+    def gate_rows(self) -> int:
+        """Rows C of the gates' weight."""
+        return sum(len(gate.experts) for gate in self.gates)
 
-    @property
-    def wide(self) -> int:
-        """Rows C of the wide first weight."""
-        return self._layout[2][-1].stop
+
+def _runs(inputs: Sequence[int], sizes: Sequence[int], n_inputs: int) -> tuple[Span, ...]:
+    counts = [sum(size for source, size in zip(inputs, sizes, strict=True) if source == n) for n in range(n_inputs)]
+    return tuple(Span(stop - count, stop) for count, stop in zip(counts, accumulate(counts), strict=True))
+
+
+class GateParams(NamedTuple):
+    """The batched parameters of all gates: ``weight [C, I]``, the others ``[C]``; C = ``spec.gate_rows``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
 
 class ExpertGateParams(NamedTuple):
-    """The batched parameters of an expert-gate layer; L hidden layers, E experts, C = ``spec.wide``.
+    """The batched parameters of an expert-gate layer; L hidden layers, E experts.
 
-    ``weight[0]`` is ``[C, I]``, ``weight[l]`` is ``[E * H_l, H_{l-1}]``; ``bias``, ``gamma``, ``beta``,
-    ``running_mean`` and ``running_var`` are ``[C]`` or ``[E * H_l]``; ``alpha`` (learned activations only) is one
-    ``[E]`` a layer; ``out_weight`` is ``[E, H_L]`` and ``out_bias`` ``[E]`` where there is an output layer.
+    ``weight[l]`` is ``[E * H_l, H_{l-1}]`` with H_{-1} = I; ``bias``, ``gamma``, ``beta``, ``running_mean`` and
+    ``running_var`` are ``[E * H_l]``; ``alpha`` (learned activations only) is one ``[E]`` a layer; ``out_weight`` is
+    ``[E, H_L]`` and ``out_bias`` ``[E]`` where there is an output layer; ``gate`` where there are gates.
     """
 
     weight: tuple[torch.Tensor, ...]
@@ -179,3 +175,30 @@ class ExpertGateParams(NamedTuple):
     alpha: tuple[torch.Tensor, ...] = ()
     out_weight: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+    gate: GateParams | None = None
+
+    def learned(self) -> list[torch.Tensor]:
+        """The tensors that have a gradient, in the order in which a backend's backward returns them."""
+        flat = [*self.weight, *self.bias, *self.gamma, *self.beta, *self.alpha]
+        if self.out_weight is not None:
+            flat += [self.out_weight, self.out_bias]
+        return flat if self.gate is None else flat + list(self.gate[:4])
+
+    def running(self) -> list[torch.Tensor]:
+        """The running statistics, which are no parameters."""
+        flat = [*self.running_mean, *self.running_var]
+        return flat if self.gate is None else flat + list(self.gate[4:])
+
+    @classmethod
+    def of(cls, learned: Sequence[torch.Tensor], running: Sequence[torch.Tensor], spec: ExpertGateSpec) -> ExpertGateParams:
+        """The inverse of :meth:`learned` and :meth:`running`."""
+        n, it, buffers = len(spec.dims), iter(learned), iter(running)
+
+        def take(source: Iterator[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(islice(source, n))
+
+        weight, bias, gamma, beta, mean, var = (*(take(it) for _ in range(4)), *(take(buffers) for _ in range(2)))
+        alpha = take(it) if spec.activation in LEARNED_ACTIVATIONS else ()
+        out = (next(it), next(it)) if spec.output_layer else (None, None)
+        gate = GateParams(*it, *buffers) if spec.gates else None
+        return cls(weight, bias, gamma, beta, mean, var, alpha, *out, gate)

@@ -21,6 +21,7 @@ from ..spec import (
     EmbeddingSpec,
     ExpertGateParams,
     ExpertGateSpec,
+    GateParams,
     Span,
 )
 
@@ -240,30 +241,13 @@ def _lookup(weight: Tensor, rows: Tensor, keep: Tensor | None, table: _TablePlan
 # ----------------------------------------------------------------------------------------------- expert_gate
 
 
-def _merged(spans: tuple[Span, ...]) -> list[Span]:
-    """Spans with touching neighbours joined."""
-    out: list[Span] = []
-    for span in spans:
-        if out and out[-1].stop == span.start:
-            out[-1] = Span(out[-1].start, span.stop)
-        else:
-            out.append(span)
-    return out
+def _first_linear(x: Tensor, weight: Tensor, bias: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """``[N, B, I]`` through the rows ``spans[n]`` of ``weight [C, I]`` for each input: ``[B, C]``.
 
-
-def _take(z: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """The columns of ``z [B, C]`` in ``spans``; a view where they are one range."""
-    merged = _merged(spans)
-    if len(merged) == 1:
-        return z[:, merged[0].start : merged[0].stop]
-    return torch.cat([z[:, a:b] for a, b in merged], dim=1)
-
-
-def _first_linear(x: Tensor, weight: Tensor, bias: Tensor, spec: ExpertGateSpec) -> Tensor:
-    """``[N, B, I]`` through the wide weight: ``[B, C]``. One GEMM for each run of inputs of equal share."""
+    One GEMM for each run of inputs of equal share.
+    """
     if len(x) == 1:
         return F.linear(x[0], weight, bias)
-    spans = spec.input_spans
     pieces, n = [], 0
     while n < len(x):
         share = spans[n].stop - spans[n].start
@@ -272,12 +256,11 @@ def _first_linear(x: Tensor, weight: Tensor, bias: Tensor, spec: ExpertGateSpec)
             m += 1
         rows = slice(spans[n].start, spans[m - 1].stop)
         if m - n == 1:
-            z = F.linear(x[n], weight[rows], bias[rows])
-        else:
+            pieces.append(F.linear(x[n], weight[rows], bias[rows]))
+        elif share:
             w = weight[rows].view(m - n, share, -1).transpose(1, 2)
             z = torch.baddbmm(bias[rows].view(m - n, 1, share), x[n:m], w)  # [m - n, B, share]
-            z = z.transpose(0, 1).flatten(1)
-        pieces.append(z)
+            pieces.append(z.transpose(0, 1).flatten(1))
         n = m
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
@@ -315,17 +298,15 @@ def _hidden(z: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, layer: in
     return F.dropout(h, spec.dropout, training) if spec.dropout else h
 
 
-def _normalise(z: Tensor, params: ExpertGateParams, layer: int, training: bool) -> Tensor:
+def _normalise(z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, training: bool) -> Tensor:
     # one row has no batch statistics: it is normalised by the running ones and does not change them
-    return F.batch_norm(
-        z, params.running_mean[layer], params.running_var[layer], params.gamma[layer], params.beta[layer],
-        training and len(z) > 1, BN_MOMENTUM, BN_EPSILON,
-    )  # fmt: skip
+    return F.batch_norm(z, mean, var, gamma, beta, training and len(z) > 1, BN_MOMENTUM, BN_EPSILON)
 
 
-def _gate_weights(z: Tensor, spec: ExpertGateSpec) -> Tensor:
-    """Normalised gate columns of ``z [B, C]`` to mixing weights ``[B, G, E]``, zero where a gate skips an expert."""
-    logits = _take(z, spec.gate_spans)
+def _gate_weights(x: Tensor, gate: GateParams, spec: ExpertGateSpec, training: bool) -> Tensor:
+    """The gates' mixing weights ``[B, G, E]``, zero where a gate skips an expert."""
+    z = _first_linear(x, gate.weight, gate.bias, spec.gate_input_spans)
+    logits = _normalise(z, gate.running_mean, gate.running_var, gate.gamma, gate.beta, training)
     n_gates, n_experts = len(spec.gates), spec.n_experts
     everyone = tuple(range(n_experts))
     if any(gate.experts != everyone for gate in spec.gates):
@@ -337,21 +318,26 @@ def _gate_weights(z: Tensor, spec: ExpertGateSpec) -> Tensor:
 
 def expert_gate(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool) -> Tensor:
     """See :func:`fastmtl.ops.expert_gate`."""
-    gate_weights = None
-    if spec.dims:
-        z = _normalise(_first_linear(x, params.weight[0], params.bias[0], spec), params, 0, training)
-        if spec.gates:
-            gate_weights = _gate_weights(z, spec)
-        h = _hidden(_take(z, spec.expert_spans), params, spec, 0, training)  # [B, E, H]
-        for layer in range(1, len(spec.dims)):
-            w = params.weight[layer].view(spec.n_experts, spec.dims[layer], -1).transpose(1, 2)
-            b = params.bias[layer].view(spec.n_experts, 1, -1)
-            z = torch.baddbmm(b, h.transpose(0, 1), w).transpose(0, 1).flatten(1)
-            h = _hidden(_normalise(z, params, layer, training), params, spec, layer, training)
-    else:
+    n_experts = spec.n_experts
+    if not spec.dims:
         h = x[list(spec.expert_input)].transpose(0, 1)
+    for layer, width in enumerate(spec.dims):
+        weight, bias = params.weight[layer], params.bias[layer]
+        if layer == 0:
+            spans = tuple(Span(a * width, b * width) for a, b in spec.expert_spans)
+            z = _first_linear(x, weight, bias, spans)
+        else:
+            w = weight.view(n_experts, width, -1).transpose(1, 2)
+            z = torch.baddbmm(bias.view(n_experts, 1, width), h.transpose(0, 1), w).transpose(0, 1).flatten(1)
+        z = _normalise(
+            z, params.running_mean[layer], params.running_var[layer], params.gamma[layer], params.beta[layer], training
+        )
+        z = z.unflatten(1, (n_experts, width))
+        h = activate(z, spec.activation, params.alpha[layer] if params.alpha else None)  # [B, E, H]
+        if spec.dropout:
+            h = F.dropout(h, spec.dropout, training)
     if spec.output_layer:
         return (h * params.out_weight).sum(dim=-1) + params.out_bias  # [B, E]
-    if gate_weights is not None:
-        h = torch.bmm(gate_weights, h)  # [B, G, H]
+    if params.gate is not None:
+        h = torch.bmm(_gate_weights(x, params.gate, spec, training), h)  # [B, G, H]
     return h.transpose(0, 1)

@@ -9,39 +9,26 @@ from .. import backend
 from ..spec import ExpertGateParams, ExpertGateSpec
 
 
-def _flatten(params: ExpertGateParams) -> list[Tensor]:
-    """The learned tensors, in the order in which a backend's backward returns their gradients."""
-    flat = [*params.weight, *params.bias, *params.gamma, *params.beta, *params.alpha]
-    return flat if params.out_weight is None else [*flat, params.out_weight, params.out_bias]
-
-
 class _ExpertGate(torch.autograd.Function):
     """Autograd around a backend that brings its own backward. The saved tensors are only read, so that a retained
     graph can be walked several times (GradNorm, MetaBalance)."""
 
     @staticmethod
-    def forward(ctx, module, x, params, spec, training, *flat):
+    def forward(ctx, module, x, params, spec, training, *learned):
         out, saved = module.expert_gate_fwd(x, params, spec, training)
         ctx.module, ctx.spec, ctx.training = module, spec, training
-        ctx.n_flat, ctx.layers = len(flat), len(spec.dims)
-        ctx.save_for_backward(x, *flat, *params.running_mean, *params.running_var, *saved)
+        running = params.running()
+        ctx.cuts = len(learned), len(learned) + len(running)
+        ctx.save_for_backward(x, *learned, *running, *saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, *rest = ctx.saved_tensors
-        flat, rest = rest[: ctx.n_flat], rest[ctx.n_flat :]
-        n = ctx.layers
-        alphas = ctx.n_flat - 4 * n - 2 * ctx.spec.output_layer
-        params = ExpertGateParams(
-            tuple(flat[:n]), tuple(flat[n : 2 * n]), tuple(flat[2 * n : 3 * n]), tuple(flat[3 * n : 4 * n]),
-            tuple(rest[:n]), tuple(rest[n : 2 * n]), tuple(flat[4 * n : 4 * n + alphas]),
-            *(flat[-2:] if ctx.spec.output_layer else ()),
-        )  # fmt: skip
-        dx, grads = ctx.module.expert_gate_bwd(
-            grad, x, params, ctx.spec, ctx.training, rest[2 * n :], ctx.needs_input_grad[1]
-        )
+        a, b = ctx.cuts
+        params = ExpertGateParams.of(rest[:a], rest[a:b], ctx.spec)
+        dx, grads = ctx.module.expert_gate_bwd(grad, x, params, ctx.spec, ctx.training, rest[b:], ctx.needs_input_grad[1])
         return None, dx, None, None, None, *grads
 
 
@@ -64,7 +51,7 @@ def expert_gate(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, train
     module = backend.resolve("expert_gate", x, *params.weight[:1])
     if module.DIFFERENTIABLE:
         return module.expert_gate(x, params, spec, training)
-    flat = _flatten(params)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in flat)):
-        return _ExpertGate.apply(module, x, params, spec, training, *flat)
+    learned = params.learned()
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in learned)):
+        return _ExpertGate.apply(module, x, params, spec, training, *learned)
     return module.expert_gate_fwd(x, params, spec, training)[0]

@@ -1,0 +1,1 @@
+"""Features, layers and losses that models are put together from."""
