@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,16 @@ def as_column(name: str, values: Any) -> np.ndarray:
             row = int(np.argmax(array.reshape(len(array), -1).max(axis=1)))
             raise BadDataError(f"column '{name}' holds {array.max()} in row {row}, more than a 64-bit id can be.")
         array = array.astype(np.int64)
-    return array.astype(_WIDER.get(array.dtype.name, array.dtype), copy=False)
+    array = array.astype(_WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")), copy=False)
+    # torch has no negative strides.
+    return array if min(array.strides) >= 0 else np.ascontiguousarray(array)
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor on the same memory, read-only or not: our loaders read it and never write."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        return torch.from_numpy(array)
 
 
 def as_columns(x: Any) -> dict[str, np.ndarray]:
@@ -144,7 +154,7 @@ def _from_objects(name: str, array: np.ndarray) -> np.ndarray:
             raise _text(name, row, value)
         if value is None or type(value).__name__ == "NAType":
             raise BadDataError(
-                f"column '{name}' has no value in row {row}; fill missing values first (an id of their own, or a number)."
+                f"column '{name}' has no value in row {row}; fill missing values first (with an id of their own)."
             )
         if not isinstance(value, (int, float, np.number, np.bool_)):
             raise BadDataError(f"column '{name}' holds {value!r} in row {row}, which is no number.")

@@ -1,4 +1,4 @@
-"""What is known of a data set's columns: enough to build a model from column names, and to say what is wrong with one."""
+"""What is known of a data set's columns: enough to build a model from column names, and to say what is wrong."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def validate_labels(y: np.ndarray, task_types: Iterable[str], task_names: Iterab
         first_row: what to add to the row in the message, for data that comes in pieces.
 
     Raises:
-        BadDataError: for another number of tasks, for a classification label outside [0, 1], or for an infinite label; the
+        BadDataError: for another number of tasks, for a classification label outside [0, 1], or for an infinite one; the
             message names task, row and value.
     """
     y = np.asarray(y)
@@ -169,6 +169,5 @@ def _describe(name: str, column: np.ndarray) -> ColumnInfo:
 def _wider(mine: ColumnInfo, theirs: ColumnInfo | None) -> ColumnInfo:
     if theirs is None or mine.max_id is None or theirs.max_id is None:
         return mine
-    assert mine.min_id is not None and theirs.min_id is not None
-    low, high = min(mine.min_id, theirs.min_id), max(mine.max_id, theirs.max_id)
+    low, high = min(mine.min_id or 0, theirs.min_id or 0), max(mine.max_id, theirs.max_id)
     return ColumnInfo(mine.name, mine.kind, low, high, mine.length, mine.bad_row)

@@ -1,0 +1,98 @@
+"""Data sets held as columns: whole batches for our loader, single rows for a plain torch DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fastmtl.basic.batch import ColumnBatch, Layout
+from fastmtl.data.columns import as_columns, as_labels, to_tensor
+from fastmtl.data.schema import Schema
+
+
+class PredictDataset(Dataset):
+    """Feature columns without labels.
+
+    Columns of one dtype are kept as one row-major tensor [N, F], so that a batch is one `index_select` for each dtype.
+
+    Args:
+        x: name -> column ([N], or [N, L] for sequences and vectors; arrays, tensors, lists, Series), or a DataFrame.
+
+    Raises:
+        BadDataError: for columns that are empty, differ in length, or hold no numbers.
+    """
+
+    def __init__(self, x: Any) -> None:
+        super().__init__()
+        columns = as_columns(x)
+        self.schema = Schema.from_columns(columns)
+        self.n_rows = len(next(iter(columns.values())))
+        self._hold(columns)
+
+    def _hold(self, columns: Mapping[str, np.ndarray]) -> None:
+        self.layout, self.blocks, self.wide = Layout.from_columns(
+            {name: to_tensor(column) for name, column in columns.items()}
+        )
+        # Views of the stacked memory, so that the user's own arrays can be freed.
+        views = {name: wide.numpy() for name, wide in self.wide.items()}
+        for names, block in zip(self.layout.blocks, self.blocks, strict=True):
+            views.update(zip(names, block.numpy().T, strict=True))
+        self.x: dict[str, np.ndarray] = {name: views[name] for name in self.layout.names}
+
+    def take(self, rows: torch.Tensor | slice) -> Any:
+        """The batch of these rows.
+
+        Args:
+            rows: row numbers [B] (int64), or a slice of neighbouring rows.
+
+        Returns:
+            ColumnBatch of B rows, its memory not shared with the data set.
+        """
+        blocks = [_rows_of(block, rows) for block in self.blocks]
+        return ColumnBatch(self.layout, blocks, {name: _rows_of(wide, rows) for name, wide in self.wide.items()})
+
+    def __getitem__(self, index: int) -> Any:
+        return {name: column[index] for name, column in self.x.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        columns = [column[np.asarray(indices)] for column in self.x.values()]
+        return [dict(zip(self.x, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+
+class TorchDataset(PredictDataset):
+    """Feature columns with a label column for each task.
+
+    Args:
+        x: as for `PredictDataset`.
+        y: labels [N, T] or [N], a frame, or a dict or list of T columns; NaN where a label is unknown.
+
+    Raises:
+        BadDataError: also when the labels differ in length from the features.
+    """
+
+    def __init__(self, x: Any, y: Any) -> None:
+        super().__init__(x)
+        self.y, names = as_labels(y, self.n_rows)
+        self.schema = Schema(self.schema.columns, names)
+        self._labels = to_tensor(self.y)
+
+    def take(self, rows: torch.Tensor | slice) -> tuple[ColumnBatch, torch.Tensor]:
+        """The batch of these rows, (ColumnBatch of B rows, labels [B, T])."""
+        return super().take(rows), _rows_of(self._labels, rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index), self.y[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        return list(zip(super().__getitems__(indices), self.y[np.asarray(indices)], strict=True))
+
+
+def _rows_of(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    return tensor[rows].clone() if isinstance(rows, slice) else tensor.index_select(0, rows)

@@ -1,0 +1,142 @@
+"""The loader: whole batches as columns, in torch's order for torch's seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
+
+from fastmtl.data.datasets import PredictDataset, TorchDataset
+from fastmtl.data.schema import Schema
+from fastmtl.errors import BadDataError, ConfigError
+
+__all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
+
+
+class ColumnLoader(DataLoader):
+    """A DataLoader whose batches are cut from whole columns: one `index_select` for each dtype, no loop over rows.
+
+    Batches, their order and what is drawn from torch's random numbers are those of
+    `torch.utils.data.DataLoader(dataset, batch_size, shuffle)`, so one seed gives one run with either.
+
+    Args:
+        dataset: TorchDataset or PredictDataset, or a torch Subset of one.
+        batch_size: rows in a batch, at least 1.
+        shuffle: draw a new order each epoch.
+        sampler: yields row numbers, instead of `shuffle` (for example a DistributedSampler).
+        num_workers: accepted for torch's sake. Cutting a batch costs less than sending it from another process, so
+            batches are always made in this one; only the moment when the order is drawn is torch's for workers.
+        drop_last: leave out a last batch that is not full.
+        generator: source of the order; torch's default one when None.
+        schema: what is known of the columns, where that is more than these rows tell (all splits' vocabularies).
+
+    Yields:
+        (ColumnBatch of B rows, labels [B, T] in their own dtype) for a TorchDataset, ColumnBatch for a PredictDataset.
+
+    Raises:
+        BadDataError: when there is no row to shuffle.
+        ConfigError: for another kind of data set, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        *,
+        sampler: Sampler | Iterable | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+        schema: Schema | None = None,
+    ) -> None:
+        source, rows = _source_of(dataset)
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size!r}; give a whole number of rows, at least 1.")
+        if shuffle and rows is not None and len(rows) == 0:
+            raise BadDataError("the data set is empty: this split has no row; give it a larger share or more rows.")
+        super().__init__(
+            dataset,
+            batch_size=int(batch_size),
+            shuffle=shuffle,
+            sampler=sampler,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            generator=generator,
+        )
+        self._source, self._rows = source, rows
+        self.schema = source.schema if schema is None else schema
+
+    @property
+    def task_names(self) -> list[str]:
+        """A name for each label column; empty where there are no labels."""
+        return list(self.schema.task_names)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """All labels of this loader's rows [N, T], in the data's order; None where there are none."""
+        if not isinstance(self._source, TorchDataset):
+            return None
+        return self._source.y if self._rows is None else self._source.y[self._rows.numpy()]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # torch's iterator draws its workers' seed when it is made; ours must leave the same random state behind.
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        batches = self._batches()
+        if self.num_workers > 0:
+            # With workers torch asks for the first batches at once, and so draws the order here rather than at next().
+            first = next(batches, None)
+            return iter(()) if first is None else _after(first, batches)
+        return batches
+
+    def _batches(self) -> Iterator[Any]:
+        for rows in self._row_batches():
+            if self._rows is None:
+                yield self._source.take(rows)
+            else:
+                yield self._source.take(self._rows[rows])
+
+    def _row_batches(self) -> Iterator[torch.Tensor | slice]:
+        """Row numbers of each batch within this loader's rows: a slice where they follow one another."""
+        sampler, step = self.sampler, self.batch_size
+        n = len(self.dataset)  # type: ignore[arg-type]
+        end = n - n % step if self.drop_last else n
+        if type(sampler) is SequentialSampler:
+            for start in range(0, end, step):
+                yield slice(start, min(start + step, end))
+        elif type(sampler) is RandomSampler and _is_plain(sampler):
+            seed = int(torch.empty((), dtype=torch.int64).random_().item())
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            for start in range(0, end, step):
+                yield order[start : min(start + step, end)]
+        else:
+            for indices in self.batch_sampler:
+                yield torch.as_tensor(indices, dtype=torch.int64)
+
+
+def _is_plain(sampler: RandomSampler) -> bool:
+    """Whether the sampler draws one permutation from a seed of torch's default generator."""
+    return sampler.generator is None and not sampler.replacement and sampler._num_samples is None
+
+
+def _after(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _source_of(dataset: Dataset) -> tuple[PredictDataset, torch.Tensor | None]:
+    """The columns behind a data set, and the row numbers [n] that it picks from them (None: all, in order)."""
+    rows: torch.Tensor | None = None
+    while isinstance(dataset, Subset):
+        picked = torch.as_tensor(dataset.indices, dtype=torch.int64)
+        rows = picked if rows is None else picked[rows]
+        dataset = dataset.dataset
+    if not isinstance(dataset, PredictDataset):
+        raise ConfigError(
+            f"ColumnLoader reads TorchDataset and PredictDataset, not {type(dataset).__name__}; "
+            "use torch.utils.data.DataLoader for other data sets."
+        )
+    return dataset, rows
