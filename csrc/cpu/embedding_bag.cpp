@@ -1,0 +1,155 @@
+// embedding_bag on torch tensors: check, allocate, run. What the op means is in fastmtl/ops/embedding_bag.py.
+#include "core/embedding_bag.h"
+
+#include <mutex>
+
+#include "cpu/tensors.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+constexpr int64_t kGrainRows = 128;  // rows a thread must have to be worth waking
+
+// The plan [F, kBagFields] as bags, checked against the tensors it will index, so that no plan can make a kernel read
+// or write out of bounds.
+const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& rows, const std::vector<int64_t>& dims,
+                        const Tensor& ids, int64_t width) {
+  check_cpu(plan, ScalarType::Long, 2, "plan");
+  STD_TORCH_CHECK(plan.is_contiguous() && plan.size(1) == kBagFields, "plan must be [F, ", kBagFields, "] contiguous");
+  const Bag* bags = reinterpret_cast<const Bag*>(plan.const_data_ptr<int64_t>());
+  for (int64_t f = 0; f < plan.size(0); ++f) {
+    const Bag& bag = bags[f];
+    STD_TORCH_CHECK(bag.table >= 0 && bag.table < static_cast<int64_t>(rows.size()), "bag ", f, " names no weight");
+    STD_TORCH_CHECK(bag.dim == dims[bag.table], "bag ", f, " has width ", bag.dim, ", its weight ", dims[bag.table]);
+    STD_TORCH_CHECK(bag.offset >= 0 && bag.vocab >= 0 && bag.offset <= rows[bag.table] - bag.vocab, "bag ", f,
+                    " ends behind its weight of ", rows[bag.table], " rows");
+    STD_TORCH_CHECK(bag.column >= 0 && bag.length >= 0 && bag.column <= ids.size(1) - bag.length, "bag ", f,
+                    " ends behind the ", ids.size(1), " id columns");
+    const int64_t out = bag.dim * (bag.pooling == kConcat ? bag.length : 1);
+    STD_TORCH_CHECK(bag.out >= 0 && bag.out <= width - out, "bag ", f, " ends behind the output's ", width, " columns");
+    STD_TORCH_CHECK(bag.oov >= kRaise && bag.oov < bag.vocab, "bag ", f, " replaces unknown ids by a row it lacks");
+  }
+  return bags;
+}
+
+// Calls f with the ids as Ids<int32_t> or Ids<int64_t>.
+template <class F>
+void with_ids(const Tensor& ids, F&& f) {
+  if (ids.scalar_type() == ScalarType::Int) {
+    f(Ids<int32_t>{ids.const_data_ptr<int32_t>(), ids.stride(0), ids.stride(1)});
+  } else {
+    f(Ids<int64_t>{ids.const_data_ptr<int64_t>(), ids.stride(0), ids.stride(1)});
+  }
+}
+
+void check_ids(const Tensor& ids) {
+  STD_TORCH_CHECK(ids.is_cpu() && ids.dim() == 2, "ids must be [B, S] on the CPU");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+                  "ids must be int64 or int32");
+}
+
+// A message that starts with "bad id" is how a refused id reaches Python.
+Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::optional<Tensor> dense,
+                         const Tensor& plan, int64_t width) {
+  check_ids(ids);
+  const int64_t n_rows = ids.size(0);
+  std::vector<int64_t> rows, dims;
+  std::vector<const float*> tables;
+  for (Tensor& weight : weights) {
+    check_cpu(weight, ScalarType::Float, 2, "weight");
+    if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
+    rows.push_back(weight.size(0));
+    dims.push_back(weight.size(1));
+    tables.push_back(weight.const_data_ptr<float>());
+  }
+  const Bag* bags = checked_bags(plan, rows, dims, ids, width);
+  const int64_t n_bags = plan.size(0);
+  const float* dense_data = nullptr;
+  int64_t n_dense = 0, dense_row = 0, dense_column = 0;
+  if (dense) {
+    check_cpu(*dense, ScalarType::Float, 2, "dense");
+    n_dense = dense->size(1);
+    STD_TORCH_CHECK(dense->size(0) == n_rows && n_dense <= width, "dense does not fit the ids or the width");
+    dense_data = dense->const_data_ptr<float>();
+    dense_row = dense->stride(0);
+    dense_column = dense->stride(1);
+  }
+
+  Tensor result = empty_f32({n_rows, width});
+  float* out = result.mutable_data_ptr<float>();
+  BadId bad;
+  std::mutex guard;
+  with_ids(ids, [&](const auto& view) {
+    torch::stable::parallel_for(0, n_rows, kGrainRows, [&](int64_t begin, int64_t end) {
+      BadId mine;
+      fastmtl::embedding_bag_fwd(tables.data(), view, bags, n_bags, begin, end, out, width, mine);
+      for (int64_t b = begin; b < end; ++b) {
+        float* to = out + b * width + width - n_dense;
+        const float* from = dense_data + b * dense_row;
+        for (int64_t d = 0; d < n_dense; ++d) to[d] = from[d * dense_column];
+      }
+      if (mine.bag >= 0) {
+        const std::lock_guard<std::mutex> lock(guard);
+        bad.note(mine);
+      }
+    });
+  });
+  STD_TORCH_CHECK(bad.bag < 0, "bad id ", bad.id, " in row ", bad.row, ", bag ", bad.bag);
+  return result;
+}
+
+// `shapes` holds the rows and the width of each weight; rows < 0: no gradient is wanted. Returns the wanted ones.
+std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, const Tensor& plan,
+                                      std::vector<int64_t> shapes) {
+  check_cpu(grad, ScalarType::Float, 2, "grad");
+  check_ids(ids);
+  const Tensor rows_dense = dense_rows(grad);
+  const int64_t n_rows = ids.size(0);
+  STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
+  const int64_t n_tables = static_cast<int64_t>(shapes.size()) / 2;
+  std::vector<int64_t> rows, dims;
+  std::vector<bool> wanted;
+  std::vector<Tensor> results;
+  std::vector<float*> out(n_tables, nullptr);
+  for (int64_t t = 0; t < n_tables; ++t) {
+    const int64_t height = shapes[2 * t];
+    wanted.push_back(height >= 0);
+    rows.push_back(height >= 0 ? height : -height - 1);
+    dims.push_back(shapes[2 * t + 1]);
+    if (!wanted[t]) continue;
+    results.push_back(empty_f32({rows[t], dims[t]}));
+    out[t] = results.back().mutable_data_ptr<float>();
+  }
+  const Bag* bags = checked_bags(plan, rows, dims, ids, grad.size(1));
+  const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const std::vector<Unit> units =
+      plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted, n_tables, n_rows, threads);
+  const std::vector<std::vector<int64_t>> hands = deal(units, threads);
+  const float* from = rows_dense.const_data_ptr<float>();
+  const int64_t stride = rows_dense.stride(0);
+  with_ids(ids, [&](const auto& view) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t hand = begin; hand < end; ++hand) {
+        for (int64_t u : hands[hand]) {
+          const Unit& unit = units[u];
+          fastmtl::embedding_bag_bwd(unit, bags, dims[unit.table], from, stride, view, n_rows, out[unit.table]);
+        }
+      }
+    });
+  });
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
+  m.def("embedding_bag_fwd(Tensor[] weights, Tensor ids, Tensor? dense, Tensor plan, int width) -> Tensor");
+  m.def("embedding_bag_bwd(Tensor grad, Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("embedding_bag_fwd", TORCH_BOX(&embedding_bag_fwd));
+  m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
+}
+
+}  // namespace fastmtl::cpu

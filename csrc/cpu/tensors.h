@@ -1,0 +1,38 @@
+// What the bindings share: reading torch tensors as raw pointers, and making new ones.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace fastmtl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_cpu(const Tensor& tensor, ScalarType dtype, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, not ", tensor.dim());
+}
+
+// The tensor itself, or a copy whose last dimension is dense and whose other strides are as a matrix product needs
+// them.
+inline Tensor dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.is_contiguous()) return tensor;
+  const bool rows = tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  if (rows && last > 0 && tensor.stride(last - 1) >= tensor.size(last)) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+inline Tensor empty_f32(std::vector<int64_t> sizes) {
+  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+}  // namespace fastmtl
