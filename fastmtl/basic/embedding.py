@@ -1,0 +1,288 @@
+"""The embedding layer: all tables of a model, stored by width, looked up by one op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import BadDataError, ConfigError
+from ..spec import Bag, EmbeddingSpec
+from .batch import ColumnBatch, Layout
+from .batched import BatchedModule, View
+from .features import DenseFeature, Feature, SequenceFeature
+
+
+class _Piece(NamedTuple):
+    """Some columns of a batch, taken at once: part of a block, or one wide column (``names`` has one entry)."""
+
+    block: int | None
+    columns: slice | Tensor | None
+    names: tuple[str, ...]
+
+
+class _Group(NamedTuple):
+    """The features of one call, split as the op wants them."""
+
+    bags: tuple[Feature, ...]
+    dense: tuple[DenseFeature, ...]
+    spec: EmbeddingSpec
+
+
+class EmbeddingLayer(BatchedModule):
+    """The tables of a list of features.
+
+    A table is stored with all others of its width, one below the other, and shown in the state_dict as
+    ``embed_dict.<feature>.weight``. Features that are ``shared_with`` another read that one's table.
+
+    Args:
+        features: what the model reads.
+
+    Raises:
+        ConfigError: a shared table that does not exist or has another width.
+    """
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        super().__init__()
+        self.features = list(features)
+        self.n_dense = sum(isinstance(feature, DenseFeature) for feature in features)
+        self._place: dict[str, tuple[int, int, int]] = {}  # table's feature -> weight, first row, rows
+        self._paddings: dict[str, tuple[int, ...]] = {}
+        self._groups: dict[tuple[str, ...], _Group] = {}
+        self._pieces: dict[tuple[Layout, tuple[str, ...]], tuple[list[_Piece], list[_Piece]]] = {}
+        self._make_tables()
+
+    # ---------------------------------------------------------------------------------------------- the tables
+
+    def _make_tables(self) -> None:
+        owners = {}
+        for feature in self.features:
+            if not isinstance(feature, DenseFeature) and feature.shared_with is None:
+                owners.setdefault(feature.name, feature)
+        for feature in self.features:
+            shared = None if isinstance(feature, DenseFeature) else feature.shared_with
+            if shared is not None and shared not in owners:
+                raise ConfigError(f"feature {feature.name!r} is shared_with {shared!r}, which has no table in this model")
+            if shared is not None and owners[shared].embed_dim != feature.embed_dim:
+                raise ConfigError(
+                    f"feature {feature.name!r} (embed_dim {feature.embed_dim}) is shared_with {shared!r} "
+                    f"(embed_dim {owners[shared].embed_dim}); give both the same embed_dim"
+                )
+        # frozen tables lie apart: a parameter is trained as a whole or not at all
+        made: dict[tuple[int, bool], list[tuple[str, nn.Embedding]]] = {}
+        for name, feature in owners.items():
+            table = feature.get_embedding_layer()
+            made.setdefault((table.embedding_dim, table.weight.requires_grad), []).append((name, table))
+        views = {}
+        for index, ((_, trained), tables) in enumerate(made.items()):
+            start = 0
+            for name, table in tables:
+                rows = table.num_embeddings
+                views[name] = View(f"embed_dict.{name}.weight", f"table{index}", start, start + rows, (rows, table.embedding_dim))
+                self._place[name] = (index, start, rows)
+                start += rows
+            weight = torch.cat([table.weight.detach() for _, table in tables])
+            self.register_parameter(f"table{index}", nn.Parameter(weight, requires_grad=trained))
+        self.views = tuple(views[name] for name in owners)
+        self.n_weights = len(made)
+
+    def weights(self) -> list[Tensor]:
+        """The stored tables, ``[V_total, D]`` each."""
+        return [getattr(self, f"table{index}") for index in range(self.n_weights)]
+
+    # ---------------------------------------------------------------------------------------------- a lookup
+
+    def _group(self, features: Sequence[Feature]) -> tuple[tuple[str, ...], _Group]:
+        key = tuple(feature.name for feature in features)
+        group = self._groups.get(key)
+        if group is None:
+            bags = tuple(f for f in features if not isinstance(f, DenseFeature))
+            dense = tuple(f for f in features if isinstance(f, DenseFeature))
+            spec = EmbeddingSpec(tuple(map(self._bag, bags)), sum(f.embed_dim for f in dense))
+            if not features:
+                raise ConfigError("EmbeddingLayer: the list of features is empty")
+            group = self._groups[key] = _Group(bags, dense, spec)
+        return key, group
+
+    def _bag(self, feature: Feature) -> Bag:
+        weight, start, rows = self._place[feature.shared_with or feature.name]
+        padding = () if feature.padding_idx is None else (feature.padding_idx,)
+        is_sequence = isinstance(feature, SequenceFeature)
+        return Bag(
+            feature.name,
+            weight,
+            start,
+            rows,
+            feature.embed_dim,
+            feature.pooling if is_sequence else "sum",
+            (*padding, -1) if is_sequence else padding,
+            feature.oov,
+        )
+
+    def inputs(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
+        """The columns of a batch as the op takes them.
+
+        Returns:
+            ids ``[B, S]`` int64 (None without bags), the bags' column offsets, dense ``[B, n_dense]`` (or None).
+        """
+        key, group = self._group(features)
+        if isinstance(x, ColumnBatch):
+            place = (x.layout, key)
+            pieces = self._pieces.get(place)
+            if pieces is None:
+                if len(self._pieces) >= 64:
+                    self._pieces.clear()
+                pieces = self._pieces[place] = _plan_pieces(x.layout, group.bags), _plan_pieces(x.layout, group.dense)
+            ids = [_take(x, piece) for piece in pieces[0]]
+            dense = [_take(x, piece) for piece in pieces[1]]
+        else:
+            ids = [_column(x, feature.name) for feature in group.bags]
+            dense = [_column(x, feature.name) for feature in group.dense]
+        ids = [part if part.dtype == torch.int64 else part.long() for part in ids]
+        columns = self._columns(x, ids, group)
+        if columns is None:  # a concatenated sequence shorter than the model's
+            ids, columns = _pad_concat([_column(x, feature.name).long() for feature in group.bags], group.bags)
+        dense_values = _join([part.float() for part in dense])
+        if dense_values is not None:
+            self._check_dense(dense_values, x, group)
+        return _join(ids), columns, dense_values
+
+    def _columns(self, x: Mapping[str, Tensor], ids: list[Tensor], group: _Group) -> tuple[int, ...] | None:
+        """F + 1 offsets of the bags' id columns; None where a concatenated sequence must be padded first."""
+        columns, at = [0], 0
+        if not any(isinstance(feature, SequenceFeature) for feature in group.bags):
+            return tuple(range(len(group.bags) + 1))
+        for feature in group.bags:
+            length = 1
+            if isinstance(feature, SequenceFeature):
+                column = _column(x, feature.name)
+                length = column.shape[1]
+                if feature.pooling == "concat" and length != feature.max_len:
+                    if feature.max_len is None or length > feature.max_len:
+                        raise BadDataError(
+                            f"feature {feature.name!r}: sequences of length {length} for a model that concatenates "
+                            f"{feature.max_len}; cut them, or give SequenceFeature(max_len=...)"
+                        )
+                    return None
+            at += length
+            columns.append(at)
+        return tuple(columns)
+
+    def _check_dense(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group) -> None:
+        if dense.shape[1] != group.spec.n_dense:
+            for feature in group.dense:
+                width = _column(x, feature.name).shape[1]
+                if width != feature.embed_dim:
+                    raise BadDataError(
+                        f"dense feature {feature.name!r}: the data has {width} values a row, the feature says "
+                        f"DenseFeature(embed_dim={feature.embed_dim})"
+                    )
+        # a look at every value would stall a GPU; there the loss's own check of NaN stands in
+        if dense.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(dense.sum()):
+            for feature in group.dense:
+                bad = _column(x, feature.name).isfinite().logical_not().any(dim=1).nonzero()
+                if len(bad):
+                    raise BadDataError(
+                        f"dense feature {feature.name!r}: row {int(bad[0])} of the batch is NaN or infinite; "
+                        f"fill it in before training"
+                    )
+
+    def forward(self, x: Mapping[str, Tensor], features: Sequence[Feature], squeeze_dim: bool = False) -> Tensor:
+        """Look up ``features`` in the batch ``x``.
+
+        Args:
+            x: ``{name: column}``; ids ``[B]``, sequences ``[B, L]``, dense values ``[B]`` or ``[B, D]``.
+            features: which ones, in which order.
+            squeeze_dim: side by side in one row, dense values last; otherwise one row a feature.
+
+        Returns:
+            ``[B, sum of widths]`` with ``squeeze_dim``; otherwise ``[B, F, D]`` of the features with tables (where
+            concatenated sequences count L rows), which must be of one width.
+
+        Raises:
+            BadIdError: an id outside its vocabulary.
+            BadDataError: a column that is missing, of the wrong width, or not finite.
+        """
+        if not squeeze_dim:
+            features = [feature for feature in features if not isinstance(feature, DenseFeature)]
+            widths = {feature.embed_dim for feature in features}
+            if len(widths) != 1:
+                raise ConfigError(f"EmbeddingLayer: squeeze_dim=False needs tables of one width, got {sorted(widths)}")
+        ids, columns, dense = self.inputs(x, features)
+        spec = self._group(features)[1].spec
+        weights = self.weights()
+        if ids is None:
+            return dense if dense is not None else torch.empty(0)
+        if dense is not None and dense.dtype != weights[0].dtype:
+            dense = dense.to(weights[0].dtype)
+        out = ops.embedding_bag(weights, ids, columns, dense, spec)
+        return out if squeeze_dim else out.unflatten(1, (-1, spec.bags[0].dim))
+
+
+def _column(x: Mapping[str, Tensor], name: str) -> Tensor:
+    """Column ``name`` as ``[B, L]``."""
+    try:
+        column = x[name]
+    except KeyError:
+        raise BadDataError(
+            f"feature {name!r}: the batch has no such column; it has {', '.join(map(repr, x)) or 'none'}"
+        ) from None
+    return column.unsqueeze(1) if column.ndim == 1 else column
+
+
+def _plan_pieces(layout: Layout, features: Sequence[Feature]) -> list[_Piece]:
+    """Neighbouring features of one block are taken together; a block in its own order is taken whole."""
+    pieces: list[_Piece] = []
+    for feature in features:
+        place = layout.where.get(feature.name)
+        if place is None:
+            pieces.append(_Piece(None, None, (feature.name,)))
+        elif pieces and pieces[-1].block == place[0]:
+            pieces[-1] = pieces[-1]._replace(names=(*pieces[-1].names, feature.name))
+        else:
+            pieces.append(_Piece(place[0], None, (feature.name,)))
+    planned = []
+    for piece in pieces:
+        if piece.block is not None:
+            at = [layout.where[name][1] for name in piece.names]
+            in_order = at == list(range(at[0], at[0] + len(at)))
+            piece = piece._replace(columns=slice(at[0], at[0] + len(at)) if in_order else torch.tensor(at))
+        planned.append(piece)
+    return planned
+
+
+def _take(x: ColumnBatch, piece: _Piece) -> Tensor:
+    if piece.block is None:
+        return _column(x, piece.names[0])
+    block = x.blocks[piece.block]
+    if isinstance(piece.columns, slice):
+        return block if piece.columns == slice(0, block.shape[1]) else block[:, piece.columns]
+    return block.index_select(1, piece.columns.to(block.device))
+
+
+def _join(parts: list[Tensor]) -> Tensor | None:
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _pad_concat(ids: list[Tensor], features: Sequence[Feature]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Pad the concatenated sequences with -1 up to their full length."""
+    padded, columns = [], [0]
+    for part, feature in zip(ids, features, strict=True):
+        if isinstance(feature, SequenceFeature) and feature.pooling == "concat":
+            part = nn.functional.pad(part, (0, feature.max_len - part.shape[1]), value=-1)
+        padded.append(part)
+        columns.append(columns[-1] + part.shape[1])
+    return padded, tuple(columns)
+
+
+def input_width(features: Sequence[Feature]) -> int:
+    """Columns of a looked-up row: the sum of the widths, L times the width for a concatenated sequence."""
+    return sum(
+        feature.embed_dim * (feature.max_len if isinstance(feature, SequenceFeature) and feature.pooling == "concat" else 1)
+        for feature in features
+    )
