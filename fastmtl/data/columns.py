@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmtl.errors import BadDataError
+from ..errors import BadDataError
 
 # torch can hold these but hardly compute with them; the next signed width keeps every value.
 _WIDER = {"uint16": np.int32, "uint32": np.int64}

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastmtl.basic.batch import ColumnBatch, Layout
-from fastmtl.data.columns import as_columns, as_labels, to_tensor
-from fastmtl.data.schema import Schema
+from ..basic.batch import ColumnBatch, Layout
+from .columns import as_columns, as_labels, to_tensor
+from .schema import Schema
 
 
 class PredictDataset(Dataset):

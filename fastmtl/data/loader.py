@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
 
-from fastmtl.data.datasets import PredictDataset, TorchDataset
-from fastmtl.data.schema import Schema
-from fastmtl.errors import BadDataError, ConfigError
+from ..errors import BadDataError, ConfigError
+from .datasets import PredictDataset, TorchDataset
+from .schema import Schema
 
 __all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
 

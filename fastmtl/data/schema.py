@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastmtl.errors import BadDataError
+from ..errors import BadDataError
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,24 @@ class Schema:
         theirs = {column.name: column for column in other.columns}
         return Schema(tuple(_wider(c, theirs.get(c.name)) for c in self.columns), self.task_names)
 
+    def with_vocabs(self, vocabs: Mapping[str, int | None]) -> Schema:
+        """The schema with vocabularies that are known from elsewhere, for example from an encoder.
+
+        Args:
+            vocabs: column -> rows of its table; None leaves the column as it is.
+
+        Returns:
+            This schema, no vocabulary smaller than before.
+        """
+        known = {name: size for name, size in vocabs.items() if size is not None}
+        return Schema(
+            tuple(
+                c if c.max_id is None or c.name not in known else replace(c, max_id=max(c.max_id, known[c.name] - 1))
+                for c in self.columns
+            ),
+            self.task_names,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers, for JSON."""
         return {"columns": [asdict(column) for column in self.columns], "task_names": list(self.task_names)}
@@ -125,8 +143,8 @@ def validate_labels(y: np.ndarray, task_types: Iterable[str], task_names: Iterab
         first_row: what to add to the row in the message, for data that comes in pieces.
 
     Raises:
-        BadDataError: for another number of tasks, for a classification label outside [0, 1], or for an infinite one; the
-            message names task, row and value.
+        BadDataError: for another number of tasks, for a classification label outside [0, 1], or for an infinite one;
+            the message names task, row and value.
     """
     y = np.asarray(y)
     y = y[:, None] if y.ndim == 1 else y
@@ -170,4 +188,4 @@ def _wider(mine: ColumnInfo, theirs: ColumnInfo | None) -> ColumnInfo:
     if theirs is None or mine.max_id is None or theirs.max_id is None:
         return mine
     low, high = min(mine.min_id or 0, theirs.min_id or 0), max(mine.max_id, theirs.max_id)
-    return ColumnInfo(mine.name, mine.kind, low, high, mine.length, mine.bad_row)
+    return replace(mine, min_id=low, max_id=high)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from fastmtl.basic.features import get_auto_embedding_dim
-from fastmtl.basic.loss_func import get_loss_func
-from fastmtl.basic.metric import get_metric_func
-from fastmtl.data.datasets import PredictDataset, TorchDataset
-from fastmtl.data.loader import ColumnLoader
-from fastmtl.errors import BadDataError, ConfigError
+from ..basic.features import get_auto_embedding_dim
+from ..basic.loss_func import get_loss_func
+from ..basic.metric import get_metric_func
+from ..data.datasets import PredictDataset, TorchDataset
+from ..data.loader import ColumnLoader
+from ..errors import BadDataError, ConfigError
 
 __all__ = [
     "DataGenerator",
