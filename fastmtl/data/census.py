@@ -1,7 +1,7 @@
 """Census-Income (KDD): the raw files, read, checked, split and encoded.
 
-299,285 people of the 1994 and 1995 surveys in two halves (`census-income.data`, 199,523 rows; `census-income.test`, 99,762),
-42 columns, comma-separated without a header. Tasks: income above 50,000 dollars, and never married.
+299,285 people of the 1994 and 1995 surveys in two halves (`census-income.data`, 199,523 rows; `census-income.test`,
+99,762), 42 columns, comma-separated without a header. Tasks: income above 50,000 dollars, and never married.
 Source: UCI Machine Learning Repository, "Census-Income (KDD)", CC BY 4.0.
 """
 

@@ -238,8 +238,8 @@ def _classes_of(column: Any) -> _Classes:
 
 
 def _as_texts(column: Any) -> Sequence[str | None]:
-    """Texts as they are; numbers as one would write them, so that 3, 3.0 and "3" are one value; missing ones as
-    None.""" values = _listed(column)
+    """Texts as they are; numbers as one would write them, so that 3, 3.0 and "3" are one value; None where missing."""
+    values = _listed(column)
     if {str}.issuperset(map(type, values)):
         return values
     return [value if isinstance(value, str) else _as_text(value) for value in values]
