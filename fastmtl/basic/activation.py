@@ -5,23 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backends.eager import activate
 from ..errors import ConfigError
-from ..spec import ACTIVATIONS, DICE_EPSILON
+from ..spec import ACTIVATIONS
 
 
 class Dice(nn.Module):
     """Dice with one learned scalar, over ``[B, H]``. Source: DIN, Zhou et al., KDD'18, section 5.3, as torch-rechub has it:
     normalised over the H units of a row by the root of their summed squares."""
 
-    def __init__(self, epsilon: float = DICE_EPSILON) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.epsilon = epsilon
         self.alpha = nn.Parameter(torch.randn(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=1, keepdim=True)
-        gate = torch.sigmoid(centred / (centred.square() + self.epsilon).sum(dim=1, keepdim=True).sqrt())
-        return gate * x + (1 - gate) * self.alpha * x
+        return activate(x.unsqueeze(1), "dice", self.alpha).squeeze(1)
 
 
 _MODULES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class AITM(MTLModel):
         bottom_params: ``{"dims": [...], "activation": ..., "dropout": ...}`` of every bottom.
         tower_params_list: the same for each task's tower.
     """
+
+    TASK_MODULES: ClassVar[dict[str, int]] = {"towers": 0, "bottoms": 0, "info_gates": 1, "aits": 1}
 
     @translated
     def __init__(

@@ -53,6 +53,8 @@ class MTLModel(nn.Module):
 
     #: Attributes whose outside names lack the attribute's own name (``experts.0``, not ``bank.experts.0``).
     LIFTED: ClassVar[tuple[str, ...]] = ("bank", "towers")
+    #: First parts of outside names that are followed by a task's number, and what to add to it.
+    TASK_MODULES: ClassVar[dict[str, int]] = {"towers": 0, "gates": 0}
     #: Outputs whose losses are summed; None: the mean over all tasks.
     SUMMED_TASKS: ClassVar[tuple[int, ...] | None] = None
 
@@ -159,6 +161,12 @@ class MTLModel(nn.Module):
         self.build(BatchSchema(x))
         self.to(device)
 
+    def take_task_names(self, names: Sequence[str]) -> None:
+        """Call the tasks by the data's label columns, where there is one for each task and no name was given before."""
+        is_default = self.task_names == [f"task_{task}" for task in range(self.n_task)]
+        if is_default and len(names) == self.n_task:
+            self.task_names = list(names)
+
     def adapt_labels(self, y: Tensor) -> Tensor:
         """Labels ``[B, *]`` as the loader gives them to labels ``[B, T]`` of the model's outputs."""
         return y
@@ -181,6 +189,20 @@ class MTLModel(nn.Module):
             for name, stored, view in module.named_views(outside):
                 if isinstance(stored, nn.Parameter) and stored.grad is not None:
                     yield name, view.of(stored.grad)
+
+    def task_of(self, name: str) -> int | None:
+        """The task that the outside tensor ``name`` belongs to; None: several."""
+        head, number = name.split(".", 2)[:2]
+        return int(number) + self.TASK_MODULES[head] if head in self.TASK_MODULES else None
+
+    def task_rows(self, task: int) -> dict[nn.Parameter, list[slice]]:
+        """The rows of the stored parameters that are one task's own."""
+        rows: dict[nn.Parameter, list[slice]] = {}
+        for _, outside, module in self._batched():
+            for name, stored, view in module.named_views(outside):
+                if isinstance(stored, nn.Parameter) and self.task_of(name) == task:
+                    rows.setdefault(stored, []).append(slice(view.start, view.stop))
+        return rows
 
     def blocks(self) -> dict[nn.Parameter, list[int]]:
         """For each stored parameter the rows of the outside tensors it holds, in order (their sum is its length)."""

@@ -62,6 +62,9 @@ class ESMM(MTLModel):
         cvr, ctr = torch.sigmoid(self.towers(row.unsqueeze(0))).unbind(1)
         return torch.stack([cvr, ctr, ctr * cvr], dim=1)
 
+    def task_of(self, name: str) -> int | None:
+        return {"tower_cvr": 0, "tower_ctr": 1}.get(name.split(".", 1)[0])
+
     def adapt_labels(self, y: Tensor) -> Tensor:
         if y.shape[1] == 2:
             click, conversion = y.unbind(1)

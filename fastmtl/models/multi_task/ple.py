@@ -89,6 +89,13 @@ class PLE(MTLModel):
             x = layer(x)
         return self.towers(x)
 
+    def task_of(self, name: str) -> int | None:
+        if name.startswith("cgc_layers."):
+            _, _, kind, number, _ = name.split(".", 4)
+            per_task = {"gates_specific": 1, "experts_specific": self.config["n_expert_specific"]}
+            return int(number) // per_task[kind] if kind in per_task else None
+        return super().task_of(name)
+
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*self.embedding.parameters(), *self.cgc_layers.parameters()]
 

@@ -1,0 +1,64 @@
+"""Scores of predictions. scikit-learn's are the exact reference and are used as they are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from sklearn import metrics
+
+from .layers import check_task_type
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _known(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose label is not missing (NaN)."""
+    labels, predictions = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    keep = ~np.isnan(labels)
+    return (labels, predictions) if keep.all() else (labels[keep], predictions[keep])
+
+
+def auc(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Area under the ROC curve over the rows with a label.
+
+    Returns:
+        NaN, with a warning that says why, where it is undefined: one class only, or predictions that are NaN.
+    """
+    labels, predictions = _known(labels, predictions)
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        found = f"only the class {classes[0]:g}" if len(classes) else "no labels"
+        warnings.warn(f"AUC is undefined: {found} among {len(labels)} rows; the score is NaN", stacklevel=2)
+        return math.nan
+    if np.isnan(predictions).any():
+        warnings.warn("AUC is undefined: some predictions are NaN; the score is NaN", stacklevel=2)
+        return math.nan
+    return float(metrics.roc_auc_score(labels, predictions))
+
+
+def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean binary cross-entropy in nats over the rows with a label; NaN without any."""
+    labels, predictions = _known(labels, predictions)
+    if not len(labels):
+        return math.nan
+    p = np.clip(predictions, 1e-15, 1 - 1e-15)
+    return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
+
+
+def mean_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean squared error over the rows with a label; NaN without any."""
+    labels, predictions = _known(labels, predictions)
+    return float(np.mean((labels - predictions) ** 2)) if len(labels) else math.nan
+
+
+def get_metric_func(task_type: str = "classification") -> Metric:
+    """The score of a task type: :func:`auc` (larger is better) or :func:`mean_squared_error` (smaller is)."""
+    return auc if check_task_type(task_type) == "classification" else mean_squared_error
+
+
+def metric_mode(task_type: str) -> str:
+    """``"max"`` where a larger score is better, ``"min"`` where a smaller one is."""
+    return "max" if check_task_type(task_type) == "classification" else "min"

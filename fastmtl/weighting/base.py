@@ -1,0 +1,51 @@
+"""The base of the strategies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing import Any as MTLModel  # a fastmtl model; weighting does not import models
+
+
+class Strategy:
+    """Turns the losses of the tasks into gradients.
+
+    Subclasses set up what they need of the model in :meth:`attach` and fill the parameters' ``.grad`` in
+    :meth:`backward`.
+    """
+
+    def attach(self, model: MTLModel, task_types: list[str]) -> None:
+        """Called once, when the model has its parameters and before the optimizer is made."""
+        self.model = model
+        self.task_types = task_types
+        tasks = model.SUMMED_TASKS
+        #: The outputs that are trained, and the factor of their summed losses.
+        self.tasks = list(range(len(task_types))) if tasks is None else list(tasks)
+        self.factor = 1 / len(self.tasks) if tasks is None else 1.0
+
+    def backward(self, losses: Tensor, penalty: Tensor | float) -> None:
+        """Fill ``.grad`` of the parameters (which are None or zero).
+
+        Args:
+            losses: ``[T]``, with their graph.
+            penalty: the regularisation loss, added to whatever is minimised.
+        """
+        (self.total(losses) + penalty).backward()
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The one loss to minimise."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after the optimizer's step."""
+
+    def weights(self) -> nn.Parameter | None:
+        """Learned loss weights ``[T]``, for logs."""
+        return None
+
+    def trained(self, values: Tensor) -> Tensor:
+        """The entries of ``values [T]`` that belong to trained outputs."""
+        return values if len(self.tasks) == len(values) else values[self.tasks]

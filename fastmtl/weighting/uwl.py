@@ -1,0 +1,32 @@
+"""Uncertainty weighting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Strategy
+
+
+class UncertaintyWeighting(Strategy):
+    """Each task's loss is divided by a learned variance: ``sum_i c_i L_i exp(-s_i) + s_i``, s = log variance.
+
+    c is 2 for a cross-entropy and 1 for a squared error (twice the paper's objective). s may become negative, which is
+    where torch-rechub's stops learning.
+
+    Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR'18, equations 7 to 10.
+    """
+
+    def attach(self, model, task_types) -> None:
+        super().attach(model, task_types)
+        self.log_variances = model.loss_weights(0.0)
+        scale = torch.tensor([2.0 if kind == "classification" else 1.0 for kind in task_types])
+        self.scale = scale
+
+    def total(self, losses: Tensor) -> Tensor:
+        s = self.log_variances
+        terms = self.scale.to(losses.device) * losses * torch.exp(-s) + s
+        return self.trained(terms).sum()
+
+    def weights(self) -> nn.Parameter:
+        return self.log_variances
