@@ -25,8 +25,6 @@ LEAKY_SLOPE = 0.01
 DICE_EPSILON = 1e-3
 BN_MOMENTUM = 0.1
 BN_EPSILON = 1e-5
-#: torch-rechub divides a mean-pooled bag by count + this.
-MEAN_EPSILON = 1e-16
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,11 @@ class EmbeddingSpec:
 
     bags: tuple[Bag, ...]
     n_dense: int = 0
+
+    @property
+    def n_tables(self) -> int:
+        """Weight tensors the bags read."""
+        return len({bag.table for bag in self.bags})
 
     def width(self, columns: tuple[int, ...]) -> int:
         """Columns of the output when bag f owns the id columns ``columns[f]:columns[f + 1]``."""

@@ -5,6 +5,7 @@ Any device, any floating dtype; gradients by autograd.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from ..spec import (
     BN_MOMENTUM,
     DICE_EPSILON,
     LEAKY_SLOPE,
-    MEAN_EPSILON,
     EmbeddingSpec,
     ExpertGateParams,
     ExpertGateSpec,
@@ -96,7 +96,7 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
 
     tables, starts = [], {}
     at = 0
-    for table in range(1 + max((bag.table for bag in bags), default=-1)):
+    for table in range(spec.n_tables):
         mine = [s for s, f in enumerate(bag_of) if bags[f].table == table]
         segments, mean, n_segments = [], [], 0
         for f, bag in enumerate(bags):
@@ -132,93 +132,116 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
     )
 
 
-def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
-    """Raise :class:`BadIdError` for the first id of ``ids [B, S]`` that its bag refuses; return if there is none."""
-    for f, bag in enumerate(spec.bags):
-        if bag.oov != "raise":
-            continue
-        part = ids[:, columns[f] : columns[f + 1]]
-        bad = (part < 0) | (part >= bag.vocab)
-        for pad in bag.padding:
-            bad &= part != pad
-        if bad.any():
-            row, column = (int(i) for i in bad.nonzero()[0])
-            raise BadIdError.at(bag.name, int(part[row, column]), row, bag.vocab)
-
-
-def _rows(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
-    """Rows of the weights [B, S] for the ids, and a mask of the lookups that count (None: all)."""
-    bad = (ids < 0) | (ids >= plan.vocab)
-    keep = None
-    if plan.padding is not None:
-        pad = ((ids == plan.padding[0]) & plan.has_padding[0]) | ((ids == plan.padding[1]) & plan.has_padding[1])
-        bad = bad & ~pad
-        keep = ~pad
-    if plan.replacement is None:
-        if bad.any():
-            raise_bad_id(ids, columns, spec)
-    else:
-        if (bad & (plan.replacement == -2)).any():
-            raise_bad_id(ids, columns, spec)
-        lost = bad & (plan.replacement == -1)
-        keep = ~lost if keep is None else keep & ~lost
-        ids = torch.where(bad, plan.replacement, ids)
-    rows = ids + plan.offset
-    return (rows, None) if keep is None else (torch.where(keep, rows, 0), keep)
-
-
-@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
-def _rows_opaque(
-    ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None,
-    replacement: Tensor | None, columns: list[int], names: list[str]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`_rows` as one opaque op, so that the check of the ids survives torch.compile without a graph break."""
+def _resolve(
+    ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None, replacement: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows of the weights [B, S]; a mask of the lookups that count (None: all); a mask of the ids that are refused."""
     bad = (ids < 0) | (ids >= vocab)
-    pad = torch.zeros_like(bad)
+    keep = None
     if padding is not None and has_padding is not None:
         pad = ((ids == padding[0]) & has_padding[0]) | ((ids == padding[1]) & has_padding[1])
-    bad = bad & ~pad
-    refused = bad if replacement is None else bad & (replacement == -2)
+        bad = bad & ~pad
+        keep = ~pad
+    refused = bad
+    if replacement is not None:
+        refused = bad & (replacement == -2)
+        lost = bad & (replacement == -1)
+        keep = ~lost if keep is None else keep & ~lost
+        ids = torch.where(bad, replacement, ids)
+    rows = ids + offset
+    return rows if keep is None else torch.where(keep, rows, 0), keep, refused
+
+
+def _refuse(ids: Tensor, refused: Tensor, vocab: Tensor, columns: Sequence[int], names: Sequence[str]) -> None:
+    """Raise for the first refused id, if there is one."""
     if refused.any():
         row, column = (int(i) for i in refused.nonzero()[0])
         feature = max(f for f in range(len(names)) if columns[f] <= column)
         raise BadIdError.at(names[feature], int(ids[row, column]), row, int(vocab[column]))
-    keep = ~pad
-    if replacement is not None:
-        keep &= ~(bad & (replacement == -1))
-        ids = torch.where(bad, replacement, ids)
-    return torch.where(keep, ids + offset, 0), keep
 
 
-@_rows_opaque.register_fake
+def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
+    """Raise :class:`BadIdError` for the first id of ``ids [B, S]`` that its bag refuses; return if there is none."""
+    plan = _plan(spec, columns, ids.device)
+    refused = _resolve(ids, *plan[:5])[2]
+    _refuse(ids, refused, plan.vocab, columns, [bag.name for bag in spec.bags])
+
+
+@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
+def _checked_rows(
+    ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None,
+    replacement: Tensor | None, columns: list[int], names: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`_resolve` and its check as one opaque op, so that torch.compile keeps both without a graph break."""
+    rows, keep, refused = _resolve(ids, vocab, offset, padding, has_padding, replacement)
+    _refuse(ids, refused, vocab, columns, names.split("\n"))
+    return rows, torch.ones_like(rows, dtype=torch.bool) if keep is None else keep
+
+
+@_checked_rows.register_fake
 def _(ids, vocab, offset, padding, has_padding, replacement, columns, names):
     return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
+
+
+def _rows(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+    names = [bag.name for bag in spec.bags]
+    if torch.compiler.is_compiling():
+        rows, keep = _checked_rows(ids, *plan[:5], list(columns), "\n".join(names))
+        return rows, None if plan.padding is None and plan.replacement is None else keep
+    rows, keep, refused = _resolve(ids, *plan[:5])
+    _refuse(ids, refused, plan.vocab, columns, names)
+    return rows, keep
 
 
 def embedding_bag(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return _embedding_bag_exported(weights, ids, columns, dense, spec)
     pieces = []
     order = None
     if spec.bags:
         plan = _plan(spec, columns, ids.device)
         order = plan.order
-        if torch.compiler.is_compiling():
-            rows, keep = _rows_opaque(
-                ids, plan.vocab, plan.offset, plan.padding, plan.has_padding, plan.replacement,
-                list(columns), [bag.name for bag in spec.bags],
-            )  # fmt: skip
-            if plan.padding is None and plan.replacement is None:
-                keep = None
-        else:
-            rows, keep = _rows(ids, columns, spec, plan)
+        rows, keep = _rows(ids, columns, spec, plan)
         for weight, table in zip(weights, plan.tables, strict=True):
             pieces.append(_lookup(weight, rows, keep, table))
     if dense is not None:
         pieces.append(dense)
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
     return out if order is None else out.index_select(1, order)
+
+
+def _embedding_bag_exported(
+    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+) -> Tensor:
+    """The op bag by bag, for a graph in another runtime's terms: lengths stay symbolic, ids are not checked."""
+    pieces = []
+    for f, bag in enumerate(spec.bags):
+        part = ids[:, columns[f] : columns[f + 1]]
+        keep = None
+        for pad in bag.padding:
+            keep = (part != pad) if keep is None else keep & (part != pad)
+        if bag.oov != "raise":
+            known = (part >= 0) & (part < bag.vocab)
+            if bag.oov == "zero":
+                keep = known if keep is None else keep & known
+            else:
+                part = torch.where(known, part, bag.oov)
+        table = weights[bag.table][bag.offset : bag.offset + bag.vocab]
+        emb = F.embedding(part if keep is None else torch.where(keep, part, 0), table)
+        if keep is not None:
+            emb = emb * keep.unsqueeze(-1).to(emb.dtype)
+        if bag.pooling == "concat":
+            emb = emb.flatten(1)
+        else:
+            counted = part.shape[1] if keep is None else keep.sum(dim=1, keepdim=True).clamp(min=1)
+            emb = emb.sum(dim=1)
+            if bag.pooling == "mean":
+                emb = emb / counted
+        pieces.append(emb)
+    return torch.cat(pieces if dense is None else [*pieces, dense], dim=1)
 
 
 def _lookup(weight: Tensor, rows: Tensor, keep: Tensor | None, table: _TablePlan) -> Tensor:
@@ -229,12 +252,12 @@ def _lookup(weight: Tensor, rows: Tensor, keep: Tensor | None, table: _TablePlan
     if keep is not None:
         emb = torch.where(keep.unsqueeze(-1), emb, 0)
     if table.segments is not None:
-        emb = emb.new_zeros(len(emb), table.n_segments, emb.shape[2]).index_add(1, table.segments, emb)
+        emb = emb.new_zeros(emb.shape[0], table.n_segments, emb.shape[2]).index_add(1, table.segments, emb)
     if table.mean is not None:
         counted = torch.ones_like(rows, dtype=emb.dtype) if keep is None else keep.to(emb.dtype)
         if table.segments is not None:
-            counted = counted.new_zeros(len(emb), table.n_segments).index_add(1, table.segments, counted)
-        emb = emb / torch.where(table.mean, counted + MEAN_EPSILON, 1).unsqueeze(-1)
+            counted = counted.new_zeros(emb.shape[0], table.n_segments).index_add(1, table.segments, counted)
+        emb = emb / torch.where(table.mean, counted.clamp(min=1), 1).unsqueeze(-1)
     return emb.flatten(1)
 
 
@@ -300,7 +323,7 @@ def _hidden(z: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, layer: in
 
 def _normalise(z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, training: bool) -> Tensor:
     # one row has no batch statistics: it is normalised by the running ones and does not change them
-    return F.batch_norm(z, mean, var, gamma, beta, training and len(z) > 1, BN_MOMENTUM, BN_EPSILON)
+    return F.batch_norm(z, mean, var, gamma, beta, training and z.shape[0] > 1, BN_MOMENTUM, BN_EPSILON)
 
 
 def _gate_weights(x: Tensor, gate: GateParams, spec: ExpertGateSpec, training: bool) -> Tensor:
@@ -310,9 +333,13 @@ def _gate_weights(x: Tensor, gate: GateParams, spec: ExpertGateSpec, training: b
     n_gates, n_experts = len(spec.gates), spec.n_experts
     everyone = tuple(range(n_experts))
     if any(gate.experts != everyone for gate in spec.gates):
-        slots = [g * n_experts + e for g, gate in enumerate(spec.gates) for e in gate.experts]
-        full = logits.new_full((len(logits), n_gates * n_experts), float("-inf"))
-        logits = full.index_copy(1, torch.tensor(slots, device=z.device), logits)
+        # a gate's missing experts read one extra column of -inf, whose softmax is 0
+        absent = spec.gate_rows
+        source = [absent] * (n_gates * n_experts)
+        for g, (gate, span) in enumerate(zip(spec.gates, spec.gate_spans, strict=True)):
+            for row, e in zip(range(*span), gate.experts, strict=True):
+                source[g * n_experts + e] = row
+        logits = F.pad(logits, (0, 1), value=float("-inf")).index_select(1, torch.tensor(source, device=z.device))
     return torch.softmax(logits.unflatten(1, (n_gates, n_experts)), dim=-1)
 
 

@@ -167,7 +167,7 @@ class EmbeddingLayer(BatchedModule):
                             f"{feature.max_len}; cut them, or give SequenceFeature(max_len=...)"
                         )
                     return None
-            at += length
+            at = at + length  # not in place: a tensor where the model is being traced
             columns.append(at)
         return tuple(columns)
 
