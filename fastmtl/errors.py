@@ -1,6 +1,6 @@
 """The errors fastmtl raises on purpose: each names the thing, where it is, and the remedy.
 
-The command line turns every `FastMTLError` into one line on stderr and exit code 2; anything else is a bug.
+The command line turns every ``FastMTLError`` into one line on stderr and exit code 2; anything else is a bug.
 """
 
 from __future__ import annotations

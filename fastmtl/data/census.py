@@ -1,6 +1,6 @@
 """Census-Income (KDD): the raw files, read, checked, split and encoded.
 
-299,285 people of the 1994 and 1995 surveys in two halves (`census-income.data`, 199,523 rows; `census-income.test`,
+299,285 people of the 1994 and 1995 surveys in two halves (``census-income.data``, 199,523 rows; ``census-income.test``,
 99,762), 42 columns, comma-separated without a header. Tasks: income above 50,000 dollars, and never married.
 Source: UCI Machine Learning Repository, "Census-Income (KDD)", CC BY 4.0.
 """
@@ -111,7 +111,7 @@ def load_census(path: str | os.PathLike[str] | None = None, *, seed: int = 2022,
     """Read, split and encode Census-Income.
 
     Of the test half alone, 60,000 rows are for training, 20,000 for validation and 19,762 for test, drawn by
-    `numpy.random.default_rng(seed).permutation`; of both halves (the training half's rows first) the same shares.
+    ``numpy.random.default_rng(seed).permutation``; of both halves (the training half's rows first) the same shares.
 
     Args:
         path: a file, or the folder that holds the files; None looks in $FASTMTL_DATA, then in the user's cache folder.
@@ -201,13 +201,15 @@ def _rows_in(content: bytes, file: Path) -> list[list[str]]:
         raise BadDataError(f"{file}: row {row} holds bytes that are no text; get it again from {ORIGIN}.") from error
     reader = csv.reader(io.StringIO(text), skipinitialspace=True, quoting=csv.QUOTE_NONE)
     rows = [row for row in reader if row]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(COLUMNS):
+    for number, cells in enumerate(rows, start=1):
+        if len(cells) != len(COLUMNS):
             where = (
-                f"'{COLUMNS[len(row)]}' and what follows is missing" if len(row) < len(COLUMNS) else "some are too many"
+                f"'{COLUMNS[len(cells)]}' and what follows is missing"
+                if len(cells) < len(COLUMNS)
+                else "some are too many"
             )
             raise BadDataError(
-                f"{file}: row {number} has {len(row)} columns instead of {len(COLUMNS)} ({where}); "
+                f"{file}: row {number} has {len(cells)} columns instead of {len(COLUMNS)} ({where}); "
                 f"mend the row, or get the file again from {ORIGIN}."
             )
     return rows

@@ -16,7 +16,7 @@ _WIDER = {"uint16": np.int32, "uint32": np.int64}
 
 
 def is_frame(x: Any) -> bool:
-    """Whether `x` is a pandas DataFrame (or looks like one), asked without importing pandas."""
+    """Whether ``x`` is a pandas DataFrame (or looks like one), asked without importing pandas."""
     return hasattr(x, "columns") and hasattr(x, "iloc")
 
 
@@ -28,7 +28,7 @@ def as_column(name: str, values: Any) -> np.ndarray:
         values: array, tensor, pandas Series or list: [N], or [N, L] for sequences and vectors.
 
     Returns:
-        Array [N] or [N, L] of a numeric or boolean dtype; shares memory with `values` where it can.
+        Array [N] or [N, L] of a numeric or boolean dtype; shares memory with ``values`` where it can.
 
     Raises:
         BadDataError: for text, dates, missing values in integer columns, ragged lists and other shapes.

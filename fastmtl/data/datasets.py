@@ -17,7 +17,8 @@ from .schema import Schema
 class PredictDataset(Dataset):
     """Feature columns without labels.
 
-    Columns of one dtype are kept as one row-major tensor [N, F], so that a batch is one `index_select` for each dtype.
+    Columns of one dtype are kept as one row-major tensor [N, F], so that a batch is one ``index_select`` for each
+    dtype.
 
     Args:
         x: name -> column ([N], or [N, L] for sequences and vectors; arrays, tensors, lists, Series), or a DataFrame.
@@ -70,7 +71,7 @@ class TorchDataset(PredictDataset):
     """Feature columns with a label column for each task.
 
     Args:
-        x: as for `PredictDataset`.
+        x: as for ``PredictDataset``.
         y: labels [N, T] or [N], a frame, or a dict or list of T columns; NaN where a label is unknown.
 
     Raises:

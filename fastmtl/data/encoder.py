@@ -33,35 +33,43 @@ class FeatureSpec:
     vocab: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Classes:
-    """The values of a sparse column in sorted order; the place of a value is its id."""
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a sparse column in sorted order; the place of a text is its id."""
 
-    values: tuple[str, ...] | np.ndarray
-
-    @property
-    def is_text(self) -> bool:
-        return isinstance(self.values, tuple)
+    values: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def ids(self, column: Any) -> np.ndarray:
-        """Ids [N]; a value that is none of the classes, or missing, gets the id after the last."""
-        n_classes = len(self)
-        if self.is_text:
-            place = {value: index for index, value in enumerate(self.values)}
-            texts = _as_texts(column)
-            return np.fromiter(map(place.get, texts, repeat(n_classes)), np.int64, len(texts))
-        numbers, known = _as_numbers(column)
-        if n_classes == 0:
-            return np.full(len(numbers), n_classes, np.int64)
-        at = np.searchsorted(self.values, numbers).clip(max=n_classes - 1)
-        return np.where(known & (self.values[at] == numbers), at, n_classes)
+        """Ids [N]; a value that is none of the texts, or missing, gets the id after the last."""
+        place: dict[str | None, int] = {value: index for index, value in enumerate(self.values)}
+        texts = _as_texts(column)
+        return np.fromiter(map(place.get, texts, repeat(len(self))), np.int64, len(texts))
 
     def to_dict(self) -> dict[str, Any]:
-        if self.is_text:
-            return {"type": "text", "values": list(self.values)}
+        return {"type": "text", "values": list(self.values)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Numbers:
+    """The numbers of a sparse column in sorted order; the place of a number is its id."""
+
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def ids(self, column: Any) -> np.ndarray:
+        """Ids [N]; a value that is none of the numbers, or missing, gets the id after the last."""
+        numbers, known = _as_numbers(column)
+        if len(self) == 0:
+            return np.zeros(len(numbers), np.int64)
+        at = np.searchsorted(self.values, numbers).clip(max=len(self) - 1)
+        return np.where(known & (self.values[at] == numbers), at, len(self))
+
+    def to_dict(self) -> dict[str, Any]:
         return {"type": self.values.dtype.name, "values": self.values.tolist()}
 
 
@@ -84,9 +92,11 @@ class _Range:
         return {"type": "range", "size": self.size}
 
 
+_Vocabulary = _Texts | _Numbers | _Range
+
+
 class Encoder:
-    """Sparse values to ids in sorted order (as scikit-learn's LabelEncoder), dense ones to their place between min and
-    max.
+    """Sparse values to ids in sorted order, dense ones to their place between the least and the greatest.
 
     Each sparse feature has one id more than it has values: the last one stands for values that training never saw.
 
@@ -98,7 +108,7 @@ class Encoder:
 
     def __init__(
         self,
-        sparse: Mapping[str, _Classes | _Range],
+        sparse: Mapping[str, _Vocabulary],
         dense: Mapping[str, tuple[float, float]],
         order: Sequence[str],
     ) -> None:
@@ -115,7 +125,7 @@ class Encoder:
             source: where the rows come from, for errors.
 
         Returns:
-            The fitted encoder; its features are `sparse`, then `dense`.
+            The fitted encoder; its features are ``sparse``, then ``dense``.
 
         Raises:
             BadDataError: for a missing column, or a dense value that is no finite number.
@@ -128,7 +138,7 @@ class Encoder:
             if not len(numbers):
                 raise BadDataError(f"{_at(source)}there is no row to learn the range of '{name}' from.")
             ranges[name] = (float(numbers.min()), float(numbers.max()))
-        return cls({name: _classes_of(columns[name]) for name in sparse}, ranges, [*sparse, *dense])
+        return cls({name: _vocabulary_of(columns[name]) for name in sparse}, ranges, [*sparse, *dense])
 
     @classmethod
     def for_ids(cls, vocabs: Mapping[str, int], dense: Iterable[str]) -> Encoder:
@@ -191,26 +201,26 @@ class Encoder:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Encoder:
-        """The encoder that `to_dict` gave."""
+        """The encoder that ``to_dict`` gave."""
         if fields.get("format") != _FORMAT:
             raise ConfigError(f"this encoder has format {fields.get('format')!r}, and this version reads {_FORMAT}.")
-        sparse: dict[str, _Classes | _Range] = {}
+        sparse: dict[str, _Vocabulary] = {}
         for name, values in fields["sparse"].items():
             if values["type"] == "range":
                 sparse[name] = _Range(int(values["size"]))
             elif values["type"] == "text":
-                sparse[name] = _Classes(tuple(values["values"]))
+                sparse[name] = _Texts(tuple(values["values"]))
             else:
-                sparse[name] = _Classes(np.array(values["values"], dtype=np.dtype(values["type"])))
+                sparse[name] = _Numbers(np.array(values["values"], dtype=np.dtype(values["type"])))
         return cls(sparse, {name: (low, high) for name, (low, high) in fields["dense"].items()}, fields["order"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoder as JSON; `load` gives exactly the same one back."""
+        """Write the encoder as JSON; ``load`` gives exactly the same one back."""
         Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Encoder:
-        """Read what `save` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
             BadDataError: when the file is missing or damaged.
@@ -225,16 +235,16 @@ class Encoder:
             raise BadDataError(f"{path}: is no encoder ({error}); train again, or copy the file again.") from error
 
 
-def _classes_of(column: Any) -> _Classes:
+def _vocabulary_of(column: Any) -> _Vocabulary:
     """The distinct values of a raw column, sorted: as numbers if all are numbers, else as texts."""
     if isinstance(column, np.ndarray) and column.dtype.kind in "iufb":
         if column.dtype.kind == "f":
-            return _Classes(np.unique(column[np.isfinite(column)].astype(np.float64)))
-        return _Classes(np.unique(column.astype(np.int64)))
+            return _Numbers(np.unique(column[np.isfinite(column)].astype(np.float64)))
+        return _Numbers(np.unique(column.astype(np.int64)))
     values = [value for value in dict.fromkeys(_listed(column)) if not _is_missing(value)]
     if values and not any(isinstance(value, str) for value in values):
-        return _Classes(np.unique(np.array(values)))
-    return _Classes(tuple(sorted(set(_as_texts(values)))))
+        return _Numbers(np.unique(np.array(values)))
+    return _Texts(tuple(sorted({text for text in _as_texts(values) if text is not None})))
 
 
 def _as_texts(column: Any) -> Sequence[str | None]:
@@ -281,10 +291,10 @@ def _dense_numbers(name: str, column: Any, source: str, first_row: int) -> np.nd
         row = int(bad.argmax())
         value = column[row]
         value = value.item() if isinstance(value, np.generic) else value
-        what = "no value" if _is_missing(value) or value == "" else f"{value!r}, which is no finite number"
-        raise BadDataError(
-            f"{_at(source)}feature '{name}' has {what} in row {first_row + row}; write a number there, or drop the row."
-        )
+        where = f"in row {first_row + row}"
+        empty = _is_missing(value) or value == ""
+        what = f"no value {where}" if empty else f"{value!r} {where}, which is no finite number"
+        raise BadDataError(f"{_at(source)}feature '{name}' has {what}; write a number there, or drop the row.")
     return numbers
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
 
 from ..errors import BadDataError, ConfigError
 from .datasets import PredictDataset, TorchDataset
@@ -17,16 +17,16 @@ __all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
 
 
 class ColumnLoader(DataLoader):
-    """A DataLoader whose batches are cut from whole columns: one `index_select` for each dtype, no loop over rows.
+    """A DataLoader whose batches are cut from whole columns: one ``index_select`` for each dtype, no loop over rows.
 
     Batches, their order and what is drawn from torch's random numbers are those of
-    `torch.utils.data.DataLoader(dataset, batch_size, shuffle)`, so one seed gives one run with either.
+    ``torch.utils.data.DataLoader(dataset, batch_size, shuffle)``, so one seed gives one run with either.
 
     Args:
         dataset: TorchDataset or PredictDataset, or a torch Subset of one.
         batch_size: rows in a batch, at least 1.
         shuffle: draw a new order each epoch.
-        sampler: yields row numbers, instead of `shuffle` (for example a DistributedSampler).
+        sampler: yields row numbers, instead of ``shuffle`` (for example a DistributedSampler).
         num_workers: accepted for torch's sake. Cutting a batch costs less than sending it from another process, so
             batches are always made in this one; only the moment when the order is drawn is torch's for workers.
         drop_last: leave out a last batch that is not full.
@@ -63,11 +63,12 @@ class ColumnLoader(DataLoader):
             batch_size=int(batch_size),
             shuffle=shuffle,
             sampler=sampler,
-            num_workers=num_workers,
             drop_last=drop_last,
             generator=generator,
         )
-        self._source, self._rows = source, rows
+        # Set afterwards: torch would warn of too many processes where there is none.
+        self.num_workers = num_workers
+        self._source, self._rows, self._step = source, rows, int(batch_size)
         self.schema = source.schema if schema is None else schema
 
     @property
@@ -101,7 +102,7 @@ class ColumnLoader(DataLoader):
 
     def _row_batches(self) -> Iterator[torch.Tensor | slice]:
         """Row numbers of each batch within this loader's rows: a slice where they follow one another."""
-        sampler, step = self.sampler, self.batch_size
+        sampler, step = self.sampler, self._step
         n = len(self.dataset)  # type: ignore[arg-type]
         end = n - n % step if self.drop_last else n
         if type(sampler) is SequentialSampler:
@@ -113,7 +114,7 @@ class ColumnLoader(DataLoader):
             for start in range(0, end, step):
                 yield order[start : min(start + step, end)]
         else:
-            for indices in self.batch_sampler:
+            for indices in BatchSampler(sampler, step, self.drop_last):
                 yield torch.as_tensor(indices, dtype=torch.int64)
 
 

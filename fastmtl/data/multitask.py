@@ -41,7 +41,7 @@ class MultiTaskData:
         test: the rows to report.
         task_names: a name for each label column.
         task_types: "classification" or "regression" for each.
-        encoder: from raw columns to `x`, fitted on the training rows.
+        encoder: from raw columns to ``x``, fitted on the training rows.
         best_auc: task -> AUC of the true probabilities on the test rows, where they are known: no model does better
             but by luck.
         note: one line about where the rows came from.
@@ -81,13 +81,13 @@ class MultiTaskData:
 
         Args:
             batch_size: rows in a batch.
-            num_workers: see `ColumnLoader`.
+            num_workers: see ``ColumnLoader``.
 
         Returns:
             (train, validation, test), with one schema whose vocabularies are the encoder's.
         """
         vocabs = {spec.name: spec.vocab for spec in self.features}
-        loaders = []
+        loaders: list[ColumnLoader] = []
         for split in (self.train, self.valid, self.test):
             names = dict(zip(self.task_names, split.y.T, strict=True))
             dataset = TorchDataset(split.x, names)

@@ -30,7 +30,7 @@ class ParquetIterableDataset(IterableDataset):
     Integers stay 64-bit integers, so that ids above 2^24 are exact; other numbers become float32. Lists of one length
     are [B, L]; lists of integers of different lengths are filled up with -1 to the longest of the batch. With n loader
     workers each reads an equal share of all rows, whatever the files and row groups, and every row is read once. Give
-    it to `torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=n)`, or iterate over it.
+    it to ``torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=n)``, or iterate over it.
 
     Args:
         file_paths: the files, all with the columns read.
@@ -39,7 +39,7 @@ class ParquetIterableDataset(IterableDataset):
         labels: label columns, one a task; a missing value (null) is NaN, "unknown".
 
     Yields:
-        dict column -> tensor [B] or [B, L]; with `labels`, (that dict, labels [B, T] float32).
+        dict column -> tensor [B] or [B, L]; with ``labels``, (that dict, labels [B, T] float32).
 
     Raises:
         BadDataError: for a file that cannot be read, a missing column, texts, a missing or infinite feature value; the
@@ -58,8 +58,9 @@ class ParquetIterableDataset(IterableDataset):
         labels: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        single = isinstance(file_paths, (str, os.PathLike))
-        self._paths = tuple(map(str, [file_paths] if single else file_paths))
+        if isinstance(file_paths, (str, os.PathLike)):
+            file_paths = [file_paths]
+        self._paths = tuple(str(path) for path in file_paths)
         if not self._paths:
             raise ConfigError("no Parquet file is given; give at least one path.")
         if batch_size < 1:
@@ -182,7 +183,7 @@ class ParquetIterableDataset(IterableDataset):
 
 
 def _rebatched(pieces: Iterator[Any], size: int) -> Iterator[Any]:
-    """Tables of `size` rows cut from record batches of any size, without copying; the last one may be shorter."""
+    """Tables of ``size`` rows cut from record batches of any size, without copying; the last one may be shorter."""
     pa = require("pyarrow", "parquet", "Reading Parquet files")
     held: list[Any] = []
     n_held = 0

@@ -87,7 +87,7 @@ class Schema:
             other: another data set's schema, for example the validation rows'.
 
         Returns:
-            This schema's columns and tasks, with ranges that cover `other` too.
+            This schema's columns and tasks, with ranges that cover ``other`` too.
         """
         theirs = {column.name: column for column in other.columns}
         return Schema(tuple(_wider(c, theirs.get(c.name)) for c in self.columns), self.task_names)
@@ -116,7 +116,7 @@ class Schema:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Schema:
-        """The schema that `to_dict` gave."""
+        """The schema that ``to_dict`` gave."""
         return cls(tuple(ColumnInfo(**column) for column in fields["columns"]), tuple(fields["task_names"]))
 
     @classmethod

@@ -146,7 +146,7 @@ class SyntheticLog:
             chunk_rows: rows in a piece.
 
         Yields:
-            `Rows`, the last of them maybe shorter.
+            ``Rows``, the last of them maybe shorter.
         """
         for start in range(0, n_rows, chunk_rows):
             yield self.rows(start, min(start + chunk_rows, n_rows))
@@ -207,7 +207,7 @@ def load_synthetic(
 
     Args:
         n_rows: rows in all, at least 10.
-        seed: see `SyntheticLog`, as the arguments below.
+        seed: see ``SyntheticLog``, as the arguments below.
         relatedness: cosine between the tasks' directions.
         scale: what to multiply Ali-CCP's vocabularies with.
         click_rate: share of impressions with a click.
@@ -232,6 +232,7 @@ def load_synthetic(
         Split({name: column[a:b] for name, column in x.items()}, y[a:b], probabilities[a:b])
         for a, b in pairwise(bounds)
     )
+    test_probabilities = probabilities[bounds[2] :]
     return MultiTaskData(
         name="synthetic",
         train=train,
@@ -240,7 +241,7 @@ def load_synthetic(
         task_names=TASKS,
         task_types=("classification",) * 2,
         encoder=Encoder.for_ids(log.vocabs, DENSE),
-        best_auc={name: auc(test.y[:, t], test.probabilities[:, t]) for t, name in enumerate(TASKS)},
+        best_auc={name: auc(test.y[:, t], test_probabilities[:, t]) for t, name in enumerate(TASKS)},
         note=f"synthetic log, {n_rows:,} rows, seed {seed}, relatedness {relatedness}, vocabularies x {scale}",
     )
 

@@ -99,12 +99,12 @@ def _read_csv(path: Path, wanted: list[str] | None) -> dict[str, np.ndarray]:
         names = check_names(path, _next_row(csv.reader(lines, strict=True), path, 0) or [], wanted)
     try:
         return _read_csv_with_pyarrow(path, names)
-    except _PyarrowDeclines:
+    except _PyarrowDeclinesError:
         # Not installed, or not happy: the slower reader tells exactly what is wrong, or copes.
         return _read_csv_by_rows(path, names)
 
 
-class _PyarrowDeclines(Exception):
+class _PyarrowDeclinesError(Exception):
     """pyarrow is missing, or refuses the file."""
 
 
@@ -113,14 +113,14 @@ def _read_csv_with_pyarrow(path: Path, names: Sequence[str]) -> dict[str, np.nda
         import pyarrow as pa
         from pyarrow import csv as pa_csv
     except ImportError as error:
-        raise _PyarrowDeclines from error
+        raise _PyarrowDeclinesError from error
     convert = pa_csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()), include_columns=list(names), strings_can_be_null=False
     )
     try:
         table = pa_csv.read_csv(path, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
-        raise _PyarrowDeclines from error
+        raise _PyarrowDeclinesError from error
     return {name: table[name].to_numpy() for name in names}
 
 
@@ -200,7 +200,7 @@ def open_parquet(path: str | os.PathLike[str]) -> Any:
     if path.stat().st_size == 0:
         raise BadDataError(f"{path}: the file is empty.")
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise BadDataError(f"{path}: is no whole Parquet file ({_short(error)}).") from error
 

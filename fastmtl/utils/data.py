@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..basic.features import get_auto_embedding_dim
 from ..basic.loss_func import get_loss_func
@@ -60,47 +60,45 @@ class DataGenerator:
         row for each id that it will meet.
 
         Args:
-            x_val: validation features, as `x`.
-            y_val: validation labels, as `y`.
-            x_test: test features, as `x`.
-            y_test: test labels, as `y`; without them the test loader yields features only.
-            split_ratio: (train, validation) shares of the rows of `x`, the test rows being the rest; instead of the
+            x_val: validation features, as ``x``.
+            y_val: validation labels, as ``y``.
+            x_test: test features, as ``x``.
+            y_test: test labels, as ``y``; without them the test loader yields features only.
+            split_ratio: (train, validation) shares of the rows of ``x``, the test rows being the rest; instead of the
                 four arguments above.
             batch_size: rows in a batch.
-            num_workers: accepted for torch's sake, see `ColumnLoader`.
+            num_workers: accepted for torch's sake, see ``ColumnLoader``.
 
         Returns:
             (train, validation, test) loaders; None for a set that was not given.
 
         Raises:
             BadDataError: for columns that do not fit one another, or a training share without a row.
-            ConfigError: for shares that are no shares, or given beside `x_val` or `x_test`.
+            ConfigError: for shares that are no shares, or given beside ``x_val`` or ``x_test``.
         """
-        parts: list[Dataset | None]
         if split_ratio is not None:
             if any(part is not None for part in (x_val, y_val, x_test, y_test)):
                 raise ConfigError(
                     "split_ratio and x_val, y_val, x_test, y_test exclude each other; give one or the other."
                 )
-            parts = list(self._split(split_ratio))
-            schema = self.dataset.schema
-        else:
-            val, test = _dataset(x_val, y_val, "val"), _dataset(x_test, y_test, "test")
-            parts = [self.dataset, val, test]
-            schema = self.dataset.schema
-            for other in (val, test):
-                schema = schema if other is None else schema.merge(other.schema)
-        loaders = []
-        for part in parts:
-            if part is None:
-                loaders.append(None)
-                continue
-            own = schema if isinstance(part, Subset) else part.schema.merge(schema)
-            loader = ColumnLoader(part, batch_size, shuffle=part is parts[0], num_workers=num_workers, schema=own)
-            loaders.append(loader)
-        train, val_loader, test_loader = loaders
-        assert train is not None
-        return train, val_loader, test_loader
+            train, val, test = self._split(split_ratio)
+            return (
+                ColumnLoader(train, batch_size, shuffle=True, num_workers=num_workers),
+                ColumnLoader(val, batch_size, num_workers=num_workers),
+                ColumnLoader(test, batch_size, num_workers=num_workers),
+            )
+        others = [_dataset(x_val, y_val, "val"), _dataset(x_test, y_test, "test")]
+        schema = self.dataset.schema
+        for other in others:
+            schema = schema if other is None else schema.merge(other.schema)
+        val_loader, test_loader = (
+            None
+            if other is None
+            else ColumnLoader(other, batch_size, num_workers=num_workers, schema=other.schema.merge(schema))
+            for other in others
+        )
+        train_loader = ColumnLoader(self.dataset, batch_size, shuffle=True, num_workers=num_workers, schema=schema)
+        return train_loader, val_loader, test_loader
 
     def _split(self, ratio: Sequence[float]) -> list[Subset]:
         """Random parts of the rows, the same as torch's random_split gives, with their row numbers kept as arrays."""
@@ -109,8 +107,9 @@ class DataGenerator:
         n_train, n_val = int(self.length * ratio[0]), int(self.length * ratio[1])
         sizes = [n_train, n_val, self.length - n_train - n_val]
         _log.info("rows: %d train, %d validation, %d test", *sizes)
-        order = torch.randperm(self.length).numpy()
-        return [Subset(self.dataset, rows) for rows in np.split(order, np.cumsum(sizes)[:-1])]
+        # Tensors of row numbers instead of torch's lists: an object for each row is dear where there are many.
+        rows = torch.randperm(self.length).split(sizes)
+        return [Subset(self.dataset, part) for part in rows]
 
 
 def _dataset(x: Any, y: Any, name: str) -> PredictDataset | None:
@@ -162,8 +161,8 @@ def pad_sequences(
         Array [N, L].
 
     Raises:
-        BadDataError: for a number that `dtype` cannot hold.
-        ConfigError: for another `padding` or `truncating`.
+        BadDataError: for a number that ``dtype`` cannot hold.
+        ConfigError: for another ``padding`` or ``truncating``.
     """
     for option, given in (("padding", padding), ("truncating", truncating)):
         if given not in ("pre", "post"):
