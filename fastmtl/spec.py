@@ -193,7 +193,9 @@ class ExpertGateParams(NamedTuple):
         return flat if self.gate is None else flat + list(self.gate[4:])
 
     @classmethod
-    def of(cls, learned: Sequence[torch.Tensor], running: Sequence[torch.Tensor], spec: ExpertGateSpec) -> ExpertGateParams:
+    def of(
+        cls, learned: Sequence[torch.Tensor], running: Sequence[torch.Tensor], spec: ExpertGateSpec
+    ) -> ExpertGateParams:
         """The inverse of :meth:`learned` and :meth:`running`."""
         n, it, buffers = len(spec.dims), iter(learned), iter(running)
 

@@ -133,7 +133,12 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
 
 
 def _resolve(
-    ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None, replacement: Tensor | None
+    ids: Tensor,
+    vocab: Tensor,
+    offset: Tensor,
+    padding: Tensor | None,
+    has_padding: Tensor | None,
+    replacement: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rows of the weights [B, S]; a mask of the lookups that count (None: all); a mask of the ids that are refused."""
     bad = (ids < 0) | (ids >= vocab)

@@ -11,8 +11,10 @@ from ..spec import ACTIVATIONS
 
 
 class Dice(nn.Module):
-    """Dice with one learned scalar, over ``[B, H]``. Source: DIN, Zhou et al., KDD'18, section 5.3, as torch-rechub has it:
-    normalised over the H units of a row by the root of their summed squares."""
+    """Dice with one learned scalar, over ``[B, H]``: normalised over the H units of a row by their root sum of squares.
+
+    Source: DIN, Zhou et al., KDD'18, section 5.3, as torch-rechub has it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

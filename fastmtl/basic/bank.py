@@ -137,7 +137,11 @@ class ExpertGate(BatchedModule):
 
 
 def bank_spec(
-    in_features: int, mlp_params: dict[str, Any], expert_input: Sequence[int], gates: Sequence = (), output_layer: bool = False
+    in_features: int,
+    mlp_params: dict[str, Any],
+    expert_input: Sequence[int],
+    gates: Sequence = (),
+    output_layer: bool = False,
 ) -> ExpertGateSpec:
     """The spec of a bank whose members are ``MLP(in_features, output_layer, **mlp_params)``."""
     return ExpertGateSpec(
@@ -174,7 +178,7 @@ class TowerBank(nn.Module):
         self.groups = list(groups.values())
         self.shared_input = shared_input
         self.banks = nn.ModuleList()
-        for spec, tasks in groups.items():
+        for tasks in self.groups:
             inputs = [0] * len(tasks) if shared_input else range(len(tasks))
             bank = bank_spec(in_features, params_list[tasks[0]], inputs, output_layer=True)
             self.banks.append(ExpertGate(bank, [towers[t] for t in tasks], (), [names[t] for t in tasks]))

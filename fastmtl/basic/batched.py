@@ -34,8 +34,8 @@ class View(NamedTuple):
 class BatchedModule(nn.Module):
     """A module that owns a few large tensors which stand for many small ones.
 
-    A subclass registers its parameters and buffers and sets ``views``. ``state_dict`` and ``load_state_dict`` then speak
-    of the views alone, strictly and in their order.
+    A subclass registers its parameters and buffers and sets ``views``. ``state_dict`` and ``load_state_dict`` then
+    speak of the views alone, strictly and in their order.
     """
 
     views: tuple[View, ...] = ()

@@ -65,7 +65,9 @@ class EmbeddingLayer(BatchedModule):
         for feature in self.features:
             shared = None if isinstance(feature, DenseFeature) else feature.shared_with
             if shared is not None and shared not in owners:
-                raise ConfigError(f"feature {feature.name!r} is shared_with {shared!r}, which has no table in this model")
+                raise ConfigError(
+                    f"feature {feature.name!r} is shared_with {shared!r}, which has no table in this model"
+                )
             if shared is not None and owners[shared].embed_dim != feature.embed_dim:
                 raise ConfigError(
                     f"feature {feature.name!r} (embed_dim {feature.embed_dim}) is shared_with {shared!r} "
@@ -81,7 +83,9 @@ class EmbeddingLayer(BatchedModule):
             start = 0
             for name, table in tables:
                 rows = table.num_embeddings
-                views[name] = View(f"embed_dict.{name}.weight", f"table{index}", start, start + rows, (rows, table.embedding_dim))
+                views[name] = View(
+                    f"embed_dict.{name}.weight", f"table{index}", start, start + rows, (rows, table.embedding_dim)
+                )
                 self._place[name] = (index, start, rows)
                 start += rows
             weight = torch.cat([table.weight.detach() for _, table in tables])
@@ -122,7 +126,9 @@ class EmbeddingLayer(BatchedModule):
             feature.oov,
         )
 
-    def inputs(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
+    def inputs(
+        self, x: Mapping[str, Tensor], features: Sequence[Feature]
+    ) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
         """The columns of a batch as the op takes them.
 
         Returns:
@@ -283,6 +289,7 @@ def _pad_concat(ids: list[Tensor], features: Sequence[Feature]) -> tuple[list[Te
 def input_width(features: Sequence[Feature]) -> int:
     """Columns of a looked-up row: the sum of the widths, L times the width for a concatenated sequence."""
     return sum(
-        feature.embed_dim * (feature.max_len if isinstance(feature, SequenceFeature) and feature.pooling == "concat" else 1)
+        feature.embed_dim
+        * (feature.max_len if isinstance(feature, SequenceFeature) and feature.pooling == "concat" else 1)
         for feature in features
     )

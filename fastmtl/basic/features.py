@@ -10,6 +10,8 @@ from torch import nn
 from ..errors import ConfigError
 from .initializers import RandomNormal
 
+#: torch-rechub's default start of a table.
+SMALL_NORMAL = RandomNormal(0, 0.0001)
 POOLINGS = ("mean", "sum", "concat")
 Initializer = Callable[..., nn.Embedding]
 
@@ -41,7 +43,7 @@ class _TableFeature:
             )
         if oov not in ("raise", "zero") and not (isinstance(oov, int) and 0 <= oov < self.vocab_size):
             raise ConfigError(
-                f"{kind} {name!r}: oov must be 'raise', 'zero' or a row between 0 and {self.vocab_size - 1}, got {oov!r}"
+                f"{kind} {name!r}: oov must be 'raise', 'zero' or a row from 0 to {self.vocab_size - 1}, got {oov!r}"
             )
         self.oov = oov
 
@@ -74,7 +76,7 @@ class SparseFeature(_TableFeature):
         embed_dim: int | None = None,
         shared_with: str | None = None,
         padding_idx: int | None = None,
-        initializer: Initializer = RandomNormal(0, 0.0001),
+        initializer: Initializer = SMALL_NORMAL,
         *,
         oov: str | int = "raise",
     ) -> None:
@@ -86,7 +88,7 @@ class SequenceFeature(_TableFeature):
 
     Args:
         name, vocab_size, embed_dim, shared_with, initializer, oov: as in :class:`SparseFeature`.
-        pooling: ``"mean"`` and ``"sum"`` over the ids that are no padding, or ``"concat"`` for all L vectors side by side.
+        pooling: ``"mean"`` or ``"sum"`` over the ids that are no padding; ``"concat"``: L vectors side by side.
         padding_idx: id that means "nothing", beside -1, which always does.
         max_len: L, for ``"concat"``; None: taken from the first data the model sees.
     """
@@ -99,14 +101,16 @@ class SequenceFeature(_TableFeature):
         pooling: str = "mean",
         shared_with: str | None = None,
         padding_idx: int | None = None,
-        initializer: Initializer = RandomNormal(0, 0.0001),
+        initializer: Initializer = SMALL_NORMAL,
         *,
         oov: str | int = "raise",
         max_len: int | None = None,
     ) -> None:
         super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov)
         if pooling not in POOLINGS:
-            raise ConfigError(f"SequenceFeature {name!r}: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+            raise ConfigError(
+                f"SequenceFeature {name!r}: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}"
+            )
         self.pooling = pooling
         self.max_len = max_len
 

@@ -29,7 +29,9 @@ def check_task_type(task_type: str) -> str:
     """``"classification"`` (also spelt ``"binary"``) or ``"regression"``; anything else raises ConfigError."""
     task_type = {"binary": "classification"}.get(task_type, task_type)
     if task_type not in TASK_TYPES:
-        raise ConfigError(f"task type {task_type!r} is not known; the task types are {', '.join(TASK_TYPES)} (or binary)")
+        raise ConfigError(
+            f"task type {task_type!r} is not known; the task types are {', '.join(TASK_TYPES)} (or binary)"
+        )
     return task_type
 
 
@@ -62,7 +64,12 @@ class MLP(nn.Module):
         for width in dims or ():
             if int(width) != width or width < 1:
                 raise ConfigError(f"MLP: dims must be whole numbers of at least 1, got {list(dims or ())}")
-            layers += [nn.Linear(input_dim, width), nn.BatchNorm1d(width), activation_layer(activation), nn.Dropout(dropout)]
+            layers += [
+                nn.Linear(input_dim, width),
+                nn.BatchNorm1d(width),
+                activation_layer(activation),
+                nn.Dropout(dropout),
+            ]
             input_dim = width
         if output_layer:
             layers.append(nn.Linear(input_dim, 1))

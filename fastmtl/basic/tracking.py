@@ -44,7 +44,9 @@ class WandbLogger(BaseLogger):
         **kwargs: Any,
     ) -> None:
         self._wandb = require("wandb", "wandb", "WandbLogger")
-        self.run = self._wandb.init(project=project, name=name, config=config, tags=tags, notes=notes, dir=dir, **kwargs)
+        self.run = self._wandb.init(
+            project=project, name=name, config=config, tags=tags, notes=notes, dir=dir, **kwargs
+        )
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self._wandb.log(dict(metrics), step=step)
@@ -77,7 +79,12 @@ class SwanLabLogger(BaseLogger):
     ) -> None:
         self._swanlab = require("swanlab", "swanlab", "SwanLabLogger")
         self.run = self._swanlab.init(
-            project=project, experiment_name=experiment_name, description=description, config=config, logdir=logdir, **kwargs
+            project=project,
+            experiment_name=experiment_name,
+            description=description,
+            config=config,
+            logdir=logdir,
+            **kwargs,
         )
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

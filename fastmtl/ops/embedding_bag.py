@@ -50,6 +50,8 @@ def embedding_bag(
     module = backend.resolve("embedding_bag", *weights, *(() if dense is None else (dense,)))
     if module.DIFFERENTIABLE:
         return module.embedding_bag(weights, ids, columns, dense, spec)
-    if torch.is_grad_enabled() and (any(w.requires_grad for w in weights) or (dense is not None and dense.requires_grad)):
+    if torch.is_grad_enabled() and (
+        any(w.requires_grad for w in weights) or (dense is not None and dense.requires_grad)
+    ):
         return _EmbeddingBag.apply(module, ids, columns, dense, spec, *weights)
     return module.embedding_bag_fwd(weights, ids, columns, dense, spec)

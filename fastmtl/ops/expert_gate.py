@@ -28,7 +28,9 @@ class _ExpertGate(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         a, b = ctx.cuts
         params = ExpertGateParams.of(rest[:a], rest[a:b], ctx.spec)
-        dx, grads = ctx.module.expert_gate_bwd(grad, x, params, ctx.spec, ctx.training, rest[b:], ctx.needs_input_grad[1])
+        dx, grads = ctx.module.expert_gate_bwd(
+            grad, x, params, ctx.spec, ctx.training, rest[b:], ctx.needs_input_grad[1]
+        )
         return None, dx, None, None, None, *grads
 
 

@@ -74,7 +74,9 @@ def predictions(
         model.train(was_training)
 
 
-def collect(model: nn.Module, loader: Iterable, device: torch.device | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def collect(
+    model: nn.Module, loader: Iterable, device: torch.device | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """All predictions ``[N, T]`` and labels ``[N, T]`` (None without) of a loader."""
     pairs = list(predictions(model, loader, device))
     if not pairs:
@@ -93,7 +95,7 @@ def evaluate_multi_task(model: nn.Module, loader: Iterable) -> dict[str, dict[st
         loader: yields ``(x, y)``.
 
     Returns:
-        ``{task: {"auc": ..., "logloss": ...}}``, for a regression task ``{"mse": ...}``. An AUC that is undefined is NaN,
+        ``{task: {"auc": ..., "logloss": ...}}``, for a regression task ``{"mse": ...}``. An undefined AUC is NaN,
         with a warning that says why.
     """
     outputs, labels = collect(model, loader)

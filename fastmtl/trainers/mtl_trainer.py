@@ -182,7 +182,11 @@ class MTLTrainer:
         if labels is not None:
             n = labels.shape[1]
             kinds = self.task_types if n == self.n_task else ["classification"] * n
-            names = self.task_names if n == self.n_task else getattr(loader, "task_names", None) or [f"task_{t}" for t in range(n)]
+            names = (
+                self.task_names
+                if n == self.n_task
+                else getattr(loader, "task_names", None) or [f"task_{t}" for t in range(n)]
+            )
             validate_labels(labels, kinds, names)
 
     # ----------------------------------------------------------------------------------------------- training

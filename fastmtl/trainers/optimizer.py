@@ -31,10 +31,10 @@ def make_optimizer(
 
 
 class TaskLearningRates:
-    """Learning rates of single tasks: what belongs to one task moves by ``lr_task / lr`` of the optimizer's step.
+    """Learning rates of single tasks: what is one task's own moves by ``lr_task / lr`` of the optimizer's step.
 
-    The update rules of torch's optimizers are linear in the learning rate, so that this equals a parameter group a task,
-    for parameters that are stored batched.
+    The update rules of torch's optimizers are linear in the learning rate, so that this equals a parameter group for
+    each task, for parameters that are stored batched.
 
     Args:
         model: a built model.

@@ -25,7 +25,9 @@ class Progress:
         self.loader = loader
         enabled = sys.stderr.isatty() if enabled is None else enabled
         rows = self._n_rows(loader)
-        self.bar = tqdm(total=rows, desc=description, unit=" samples", unit_scale=True, disable=not enabled, leave=False)
+        self.bar = tqdm(
+            total=rows, desc=description, unit=" samples", unit_scale=True, disable=not enabled, leave=False
+        )
         self._shown = 0.0
 
     @staticmethod

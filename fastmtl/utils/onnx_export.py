@@ -83,7 +83,9 @@ def export_onnx(
     if is_dynamo:
         extra["dynamic_shapes"] = (tuple({axis: dims[name] for axis, name in open_axes.items()} for open_axes in axes),)
     else:
-        extra["dynamic_axes"] = dict(zip(names, axes, strict=True)) | ({"output": {0: "batch_size"}} if dynamic_batch else {})
+        extra["dynamic_axes"] = dict(zip(names, axes, strict=True)) | (
+            {"output": {0: "batch_size"}} if dynamic_batch else {}
+        )
     arguments = tuple(columns[name].to(device) for name in names)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations

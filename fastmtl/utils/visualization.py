@@ -83,4 +83,3 @@ def visualize_model(
 
         display(graph.visual_graph)
     return graph
-

@@ -15,8 +15,8 @@ from .base import Strategy
 class MetaBalance(torch.optim.Optimizer):
     """Scales the gradients of the auxiliary tasks towards the magnitude of the target task's, the first.
 
-    For each parameter: ``m_i <- beta m_i + (1 - beta) |g_i|``, then ``g_i <- r g_i m_0 / m_i + (1 - r) g_i``; the gradient
-    is the sum over the tasks. It only fills ``.grad``; an optimizer then takes the step.
+    For each parameter: ``m_i <- beta m_i + (1 - beta) |g_i|``, then ``g_i <- r g_i m_0 / m_i + (1 - r) g_i``; the
+    gradient is the sum over the tasks. It only fills ``.grad``; an optimizer then takes the step.
 
     Args:
         parameters: the shared parameters.

@@ -24,7 +24,9 @@ class Static(Strategy):
     def attach(self, model, task_types) -> None:
         super().attach(model, task_types)
         if len(self.fixed) != len(task_types) and len(self.fixed) != len(self.tasks):
-            raise ConfigError(f"task_weights has {len(self.fixed)} entries for {len(task_types)} tasks; give one a task")
+            raise ConfigError(
+                f"task_weights has {len(self.fixed)} entries for {len(task_types)} tasks; give one a task"
+            )
 
     def total(self, losses: Tensor) -> Tensor:
         fixed = self.fixed.to(losses.device)

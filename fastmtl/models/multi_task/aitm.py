@@ -82,7 +82,9 @@ class AITM(MTLModel):
         self.info_gates = nn.ModuleList()
         info = {"dims": [dim]}
         for _ in range(n_task - 1):
-            self.info_gates.append(ExpertGate(bank_spec(dim, info, (0,)), [MLP(dim, output_layer=False, **info)], (), [""]))
+            self.info_gates.append(
+                ExpertGate(bank_spec(dim, info, (0,)), [MLP(dim, output_layer=False, **info)], (), [""])
+            )
         self.aits = nn.ModuleList(AIT(dim) for _ in range(n_task - 1))
 
     def _logits(self, row: Tensor) -> Tensor:

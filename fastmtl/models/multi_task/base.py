@@ -272,7 +272,9 @@ def _names(model: MTLModel, prefix: str) -> dict[str, str]:
 
 def _lift_names(model: MTLModel, state_dict: dict, prefix: str, local_metadata: Any) -> None:
     if not model.is_built:
-        raise NotBuiltError(f"{type(model).__name__}: state_dict before the model is built; fit it, or call model.build first")
+        raise NotBuiltError(
+            f"{type(model).__name__}: state_dict before the model is built; fit it, or call model.build first"
+        )
     names = _names(model, prefix)
     items = list(state_dict.items())
     state_dict.clear()
@@ -280,7 +282,14 @@ def _lift_names(model: MTLModel, state_dict: dict, prefix: str, local_metadata: 
 
 
 def _lower_names(
-    model: MTLModel, state_dict: dict, prefix: str, local_metadata: Any, strict: bool, missing: list, unexpected: list, errors: list
+    model: MTLModel,
+    state_dict: dict,
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing: list,
+    unexpected: list,
+    errors: list,
 ) -> None:
     if not model.is_built:
         raise NotBuiltError(

@@ -124,7 +124,12 @@ def _ple(given: Keywords) -> Keywords:
 def _esmm(given: Keywords) -> Keywords:
     units = [*given.pop("hidden_units"), *given.pop("tower_units", ())]
     params = _mlp(given, units, given.pop("activation", None))
-    return {"user_features": given.pop("features"), "item_features": [], "cvr_params": params, "ctr_params": dict(params)}
+    return {
+        "user_features": given.pop("features"),
+        "item_features": [],
+        "cvr_params": params,
+        "ctr_params": dict(params),
+    }
 
 
 def _aitm(given: Keywords) -> Keywords:

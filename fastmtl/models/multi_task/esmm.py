@@ -18,8 +18,8 @@ from .dialect import mlp_config, translated
 class ESMM(MTLModel):
     """A CVR and a CTR tower over all features; their product is the CTCVR, and CTR and CTCVR are what is trained.
 
-    Outputs and labels are in the order cvr, ctr, ctcvr; the loss is the sum of the second and the third. A loader with two
-    label columns is taken as (click, conversion).
+    Outputs and labels are in the order cvr, ctr, ctcvr; the loss is the sum of the second and the third. A loader with
+    two label columns is taken as (click, conversion).
 
     Args:
         user_features, item_features: what the model reads.

@@ -1,4 +1,4 @@
-"""MMoE. Source: Ma et al., Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts, KDD'18."""
+"""MMoE. Source: Ma et al., Modeling Task Relationships with Multi-gate Mixture-of-Experts, KDD'18."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class MMOE(MTLModel):
     def _build(self) -> None:
         n_expert, params = self.config["n_expert"], self.config["expert_params"]
         experts = [MLP(self.input_dims, output_layer=False, **params) for _ in range(n_expert)]
-        gates = [MLP(self.input_dims, output_layer=False, dims=[n_expert], activation="softmax") for _ in self.task_types]
+        gates = [
+            MLP(self.input_dims, output_layer=False, dims=[n_expert], activation="softmax") for _ in self.task_types
+        ]
         self.bank = ExpertGate(
             bank_spec(self.input_dims, params, [0] * n_expert, [Gate(0, tuple(range(n_expert)))] * self.n_task),
             experts,

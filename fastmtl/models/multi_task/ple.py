@@ -17,8 +17,7 @@ from .dialect import check_count, check_tower_list, mlp_config, translated
 
 
 class PLE(MTLModel):
-    """Levels of CGC: experts of each task's own and shared ones, a gate a task, and one that feeds the shared experts of
-    the next level.
+    """Levels of CGC: experts of each task's own and shared ones, a gate a task, and one for the next shared experts.
 
     Args:
         features: what the model reads.

@@ -50,7 +50,9 @@ def save_pretrained(model: MTLModel, folder: str | Path) -> None:
     config = {
         "format": FORMAT,
         "model": type(model).__name__,
-        "feature_lists": {name: [_feature_config(f) for f in features] for name, features in model.feature_lists.items()},
+        "feature_lists": {
+            name: [_feature_config(f) for f in features] for name, features in model.feature_lists.items()
+        },
         "task_types": model.task_types,
         "task_names": model.task_names,
         "config": model.config,
@@ -76,8 +78,8 @@ def from_pretrained(folder: str | Path) -> MTLModel:
         raise ConfigError(f"{folder}: the saved model can't be read: {error}") from error
     if config.get("format") != FORMAT or config.get("model") not in MODELS:
         raise ConfigError(
-            f"{folder}: config.json of format {config.get('format')!r}, model {config.get('model')!r}; this version reads "
-            f"format {FORMAT} of {', '.join(MODELS)}"
+            f"{folder}: config.json of format {config.get('format')!r}, model {config.get('model')!r}; this version "
+            f"reads format {FORMAT} of {', '.join(MODELS)}"
         )
     make = MODELS[config["model"]]
     arguments = {name: [_feature(f) for f in features] for name, features in config["feature_lists"].items()}
