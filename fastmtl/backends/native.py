@@ -1,17 +1,174 @@
-"""The ops in C++ on the CPU (fp32)."""
+"""The ops in C++ on the CPU (fp32): finds and loads the native library, and hands it flat arguments.
+
+What depends only on a spec is turned into a tensor of integers once (a "plan") and kept.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
 from torch import Tensor
 
+from ..spec import ACTIVATIONS, EmbeddingSpec, ExpertGateParams, ExpertGateSpec
+from . import eager
+
+#: The library's ops bring their own backward; autograd lives in fastmtl/ops.
 DIFFERENTIABLE = False
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+def _load() -> str | None:
+    """Load the library; returns why it could not be loaded."""
+    # found as a module is: that holds for a wheel and for an editable install, whose library lies elsewhere
+    found = importlib.util.find_spec("fastmtl._native")
+    if found is None or found.origin is None:
+        return "the native library was not built: no C++20 compiler was found when fastmtl was installed"
+    try:
+        torch.ops.load_library(found.origin)
+    except (OSError, RuntimeError) as error:
+        return f"the native library {found.origin} does not load into torch {torch.__version__}: {error}"
+    return None
+
+
+_WHY_NOT = _load()
+_ops = torch.ops.fastmtl
 
 
 def unavailable() -> str | None:
     """Why this backend can't run on this machine; None: it can."""
-    return "the native library is not built"
+    return _WHY_NOT
 
 
 def unsupported(op: str, *tensors: Tensor) -> str | None:
     """Why this backend can't run ``op`` on these tensors; None: it can."""
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32:
+            return f"it computes in torch.float32 only, not in {tensor.dtype}"
+        if not tensor.is_cpu:
+            return f"it runs on the CPU only, not on {tensor.device}"
     return None
+
+
+#: (id of a spec, ...) -> (the spec, its plan). Found by identity, because hashing a spec costs more than a small op.
+_plans: dict[tuple, tuple[object, Tensor]] = {}
+
+
+def _kept_plan(key: tuple, spec: object) -> Tensor | None:
+    kept = _plans.get(key)
+    return kept[1] if kept is not None and kept[0] is spec else None
+
+
+def _keep_plan(key: tuple, spec: object, plan: list) -> Tensor:
+    if len(_plans) >= 256:  # sequence lengths may differ from batch to batch
+        _plans.clear()
+    tensor = torch.tensor(plan, dtype=torch.int64)
+    _plans[key] = (spec, tensor)
+    return tensor
+
+
+# --------------------------------------------------------------------------------------------- embedding_bag
+
+_POOLINGS = {"sum": 0, "mean": 1, "concat": 2}
+_OOV = {"raise": -2, "zero": -1}
+_BAG_FIELDS = 12
+
+
+def _bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
+    """``[F, 12]``: the fields of ``Bag`` in csrc/core/embedding_bag.h."""
+    key = (id(spec), columns)
+    plan = _kept_plan(key, spec)
+    if plan is None:
+        rows, out = [], 0
+        for f, (bag, width) in enumerate(zip(spec.bags, spec.bag_widths(columns), strict=True)):
+            pads = (*bag.padding, 0, 0)[:2]
+            length = columns[f + 1] - columns[f]
+            rows.append(
+                [bag.table, bag.offset, bag.vocab, bag.dim, _POOLINGS[bag.pooling], columns[f], length, out]
+                + [len(bag.padding), *pads, _OOV.get(bag.oov, bag.oov)]
+            )
+            out += width
+        plan = _keep_plan(key, spec, rows or torch.empty(0, _BAG_FIELDS))
+    return plan
+
+
+def embedding_bag_fwd(
+    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+) -> Tensor:
+    """See :func:`fastmtl.ops.embedding_bag`."""
+    try:
+        return _ops.embedding_bag_fwd.default(weights, ids, dense, _bag_plan(spec, columns), spec.width(columns))
+    except RuntimeError:
+        eager.raise_bad_id(ids, columns, spec)
+        raise
+
+
+def embedding_bag_bwd(
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
+    flat = []
+    for (rows, dim), need in zip(shapes, needs, strict=True):
+        flat += (rows if need else -1 - rows, dim)
+    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, _bag_plan(spec, columns), flat))
+    return [next(grads) if need else None for need in needs]
+
+
+# ----------------------------------------------------------------------------------------------- expert_gate
+
+
+def _layer_plan(spec: ExpertGateSpec) -> Tensor:
+    """The layer as csrc/cpu/expert_gate.cpp reads it."""
+    key = (id(spec),)
+    plan = _kept_plan(key, spec)
+    if plan is None:
+        flat = [spec.in_features, spec.n_inputs, spec.n_experts, len(spec.dims), ACTIVATIONS.index(spec.activation)]
+        flat += [len(spec.gates), spec.output_layer, spec.gate_rows, *spec.dims]
+        for spans in (spec.expert_spans, spec.gate_input_spans):
+            for span in spans:
+                flat += span
+        for gate, span in zip(spec.gates, spec.gate_spans, strict=True):
+            flat += (span.start, len(gate.experts), *gate.experts)
+        plan = _keep_plan(key, spec, flat)
+    return plan
+
+
+def expert_gate_fwd(
+    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output."""
+    dropped = training and spec.dropout > 0
+    seed = torch.empty((), dtype=torch.int64).random_() if dropped else None
+    out, *saved = _ops.expert_gate_fwd.default(
+        x, params.learned(), params.running(), _layer_plan(spec), training,
+        spec.dropout if dropped else 0.0, 0 if seed is None else int(seed),
+    )  # fmt: skip
+    return out, tuple(saved) if seed is None else (*saved, seed)
+
+
+def expert_gate_bwd(
+    grad: Tensor,
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    training: bool,
+    saved: list[Tensor],
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of x (None where it needs none) and of ``params.learned()``."""
+    seed = 0
+    dropped = training and spec.dropout > 0
+    if dropped:
+        *saved, drawn = saved
+        seed = int(drawn)
+    grads = _ops.expert_gate_bwd.default(
+        grad, x, params.learned(), saved, _layer_plan(spec), training,
+        spec.dropout if dropped else 0.0, seed, needs_x,
+    )  # fmt: skip
+    return (grads.pop() if needs_x else None), grads

@@ -1,0 +1,175 @@
+// expert_gate: what its forward and backward share: the description of a layer, its parameters, how its rows are cut.
+//
+// Layout      x is [N, B, I]; z of hidden layer l is [B, E * H_l] with a row stride of row_stride(E * H_l), expert e in
+//             the columns [e * H_l, (e + 1) * H_l); the gates' z and weights are [B, C].
+// Threading   through the Runtime: parallel(n, grain, f) calls f(begin, end) on pieces of [0, n), and
+//             gemm(m, n, k, a, ld_a, transpose_a, b, ld_b, transpose_b, c, ld_c, accumulate) runs inside it on one
+//             thread.
+// Accumulation GEMMs in fp32, statistics and sums over the batch as in kernels.h.
+// Determinism rows are cut into tiles by B alone and weights' gradients by their shape alone; every sum over tiles runs
+//             in their order: the result is the same for every number of threads.
+// Aliasing    outputs must not overlap inputs; saved tensors are only read by the backward.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "core/kernels.h"
+
+namespace fastmtl {
+
+constexpr double kBatchNormMomentum = 0.1;  // fastmtl.spec
+constexpr double kBatchNormEpsilon = 1e-5;
+
+struct Range {
+  int64_t start, stop;
+  int64_t size() const { return stop - start; }
+};
+
+// A layer of E experts and G gates, see fastmtl.spec.ExpertGateSpec.
+struct ExpertGateLayer {
+  int64_t in_features, n_inputs, n_experts, activation, gate_columns;
+  bool output_layer;
+  std::vector<int64_t> dims;
+  std::vector<Range> experts_of, gate_columns_of;  // of each input
+  std::vector<GateView> gates;
+
+  int64_t depth() const { return static_cast<int64_t>(dims.size()); }
+  int64_t columns(int64_t layer) const { return n_experts * dims[layer]; }
+  int64_t fan_in(int64_t layer) const { return layer == 0 ? in_features : dims[layer - 1]; }
+};
+
+// Row stride of a matrix of our own: whole cache lines, and no multiple of 4 KiB, which would map a column of a tile to
+// a few sets of the cache.
+inline int64_t row_stride(int64_t columns) {
+  const int64_t lines = (columns + 15) / 16 * 16;
+  return lines % 1024 == 0 ? lines + 16 : lines;
+}
+
+// Linear -> BatchNorm over some columns: [columns, I] and [columns]; the running statistics are written in training.
+struct LinearNorm {
+  const float *weight, *bias, *gamma, *beta;
+  float *running_mean, *running_var;
+};
+struct LinearNormGrads {
+  float *weight, *bias, *gamma, *beta;
+};
+
+struct ExpertGateParams {
+  std::vector<LinearNorm> hidden;
+  std::vector<const float*> alpha;  // [E] a layer; null where nothing is learned
+  const float *out_weight = nullptr, *out_bias = nullptr;
+  LinearNorm gate{};
+};
+struct ExpertGateGrads {
+  std::vector<LinearNormGrads> hidden;
+  std::vector<float*> alpha;
+  float *out_weight = nullptr, *out_bias = nullptr;
+  LinearNormGrads gate{};
+};
+
+// What the forward leaves for the backward.
+struct Normalised {
+  float* z;  // [B, ld]
+  int64_t ld;
+  float *mean, *rstd;  // [columns] of z without bias
+};
+struct ExpertGateSaved {
+  std::vector<Normalised> hidden;
+  Normalised gate{};
+  float* weights = nullptr;  // [B, C], the gates' softmax
+};
+
+struct Inputs {
+  const float* data;
+  int64_t input_stride, row_stride;
+  const float* at(int64_t n, int64_t row) const { return data + n * input_stride + row * row_stride; }
+};
+
+// Rows in tiles of equal height, by B alone.
+struct Tiles {
+  int64_t rows, height, count;
+  explicit Tiles(int64_t n_rows) : rows(n_rows) {
+    height = std::clamp<int64_t>((n_rows / 8 + kBlock - 1) / kBlock * kBlock, kBlock, 256);
+    count = (n_rows + height - 1) / height;
+  }
+  Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
+  // Tiles a thread must have to be worth waking, when a row costs `work` multiply-adds.
+  int64_t grain(int64_t work) const {
+    constexpr int64_t kWorth = 1 << 20;
+    return std::max<int64_t>(1, kWorth / std::max<int64_t>(1, height * work));
+  }
+};
+
+// Floats on a cache line, uninitialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<float*>(::operator new[](sizeof(float) * n, kLine))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete[](data, kLine); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+// The constants that turn z into y, for all columns of one BatchNorm.
+struct ColumnFactors {
+  std::vector<float> scale, alpha;
+  const float *mean, *rstd, *beta;
+  ColumnFactors(const Normalised& normal, const LinearNorm& params, int64_t columns)
+      : scale(static_cast<size_t>(columns)), mean(normal.mean), rstd(normal.rstd), beta(params.beta) {
+    for (int64_t c = 0; c < columns; ++c) scale[c] = params.gamma[c] * rstd[c];
+  }
+};
+
+inline ColumnFactors hidden_factors(const ExpertGateLayer& spec, const ExpertGateParams& params,
+                                    const ExpertGateSaved& saved, int64_t layer) {
+  ColumnFactors factors(saved.hidden[layer], params.hidden[layer], spec.columns(layer));
+  if (params.alpha[layer]) {
+    factors.alpha.resize(static_cast<size_t>(spec.columns(layer)));
+    for (int64_t c = 0; c < spec.columns(layer); ++c) factors.alpha[c] = params.alpha[layer][c / spec.dims[layer]];
+  }
+  return factors;
+}
+
+// Key of a layer's dropout: layers and seeds must not share their masks.
+inline Dropout dropout_of(double p, int64_t seed, int64_t layer) {
+  Dropout dropout;
+  dropout.on = p > 0;
+  dropout.key = (static_cast<uint64_t>(seed) ^ (0xD1B54A32D192ED03ull * static_cast<uint64_t>(layer + 1))) *
+                0x9E3779B97F4A7C15ull;
+  dropout.threshold = static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+  dropout.scale = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f;
+  return dropout;
+}
+
+// The tile of rows x columns of one BatchNorm; `width` is the share of one expert.
+inline Tile tile_of(const Normalised& normal, const ColumnFactors& factors, Range rows, Range columns, int64_t width,
+                    int64_t activation, const Dropout& dropout) {
+  const int64_t c = columns.start;
+  Tile tile;
+  tile.activation = activation;
+  tile.rows = rows.size();
+  tile.cols = columns.size();
+  tile.width = width;
+  tile.z = normal.z + rows.start * normal.ld + c;
+  tile.ld = normal.ld;
+  tile.mean = factors.mean + c;
+  tile.rstd = factors.rstd + c;
+  tile.scale = factors.scale.data() + c;
+  tile.beta = factors.beta + c;
+  tile.alpha = factors.alpha.empty() ? nullptr : factors.alpha.data() + c;
+  tile.dropout = dropout;
+  tile.first_row = rows.start;
+  tile.first_column = c;
+  return tile;
+}
+
+}  // namespace fastmtl

@@ -1,0 +1,328 @@
+// expert_gate backward. One parallel pass over the tiles a layer, last to first: finish dz of the layer above (whose
+// sums are now known), GEMM it to dh, turn that into dy and sum it. Then one pass over dx, and one over all weights'
+// gradients together, cut by rows of the weights. h is computed again from z. Layout, threading, determinism:
+// expert_gate.h.
+#pragma once
+
+#include "core/expert_gate.h"
+
+namespace fastmtl {
+
+// Output gradient: pointers to each of its G or E matrices [B, H], or to the one [B, E].
+struct OutputGrad {
+  const float* data;
+  int64_t matrix_stride, row_stride;
+  const float* at(int64_t matrix, int64_t row) const { return data + matrix * matrix_stride + row * row_stride; }
+};
+
+template <class Runtime>
+class ExpertGateBackward {
+ public:
+  // dx is [N, B, I] dense, or null where it is not wanted.
+  ExpertGateBackward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
+                     int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved& saved,
+                     OutputGrad dout, const ExpertGateGrads& grads, float* dx)
+      : runtime_(runtime),
+        kernels_(best_kernels()),
+        spec_(spec),
+        params_(params),
+        x_(x),
+        tiles_(n_rows),
+        batch_statistics_(training && n_rows > 1),
+        dropout_(training ? dropout : 0),
+        seed_(seed),
+        saved_(saved),
+        dout_(dout),
+        grads_(grads),
+        dx_(dx) {}
+
+  void run() {
+    const int64_t depth = spec_.depth();
+    for (int64_t l = 0; l < depth; ++l) {
+      factors_.push_back(hidden_factors(spec_, params_, saved_, l));
+      layers_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr, l + 1 < depth);
+    }
+    if (!spec_.gates.empty()) {
+      gate_factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+      gate_.emplace_back(tiles_, spec_.gate_columns, false, false);
+      list_mixers();
+    }
+    const int64_t out_columns =
+        spec_.output_layer ? spec_.n_experts * (1 + (depth ? spec_.dims[depth - 1] : spec_.in_features)) : 0;
+    out_sums_.assign(static_cast<size_t>(tiles_.count * out_columns), 0.0);
+
+    for_tiles(depth ? 16 * spec_.columns(depth - 1) : 16 * spec_.n_experts * spec_.in_features,
+              [&](int64_t tile, Range rows) { part(tile, rows); });
+    if (spec_.output_layer) finish_output(out_columns);
+    if (depth) finish_norm(layers_[depth - 1], factors_[depth - 1], grads_.hidden[depth - 1]);
+    if (!spec_.gates.empty()) finish_norm(gate_[0], gate_factors_[0], grads_.gate);
+    for (int64_t l = depth - 1; l > 0; --l) {
+      for_tiles(spec_.columns(l) * spec_.fan_in(l), [&](int64_t tile, Range rows) { step_down(l, tile, rows); });
+      finish_norm(layers_[l - 1], factors_[l - 1], grads_.hidden[l - 1]);
+    }
+    if (depth) {
+      for_tiles(spec_.columns(0) * (dx_ ? spec_.in_features : 16), [&](int64_t, Range rows) { first_layer(rows); });
+      for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
+      weight_gradients();
+    }
+  }
+
+ private:
+  // dy, then dz, of one BatchNorm, and each tile's sums.
+  struct LayerGrad {
+    int64_t columns, ld, n_sums;
+    Scratch dz, h;  // h: input of the next layer, for its weights' gradient
+    bool keeps_h;
+    std::vector<double> sums;  // [tiles, n_sums, columns]
+    std::vector<float> mean_dy, mean_dy_xhat;
+    LayerGrad(const Tiles& tiles, int64_t n, bool learned, bool keep_h)
+        : columns(n),
+          ld(row_stride(n)),
+          n_sums(learned ? 3 : 2),
+          dz(tiles.rows * ld),
+          h(keep_h ? tiles.rows * ld : 0),
+          keeps_h(keep_h),
+          sums(static_cast<size_t>(tiles.count * n_sums * n)),
+          mean_dy(static_cast<size_t>(n)),
+          mean_dy_xhat(static_cast<size_t>(n)) {}
+    float* at(int64_t row, int64_t column) const { return dz.get() + row * ld + column; }
+    float* h_at(int64_t row, int64_t column) const { return keeps_h ? h.get() + row * ld + column : nullptr; }
+    GradSums sums_of(int64_t tile, int64_t column) {
+      double* first = sums.data() + tile * n_sums * columns + column;
+      return {first, first + columns, n_sums == 3 ? first + 2 * columns : nullptr};
+    }
+    double total(int64_t which, int64_t column, int64_t tiles) const {
+      double sum = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) sum += sums[(tile * n_sums + which) * columns + column];
+      return sum;
+    }
+  };
+
+  template <class F>
+  void for_tiles(int64_t work_per_row, F&& f) {
+    runtime_.parallel(tiles_.count, tiles_.grain(work_per_row), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) f(tile, tiles_.at(tile));
+    });
+  }
+
+  Tile tile(int64_t l, Range rows, Range columns) const {
+    return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
+                   dropout_of(dropout_, seed_, l));
+  }
+  Tile gate_tile(Range rows) const {
+    return tile_of(saved_.gate, gate_factors_[0], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{});
+  }
+
+  void list_mixers() {
+    starts_.assign(1, 0);
+    for (int64_t e = 0; e < spec_.n_experts; ++e) {
+      for (size_t g = 0; g < spec_.gates.size(); ++g) {
+        for (int64_t k = 0; k < spec_.gates[g].fan_in; ++k) {
+          if (spec_.gates[g].experts[k] != e) continue;
+          mixers_.push_back(static_cast<int64_t>(g));
+          mixers_.push_back(spec_.gates[g].column + k);
+        }
+      }
+      starts_.push_back(static_cast<int64_t>(mixers_.size()) / 2);
+    }
+  }
+
+  // From the result back to dy of the last hidden layer and of the gates.
+  void part(int64_t tile_index, Range rows) {
+    const int64_t last = spec_.depth() - 1, n_experts = spec_.n_experts;
+    if (last < 0) return part_inputs(tile_index, rows);
+    LayerGrad& grad = layers_[last];
+    const int64_t width = spec_.dims[last], columns = spec_.columns(last);
+    if (!spec_.output_layer && spec_.gates.empty()) {
+      for (int64_t e = 0; e < n_experts; ++e) {
+        kernels_.hidden_grad(tile(last, rows, {e * width, (e + 1) * width}), dout_.at(e, rows.start), dout_.row_stride,
+                             grad.at(rows.start, e * width), grad.ld, grad.sums_of(tile_index, e * width), nullptr, 0);
+      }
+      return;
+    }
+    const Scratch h(kBlock * columns);
+    for (int64_t start = rows.start; start < rows.stop; start += kBlock) {
+      const Range block{start, std::min(rows.stop, start + kBlock)};
+      const Tile t = tile(last, block, {0, columns});
+      float* dh = grad.at(start, 0);
+      kernels_.hidden(t, h.get(), columns);
+      if (spec_.output_layer) {
+        double* sums = out_sums_.data() + tile_index * n_experts * (width + 1);
+        kernels_.logits_grad(block.size(), width, n_experts, h.get(), columns, params_.out_weight, dout_.at(0, start),
+                             dout_.row_stride, dh, grad.ld, sums, sums + columns);
+      } else {
+        std::vector<const float*> from(spec_.gates.size());
+        for (size_t g = 0; g < from.size(); ++g) from[g] = dout_.at(static_cast<int64_t>(g), start);
+        kernels_.mix_grad(spec_.gates.data(), static_cast<int64_t>(spec_.gates.size()), block.size(), width, n_experts,
+                          starts_.data(), mixers_.data(), saved_.weights + start * spec_.gate_columns,
+                          spec_.gate_columns, h.get(), columns, from.data(), dout_.row_stride, dh, grad.ld,
+                          gate_[0].at(start, 0), gate_[0].ld);
+      }
+      kernels_.hidden_grad(t, dh, grad.ld, dh, grad.ld, grad.sums_of(tile_index, 0), nullptr, 0);
+    }
+    if (!spec_.gates.empty()) {
+      float* ds = gate_[0].at(rows.start, 0);
+      kernels_.hidden_grad(gate_tile(rows), ds, gate_[0].ld, ds, gate_[0].ld, gate_[0].sums_of(tile_index, 0), nullptr,
+                           0);
+    }
+  }
+
+  // An output layer straight on the inputs.
+  void part_inputs(int64_t tile_index, Range rows) {
+    const int64_t width = spec_.in_features, n_experts = spec_.n_experts;
+    const Scratch dh(rows.size() * width);
+    double* sums = out_sums_.data() + tile_index * n_experts * (width + 1);
+    for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+      float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * width : nullptr;
+      if (to) std::fill_n(to, rows.size() * width, 0.0f);
+      for (int64_t e = spec_.experts_of[n].start; e < spec_.experts_of[n].stop; ++e) {
+        kernels_.logits_grad(rows.size(), width, 1, x_.at(n, rows.start), x_.row_stride, params_.out_weight + e * width,
+                             dout_.at(0, rows.start) + e, dout_.row_stride, dh.get(), width, sums + e * width,
+                             sums + n_experts * width + e);
+        for (int64_t i = 0; to && i < rows.size() * width; ++i) to[i] += dh.get()[i];
+      }
+    }
+  }
+
+  void finish_output(int64_t out_columns) {
+    const int64_t weights = out_columns - spec_.n_experts;
+    for (int64_t c = 0; c < out_columns; ++c) {
+      double sum = 0;
+      for (int64_t tile = 0; tile < tiles_.count; ++tile) sum += out_sums_[tile * out_columns + c];
+      (c < weights ? grads_.out_weight[c] : grads_.out_bias[c - weights]) = static_cast<float>(sum);
+    }
+  }
+
+  void finish_norm(LayerGrad& grad, const ColumnFactors& factors, const LinearNormGrads& to) {
+    constexpr int64_t kGrain = 16384;
+    const double n_rows = static_cast<double>(std::max<int64_t>(1, tiles_.rows));
+    runtime_.parallel(grad.columns, std::max<int64_t>(64, kGrain / std::max<int64_t>(1, tiles_.count)),
+                      [&](int64_t begin, int64_t end) {
+                        for (int64_t c = begin; c < end; ++c) {
+                          const double dy = grad.total(0, c, tiles_.count), dy_xhat = grad.total(1, c, tiles_.count);
+                          to.beta[c] = static_cast<float>(dy);
+                          to.gamma[c] = static_cast<float>(dy_xhat);
+                          // the batch mean cancels a bias in front of it
+                          to.bias[c] =
+                              batch_statistics_ ? 0.0f : static_cast<float>(dy * static_cast<double>(factors.scale[c]));
+                          grad.mean_dy[c] = static_cast<float>(dy / n_rows);
+                          grad.mean_dy_xhat[c] = static_cast<float>(dy_xhat / n_rows);
+                        }
+                      });
+  }
+
+  void finish_alpha(int64_t l) {
+    if (!params_.alpha[l]) return;
+    for (int64_t e = 0; e < spec_.n_experts; ++e) {
+      double sum = 0;
+      for (int64_t j = 0; j < spec_.dims[l]; ++j) sum += layers_[l].total(2, e * spec_.dims[l] + j, tiles_.count);
+      grads_.alpha[l][e] = static_cast<float>(sum);
+    }
+  }
+
+  void finish_dz(const Tile& t, LayerGrad& grad, Range rows, int64_t column) {
+    kernels_.linear_grad(t, grad.at(rows.start, column), grad.ld,
+                         batch_statistics_ ? grad.mean_dy.data() + column : nullptr,
+                         batch_statistics_ ? grad.mean_dy_xhat.data() + column : nullptr);
+  }
+
+  // dy of layer l to dz, and on to dy of layer l - 1.
+  void step_down(int64_t l, int64_t tile_index, Range rows) {
+    LayerGrad &above = layers_[l], &below = layers_[l - 1];
+    const int64_t width = spec_.dims[l], fan_in = spec_.fan_in(l);
+    for (int64_t e = 0; e < spec_.n_experts; ++e) {
+      finish_dz(tile(l, rows, {e * width, (e + 1) * width}), above, rows, e * width);
+      float* dh = below.at(rows.start, e * fan_in);
+      runtime_.gemm(rows.size(), fan_in, width, above.at(rows.start, e * width), above.ld, false,
+                    params_.hidden[l].weight + e * width * fan_in, fan_in, false, dh, below.ld, false);
+      kernels_.hidden_grad(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), dh, below.ld, dh, below.ld,
+                           below.sums_of(tile_index, e * fan_in), below.h_at(rows.start, e * fan_in), below.ld);
+    }
+  }
+
+  void first_layer(Range rows) {
+    const int64_t width = spec_.dims[0], fan_in = spec_.in_features;
+    finish_dz(tile(0, rows, {0, spec_.columns(0)}), layers_[0], rows, 0);
+    if (!spec_.gates.empty()) finish_dz(gate_tile(rows), gate_[0], rows, 0);
+    for (int64_t n = 0; dx_ && n < spec_.n_inputs; ++n) {
+      const Range experts = spec_.experts_of[n], columns = spec_.gate_columns_of[n];
+      float* to = dx_ + (n * tiles_.rows + rows.start) * fan_in;
+      if (experts.size()) {
+        runtime_.gemm(rows.size(), fan_in, experts.size() * width, layers_[0].at(rows.start, experts.start * width),
+                      layers_[0].ld, false, params_.hidden[0].weight + experts.start * width * fan_in, fan_in, false,
+                      to, fan_in, false);
+      }
+      if (columns.size()) {
+        runtime_.gemm(rows.size(), fan_in, columns.size(), gate_[0].at(rows.start, columns.start), gate_[0].ld, false,
+                      params_.gate.weight + columns.start * fan_in, fan_in, false, to, fan_in, experts.size() > 0);
+      } else if (experts.size() == 0) {
+        std::fill_n(to, rows.size() * fan_in, 0.0f);
+      }
+    }
+  }
+
+  // rows of a weight's gradient = dz[:, rows]^T h, over the whole batch.
+  struct WeightTask {
+    const float *dz, *h;
+    int64_t ld_dz, ld_h, rows, columns;
+    float* to;
+  };
+
+  void weight_gradients() {
+    std::vector<WeightTask> tasks;
+    const auto add = [&](const LayerGrad& grad, Range columns, const float* h, int64_t ld_h, int64_t fan_in,
+                         float* to) {
+      // about eight pieces, not so small that the product reads h more than it multiplies
+      const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, 64, 256);
+      for (int64_t c = columns.start; c < columns.stop; c += piece) {
+        const int64_t n = std::min(piece, columns.stop - c);
+        tasks.push_back({grad.at(0, c), h, grad.ld, ld_h, n, fan_in, to + c * fan_in});
+      }
+    };
+    for (int64_t l = spec_.depth() - 1; l > 0; --l) {
+      for (int64_t e = 0; e < spec_.n_experts; ++e) {
+        add(layers_[l], {e * spec_.dims[l], (e + 1) * spec_.dims[l]}, layers_[l - 1].h_at(0, e * spec_.fan_in(l)),
+            layers_[l - 1].ld, spec_.fan_in(l), grads_.hidden[l].weight);
+      }
+    }
+    for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+      const Range experts = spec_.experts_of[n];
+      add(layers_[0], {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, x_.at(n, 0), x_.row_stride,
+          spec_.in_features, grads_.hidden[0].weight);
+      if (!spec_.gates.empty()) {
+        add(gate_[0], spec_.gate_columns_of[n], x_.at(n, 0), x_.row_stride, spec_.in_features, grads_.gate.weight);
+      }
+    }
+    int64_t work = 0;
+    for (const WeightTask& task : tasks) work += task.rows * task.columns;
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    constexpr int64_t kWorth = 1 << 20;
+    const int64_t grain = std::max<int64_t>(1, kWorth * count / std::max<int64_t>(1, work * tiles_.rows));
+    runtime_.parallel(count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const WeightTask& t = tasks[i];
+        runtime_.gemm(t.rows, t.columns, tiles_.rows, t.dz, t.ld_dz, true, t.h, t.ld_h, false, t.to, t.columns, false);
+      }
+    });
+  }
+
+  const Runtime& runtime_;
+  const Kernels& kernels_;
+  const ExpertGateLayer& spec_;
+  const ExpertGateParams& params_;
+  const Inputs x_;
+  const Tiles tiles_;
+  const bool batch_statistics_;
+  const double dropout_;
+  const int64_t seed_;
+  const ExpertGateSaved& saved_;
+  const OutputGrad dout_;
+  const ExpertGateGrads& grads_;
+  float* const dx_;
+  std::vector<ColumnFactors> factors_, gate_factors_;
+  std::vector<LayerGrad> layers_, gate_;
+  std::vector<int64_t> starts_, mixers_;
+  std::vector<double> out_sums_;
+};
+
+}  // namespace fastmtl

@@ -1,0 +1,218 @@
+// expert_gate forward. In training one parallel pass over the tiles a hidden layer (activation of the layer before,
+// GEMM, column statistics while the tile is in the cache) and one for the mix or the output layer; in evaluation, where
+// the statistics are known, one pass in all. Layout, threading, determinism: expert_gate.h.
+#pragma once
+
+#include "core/expert_gate.h"
+
+namespace fastmtl {
+
+template <class Runtime>
+class ExpertGateForward {
+ public:
+  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer.
+  ExpertGateForward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
+                    int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved& saved,
+                    float* out)
+      : runtime_(runtime),
+        kernels_(best_kernels()),
+        spec_(spec),
+        params_(params),
+        x_(x),
+        tiles_(n_rows),
+        // one row has no batch statistics
+        batch_statistics_(training && n_rows > 1),
+        dropout_(training ? dropout : 0),
+        seed_(seed),
+        saved_(saved),
+        out_(out) {}
+
+  void run() {
+    const int64_t depth = spec_.depth();
+    if (!batch_statistics_) {
+      for (int64_t l = 0; l < depth; ++l) {
+        use_running(params_.hidden[l], saved_.hidden[l], spec_.columns(l));
+        factors_.push_back(hidden_factors(spec_, params_, saved_, l));
+      }
+      if (!spec_.gates.empty()) use_running(params_.gate, saved_.gate, spec_.gate_columns);
+      start_gates();
+      for_tiles(total_work(), [&](int64_t, Range rows) {
+        for (int64_t l = 0; l < depth; ++l) linear(l, rows);
+        join(rows);
+      });
+      return;
+    }
+    for (int64_t l = 0; l < depth; ++l) {
+      const bool gates = l == 0 && !spec_.gates.empty();
+      Partials hidden(tiles_.count, spec_.columns(l)), gate(tiles_.count, gates ? spec_.gate_columns : 0);
+      for_tiles(spec_.columns(l) * spec_.fan_in(l), [&](int64_t tile, Range rows) {
+        linear(l, rows);
+        note(saved_.hidden[l], rows, tile, hidden);
+        if (gates) note(saved_.gate, rows, tile, gate);
+      });
+      take(hidden, params_.hidden[l], saved_.hidden[l]);
+      if (gates) take(gate, params_.gate, saved_.gate);
+      factors_.push_back(hidden_factors(spec_, params_, saved_, l));
+    }
+    start_gates();
+    for_tiles(16 * (depth ? spec_.columns(depth - 1) : spec_.n_experts * spec_.in_features),
+              [&](int64_t, Range rows) { join(rows); });
+  }
+
+ private:
+  // Each tile's column means and sums of squared deviations.
+  struct Partials {
+    int64_t columns;
+    std::vector<double> mean, m2;
+    Partials(int64_t tiles, int64_t n)
+        : columns(n), mean(static_cast<size_t>(tiles * n)), m2(static_cast<size_t>(tiles * n)) {}
+  };
+
+  template <class F>
+  void for_tiles(int64_t work_per_row, F&& f) {
+    runtime_.parallel(tiles_.count, tiles_.grain(work_per_row), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) f(tile, tiles_.at(tile));
+    });
+  }
+
+  int64_t total_work() const {
+    int64_t work = 0;
+    for (int64_t l = 0; l < spec_.depth(); ++l) work += spec_.columns(l) * spec_.fan_in(l);
+    return work + spec_.n_experts * spec_.in_features;
+  }
+
+  // With the bias taken into the mean, evaluation and training share everything that follows.
+  static void use_running(const LinearNorm& norm, const Normalised& to, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) {
+      to.mean[c] = norm.running_mean[c] - norm.bias[c];
+      to.rstd[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(norm.running_var[c]) + kBatchNormEpsilon));
+    }
+  }
+
+  void linear(int64_t l, Range rows) {
+    const Normalised& to = saved_.hidden[l];
+    const float* weight = params_.hidden[l].weight;
+    const int64_t fan_in = spec_.fan_in(l), width = spec_.dims[l];
+    if (l == 0) {
+      for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+        const Range experts = spec_.experts_of[n], columns = spec_.gate_columns_of[n];
+        product(n, rows, {experts.start * width, experts.stop * width}, weight, to);
+        product(n, rows, columns, params_.gate.weight, saved_.gate);
+      }
+      return;
+    }
+    const Scratch h(rows.size() * fan_in);
+    for (int64_t e = 0; e < spec_.n_experts; ++e) {
+      kernels_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), h.get(), fan_in);
+      runtime_.gemm(rows.size(), width, fan_in, h.get(), fan_in, false, weight + e * width * fan_in, fan_in, true,
+                    to.z + rows.start * to.ld + e * width, to.ld, false);
+    }
+  }
+
+  void product(int64_t n, Range rows, Range columns, const float* weight, const Normalised& to) {
+    if (columns.size() == 0) return;
+    runtime_.gemm(rows.size(), columns.size(), spec_.in_features, x_.at(n, rows.start), x_.row_stride, false,
+                  weight + columns.start * spec_.in_features, spec_.in_features, true,
+                  to.z + rows.start * to.ld + columns.start, to.ld, false);
+  }
+
+  void note(const Normalised& of, Range rows, int64_t tile, Partials& partials) {
+    kernels_.column_stats(of.z + rows.start * of.ld, of.ld, rows.size(), partials.columns,
+                          partials.mean.data() + tile * partials.columns, partials.m2.data() + tile * partials.columns);
+  }
+
+  // Chan's merge of the tiles, in their order; then the running statistics. (Chan et al., Stanford STAN-CS-79-773.)
+  void take(const Partials& partials, const LinearNorm& norm, const Normalised& to) {
+    constexpr int64_t kGrain = 16384;
+    runtime_.parallel(partials.columns, std::max<int64_t>(64, kGrain / tiles_.count), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        double mean = 0, m2 = 0, count = 0;
+        for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+          const double more = static_cast<double>(tiles_.at(tile).size());
+          const double delta = partials.mean[tile * partials.columns + c] - mean;
+          const double total = count + more;
+          mean += delta * more / total;
+          m2 += partials.m2[tile * partials.columns + c] + delta * delta * count * more / total;
+          count = total;
+        }
+        to.mean[c] = static_cast<float>(mean);
+        to.rstd[c] = static_cast<float>(1 / std::sqrt(m2 / count + kBatchNormEpsilon));
+        const double with_bias = mean + static_cast<double>(norm.bias[c]), unbiased = m2 / (count - 1);
+        blend(norm.running_mean[c], with_bias);
+        blend(norm.running_var[c], unbiased);
+      }
+    });
+  }
+
+  static void blend(float& running, double now) {
+    running = static_cast<float>((1 - kBatchNormMomentum) * static_cast<double>(running) + kBatchNormMomentum * now);
+  }
+
+  Tile tile(int64_t l, Range rows, Range columns) const {
+    return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
+                   dropout_of(dropout_, seed_, l));
+  }
+
+  void start_gates() {
+    if (!spec_.gates.empty()) gate_factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+  }
+
+  // From the last hidden layer to the result.
+  void join(Range rows) {
+    const int64_t last = spec_.depth() - 1, n_experts = spec_.n_experts;
+    if (last < 0) {
+      for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+        for (int64_t e = spec_.experts_of[n].start; e < spec_.experts_of[n].stop; ++e) {
+          kernels_.logits(rows.size(), spec_.in_features, 1, x_.at(n, rows.start), x_.row_stride,
+                          params_.out_weight + e * spec_.in_features, params_.out_bias + e,
+                          out_ + rows.start * n_experts + e, n_experts);
+        }
+      }
+      return;
+    }
+    const int64_t width = spec_.dims[last], columns = spec_.columns(last);
+    if (!spec_.output_layer && spec_.gates.empty()) {
+      for (int64_t e = 0; e < n_experts; ++e) {
+        kernels_.hidden(tile(last, rows, {e * width, (e + 1) * width}), out_ + (e * tiles_.rows + rows.start) * width,
+                        width);
+      }
+      return;
+    }
+    if (!spec_.gates.empty()) {
+      kernels_.gate_softmax(
+          tile_of(saved_.gate, gate_factors_[0], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{}),
+          spec_.gates.data(), n_gates(), saved_.weights + rows.start * spec_.gate_columns, spec_.gate_columns);
+    }
+    const Scratch h(kBlock * columns);
+    for (int64_t start = rows.start; start < rows.stop; start += kBlock) {
+      const Range block{start, std::min(rows.stop, start + kBlock)};
+      kernels_.hidden(tile(last, block, {0, columns}), h.get(), columns);
+      if (spec_.output_layer) {
+        kernels_.logits(block.size(), width, n_experts, h.get(), columns, params_.out_weight, params_.out_bias,
+                        out_ + start * n_experts, n_experts);
+      } else {
+        std::vector<float*> to(spec_.gates.size());
+        for (size_t g = 0; g < to.size(); ++g) to[g] = out_ + (static_cast<int64_t>(g) * tiles_.rows + start) * width;
+        kernels_.mix(spec_.gates.data(), n_gates(), block.size(), width, saved_.weights + start * spec_.gate_columns,
+                     spec_.gate_columns, h.get(), columns, to.data(), width);
+      }
+    }
+  }
+
+  int64_t n_gates() const { return static_cast<int64_t>(spec_.gates.size()); }
+
+  const Runtime& runtime_;
+  const Kernels& kernels_;
+  const ExpertGateLayer& spec_;
+  const ExpertGateParams& params_;
+  const Inputs x_;
+  const Tiles tiles_;
+  const bool batch_statistics_;
+  const double dropout_;
+  const int64_t seed_;
+  const ExpertGateSaved& saved_;
+  float* const out_;
+  std::vector<ColumnFactors> factors_, gate_factors_;
+};
+
+}  // namespace fastmtl

@@ -1,0 +1,120 @@
+// The elementwise and row-wise kernels of expert_gate, and the table by which the best build of them is chosen.
+//
+// Layout      every matrix is row-major with a row stride ("ld"); a kernel works on `rows` rows and on the columns
+//             [0, cols) behind the pointers it is given, so that the caller can hand it a tile.
+// Threading   none: the caller gives each thread its own tiles.
+// Accumulation fp32 over kBlock rows, then double, in the order of the rows.
+// Determinism a tile's result depends on the tile alone.
+// Aliasing    only where a kernel says "in place".
+#pragma once
+
+#include <cstdint>
+
+namespace fastmtl {
+
+// In the order of fastmtl.spec.ACTIVATIONS.
+enum Activation : int64_t {
+  kRelu = 0,
+  kSigmoid,
+  kLeakyRelu,
+  kPRelu,
+  kDice,
+  kSoftmax,
+  kTanh,
+  kGelu,
+  kSilu,
+  kLinear,
+  kActivations
+};
+
+constexpr int64_t kBlock = 32;         // rows summed in fp32 before double takes over
+constexpr float kDiceEpsilon = 1e-3f;  // fastmtl.spec.DICE_EPSILON
+
+// Dropout by a counter-based generator: whether element (row, column) of a layer is kept depends on the layer's key,
+// the row and the column only, so it can be asked again in the backward, by any thread.
+struct Dropout {
+  uint64_t key = 0;
+  uint32_t threshold = 0;  // dropped below
+  float scale = 1;         // 1 / (1 - p)
+  bool on = false;
+};
+
+// A tile of one layer: z is the linear layer's result without bias; y = (z - mean) * scale + beta is normalised, with
+// scale = gamma * rstd; alpha is the activation's learned scalar, spread over the columns.
+struct Tile {
+  int64_t activation;
+  int64_t rows, cols;
+  int64_t width;   // H: columns of one expert; cols is a multiple of it
+  const float* z;  // [rows, ld]
+  int64_t ld;
+  const float *mean, *rstd, *scale, *beta, *alpha;  // [cols]; alpha may be null
+  Dropout dropout;
+  int64_t first_row, first_column;  // where the tile lies in the layer, for the dropout
+};
+
+// Sums over the rows of a tile, added to [cols] doubles: dy, dy * xhat, and the share of each column in dalpha.
+struct GradSums {
+  double *dy, *dy_xhat, *dalpha;  // dalpha may be null
+};
+
+// One gate: softmax over `fan_in` columns that mixes as many experts.
+struct GateView {
+  int64_t column;  // first of its columns
+  int64_t fan_in;
+  const int64_t* experts;  // [fan_in]
+};
+
+struct Kernels {
+  const char* name;
+
+  // Mean and sum of squared deviations of each column of z.
+  void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2);
+
+  // h = dropout(activation(y)).
+  void (*hidden)(const Tile& tile, float* h, int64_t ld_h);
+
+  // dh -> dy, the gradient of y; adds the sums; writes h too where it is not null. dy may be dh.
+  void (*hidden_grad)(const Tile& tile, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
+                      float* h, int64_t ld_h);
+
+  // dy -> dz = scale * (dy - mean_dy - xhat * mean_dy_xhat), in place; both means null: dz = scale * dy.
+  void (*linear_grad)(const Tile& tile, float* dy, int64_t ld_dy, const float* mean_dy, const float* mean_dy_xhat);
+
+  // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.
+  void (*gate_softmax)(const Tile& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);
+
+  // out[g] = sum over k of weights[column_g + k] * h[experts_g[k]].
+  void (*mix)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
+              const float* h, int64_t ld_h, float* const* out, int64_t ld_out);
+
+  // From dout[g]: dh[e] for each expert, and ds, the gradient of the gates' normalised z. `mixers` lists for expert e
+  // the (gate, column) pairs that mix it at [2 * starts[e], 2 * starts[e + 1]).
+  void (*mix_grad)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
+                   const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const float* h,
+                   int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
+                   int64_t ld_ds);
+
+  // logits[r, e] = <h[r, e], weight[e]> + bias[e].
+  void (*logits)(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
+                 const float* bias, float* out, int64_t ld_out);
+
+  // dh[r, e] = dout[r, e] * weight[e]; adds to dweight [E * H] and dbias [E].
+  void (*logits_grad)(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
+                      const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias);
+};
+
+// The kernels as built for one instruction set.
+namespace baseline {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+
+// The best build that this processor runs; FASTMTL_ISA=baseline, avx2 or avx512 asks for one by name.
+const Kernels& best_kernels();
+
+}  // namespace fastmtl

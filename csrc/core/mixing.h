@@ -1,0 +1,129 @@
+// Kernels that join the experts: the gates' softmax, the mix and its gradient, and the output layer.
+//
+// Compiled once for each instruction set, see simd.h; contracts in kernels.h.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/elementwise.h"
+
+namespace fastmtl::FASTMTL_ISA {
+
+// Sixteen rows at a time, one in a lane: a gate has few columns, so a row alone would leave most lanes empty.
+inline void gate_softmax(const Tile& t, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w) {
+  int64_t widest = 0;
+  for (int64_t g = 0; g < n_gates; ++g) widest = std::max(widest, gates[g].fan_in);
+  std::vector<float> scratch(static_cast<size_t>(widest * kLanes));
+  for (int64_t start = 0; start < t.rows; start += kLanes) {
+    const int64_t lanes = std::min(kLanes, t.rows - start);
+    for (int64_t g = 0; g < n_gates; ++g) {
+      const int64_t first = gates[g].column, fan_in = gates[g].fan_in;
+      F32 top = splat(-std::numeric_limits<float>::infinity());
+      for (int64_t k = 0; k < fan_in; ++k) {
+        const int64_t c = first + k;
+        F32 z{};
+        for (int64_t i = 0; i < lanes; ++i) z[i] = t.z[(start + i) * t.ld + c];
+        const F32 y = (z - t.mean[c]) * t.scale[c] + t.beta[c];
+        top = y > top ? y : top;
+        store(&scratch[k * kLanes], y);
+      }
+      F32 total{};
+      for (int64_t k = 0; k < fan_in; ++k) {
+        const F32 e = exp(load(&scratch[k * kLanes]) - top);
+        total += e;
+        store(&scratch[k * kLanes], e);
+      }
+      const F32 scale = 1.0f / total;
+      for (int64_t k = 0; k < fan_in; ++k) {
+        const F32 w = load(&scratch[k * kLanes]) * scale;
+        for (int64_t i = 0; i < lanes; ++i) weights[(start + i) * ld_w + first + k] = w[i];
+      }
+    }
+  }
+}
+
+inline void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
+                const float* h, int64_t ld_h, float* const* out, int64_t ld_out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < n_gates; ++g) {
+      const float* w = weights + r * ld_w + gates[g].column;
+      for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
+        F32 total{};
+        for (int64_t k = 0; k < gates[g].fan_in; ++k) {
+          total += w[k] * load(h + r * ld_h + gates[g].experts[k] * width + c, n);
+        }
+        store(out[g] + r * ld_out + c, total, n);
+      });
+    }
+  }
+}
+
+FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
+  F32 total{};
+  for_columns(width,
+              [&](int64_t c, auto n) __attribute__((always_inline)) { total += load(a + c, n) * load(b + c, n); });
+  return sum(total);
+}
+
+inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
+                     const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const float* h,
+                     int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
+                     int64_t ld_ds) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* w = weights + r * ld_w;
+    float* s = ds + r * ld_ds;
+    for (int64_t g = 0; g < n_gates; ++g) {
+      const int64_t first = gates[g].column, fan_in = gates[g].fan_in;
+      float pull = 0;
+      for (int64_t k = 0; k < fan_in; ++k) {
+        const float d = dot(dout[g] + r * ld_dout, h + r * ld_h + gates[g].experts[k] * width, width);
+        s[first + k] = d;
+        pull += w[first + k] * d;
+      }
+      for (int64_t k = 0; k < fan_in; ++k) s[first + k] = w[first + k] * (s[first + k] - pull);
+    }
+    for (int64_t e = 0; e < n_experts; ++e) {
+      for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
+        F32 total{};
+        for (int64_t m = starts[e]; m < starts[e + 1]; ++m) {
+          total += w[mixers[2 * m + 1]] * load(dout[mixers[2 * m]] + r * ld_dout + c, n);
+        }
+        store(dh + r * ld_dh + e * width + c, total, n);
+      });
+    }
+  }
+}
+
+inline void logits(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
+                   const float* bias, float* out, int64_t ld_out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t e = 0; e < n_experts; ++e) {
+      out[r * ld_out + e] = dot(h + r * ld_h + e * width, weight + e * width, width) + bias[e];
+    }
+  }
+}
+
+inline void logits_grad(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h,
+                        const float* weight, const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh,
+                        double* dweight, double* dbias) {
+  for (int64_t e = 0; e < n_experts; ++e) {
+    for (int64_t r = 0; r < rows; ++r) dbias[e] += static_cast<double>(dout[r * ld_dout + e]);
+    for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      const F32 w = load(weight + e * width + c, n);
+      for (int64_t start = 0; start < rows; start += kBlock) {
+        const int64_t stop = std::min(rows, start + kBlock);
+        F32 total{};
+        for (int64_t r = start; r < stop; ++r) {
+          const float d = dout[r * ld_dout + e];
+          total += d * load(h + r * ld_h + e * width + c, n);
+          if (dh) store(dh + r * ld_dh + e * width + c, d * w, n);
+        }
+        add_to(dweight + e * width + c, total, n);
+      }
+    });
+  }
+}
+
+}  // namespace fastmtl::FASTMTL_ISA

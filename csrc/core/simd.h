@@ -1,0 +1,117 @@
+// Sixteen floats at a time, in the compiler's vector extension: one zmm, two ymm or four xmm registers, as the
+// instruction set that this file is compiled for has them.
+//
+// Included only by sources that are compiled once for each instruction set, with FASTMTL_ISA naming the namespace, so
+// that code for a newer processor is never taken for the older one's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define FASTMTL_INLINE [[gnu::always_inline]] inline
+
+namespace fastmtl::FASTMTL_ISA {
+
+constexpr int64_t kLanes = 16;
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+
+FASTMTL_INLINE F32 splat(float value) { return F32{} + value; }
+
+FASTMTL_INLINE F32 load(const float* from) {
+  F32 v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+FASTMTL_INLINE void store(float* to, F32 v) { std::memcpy(to, &v, sizeof(v)); }
+
+// The first n lanes; the others are zero (load) or left alone (store).
+FASTMTL_INLINE F32 load(const float* from, int64_t n) {
+  if (n >= kLanes) return load(from);
+  F32 v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  return v;
+}
+FASTMTL_INLINE void store(float* to, F32 v, int64_t n) {
+  if (n >= kLanes) return store(to, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+
+FASTMTL_INLINE void add_to(double* to, F32 v, int64_t n) {
+  if (n >= kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) to[i] += static_cast<double>(v[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(v[i]);
+  }
+}
+
+FASTMTL_INLINE float sum(F32 v) {
+  // pairs, always in the same order
+  float part[kLanes];
+  store(part, v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+// e^x = 2^n * (1 + p), n whole, |r| = |x - n ln 2| <= ln 2 / 2, p = e^r - 1 by its Taylor series to r^7.
+struct ExpParts {
+  F32 two_n, p;
+};
+FASTMTL_INLINE ExpParts exp_parts(F32 x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers, kept in the low bits
+  const F32 shifted = x * 1.44269504f + kMagic;
+  const F32 n = shifted - kMagic;
+  F32 r = x - n * 0.693145752f;  // ln 2 in two parts
+  r = r - n * 1.42860677e-6f;
+  F32 p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r;
+  const I32 exponent = ((I32)shifted - 0x4B400000 + 127) << 23;  // 0x4B400000: the bits of kMagic
+  return {(F32)exponent, p};
+}
+
+// NaN stays NaN; below -87 the result is 0, above 88 it is e^88.
+FASTMTL_INLINE F32 exp(F32 x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  const ExpParts e = exp_parts(x < -87.0f ? splat(-87.0f) : x);
+  return x < -87.0f ? F32{} : e.two_n * e.p + e.two_n;
+}
+
+FASTMTL_INLINE F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
+
+FASTMTL_INLINE F32 tanh(F32 x) {
+  // by e^2x - 1, which keeps small x exact
+  F32 t = 2.0f * x;
+  t = t > 40.0f ? splat(40.0f) : t;
+  t = t < -40.0f ? splat(-40.0f) : t;
+  const ExpParts e = exp_parts(t);
+  const F32 m = e.two_n * e.p + (e.two_n - 1.0f);
+  return m / (m + 2.0f);
+}
+
+// The normal distribution's cumulative function: the tail is e^(-x^2/2) times a polynomial in 1 / (1 + |x| / sqrt 8),
+// fitted to erfcx at Chebyshev nodes.
+FASTMTL_INLINE F32 normal_cdf(F32 x) {
+  const F32 a = x < 0.0f ? -x : x;
+  const F32 t = 1.0f / (1.0f + a * 0.353553391f);
+  F32 q = splat(-0.056475888937711716f);
+  q = q * t + 0.2720835506916046f;
+  q = q * t - 0.4616696238517761f;
+  q = q * t + 0.2492346316576004f;
+  q = q * t - 0.0070052193477749825f;
+  q = q * t + 0.19447337090969086f;
+  q = q * t + 0.24516348540782928f;
+  q = q * t + 0.2820930778980255f;
+  q = q * t + 0.2821025550365448f;
+  const F32 tail = 0.5f * t * q * exp(-0.5f * a * a);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+}  // namespace fastmtl::FASTMTL_ISA

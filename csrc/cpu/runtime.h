@@ -1,0 +1,43 @@
+// The core's Runtime on torch: its thread pool and its matrix product.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <array>
+
+#include "cpu/tensors.h"
+
+namespace fastmtl::cpu {
+
+struct TorchRuntime {
+  template <class F>
+  void parallel(int64_t n, int64_t grain, const F& f) const {
+    if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+  }
+
+  // c [m, n] = a [m, k] b [k, n], plus c where it accumulates; a transposed operand is given as its [k, m] or [n, k].
+  //
+  // By the C function behind aten::mm.out, not by the dispatcher: it may be called from a thread of `parallel` (where
+  // it stays on that thread), and costs a third.
+  void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
+            int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) const {
+    const Tensor left = matrix(a, m, k, ld_a, transpose_a), right = matrix(b, k, n, ld_b, transpose_b);
+    const Tensor result = matrix(c, m, n, ld_c, false);
+    if (accumulate) {
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+    }
+  }
+
+ private:
+  static Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t ld, bool transposed) {
+    const std::array<int64_t, 2> sizes{rows, columns};
+    const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, ld} : std::array<int64_t, 2>{ld, 1};
+    return torch::stable::from_blob(const_cast<float*>(data), {sizes.data(), 2}, {strides.data(), 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+  }
+};
+
+}  // namespace fastmtl::cpu
