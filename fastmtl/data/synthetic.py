@@ -199,7 +199,7 @@ def load_synthetic(
     seed: int = 0,
     *,
     relatedness: float = 0.8,
-    scale: float = 0.01,
+    scale: float = 0.001,
     click_rate: float = 0.25,
     purchase_rate: float = 0.1,
 ) -> MultiTaskData:
@@ -209,7 +209,7 @@ def load_synthetic(
         n_rows: rows in all, at least 10.
         seed: see ``SyntheticLog``, as the arguments below.
         relatedness: cosine between the tasks' directions.
-        scale: what to multiply Ali-CCP's vocabularies with.
+        scale: what to multiply Ali-CCP's vocabularies with; with the default few rows suffice to learn every id.
         click_rate: share of impressions with a click.
         purchase_rate: share of clicks with a purchase.
 

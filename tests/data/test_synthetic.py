@@ -78,7 +78,7 @@ def test_the_dial_relates_the_tasks(seed):
 
 
 def test_splits_and_best_auc(seed):
-    data = load_synthetic(20_000, seed)
+    data = load_synthetic(20_000, seed, scale=0.01)
     assert [len(split) for split in (data.train, data.valid, data.test)] == [12_000, 4_000, 4_000]
     log = SyntheticLog(seed, scale=0.01).rows(0, 20_000)
     for name, column in log.x.items():
