@@ -84,10 +84,8 @@ def _bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
         for f, (bag, width) in enumerate(zip(spec.bags, spec.bag_widths(columns), strict=True)):
             pads = (*bag.padding, 0, 0)[:2]
             length = columns[f + 1] - columns[f]
-            rows.append(
-                [bag.table, bag.offset, bag.vocab, bag.dim, _POOLINGS[bag.pooling], columns[f], length, out]
-                + [len(bag.padding), *pads, _OOV.get(bag.oov, bag.oov)]
-            )
+            where = (bag.table, bag.offset, bag.vocab, bag.dim, _POOLINGS[bag.pooling], columns[f], length, out)
+            rows.append((*where, len(bag.padding), *pads, _OOV.get(bag.oov, bag.oov)))
             out += width
         plan = _keep_plan(key, spec, rows or torch.empty(0, _BAG_FIELDS))
     return plan
