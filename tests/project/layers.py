@@ -86,7 +86,9 @@ def violations(source: str, path: Path) -> list[str]:
             continue
         other = layer(target)
         if other not in RANKS:
-            found.append(f"{where}: imports {target}, which is in no layer; give {other!r} a rank in {Path(__file__).name}")
+            found.append(
+                f"{where}: imports {target}, which is in no layer; give {other!r} a rank in {Path(__file__).name}"
+            )
         elif other != own and RANKS[other] >= RANKS[own]:
             found.append(f"{where}: {own!r} (rank {RANKS[own]}) imports {target} of {other!r} (rank {RANKS[other]})")
     return found

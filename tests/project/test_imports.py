@@ -24,7 +24,11 @@ def test_every_module_has_a_layer(path):
         ("basic/layers.py", "from .. import models", 1),
         ("basic/layers.py", "import torch\nimport fastmtl.trainers", 2),
         ("basic/layers.py", "def f():\n    from ..models.multi_task import PLE", 2),
-        ("ops/embedding_bag.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..basic import batch", 3),
+        (
+            "ops/embedding_bag.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..basic import batch",
+            3,
+        ),
         ("weighting/uwl.py", "from ..models.multi_task.base import MTLModel", 1),
         ("data/census.py", "from fastmtl.weighting import Mean", 1),
         ("models/multi_task/ple.py", "import importlib\nimportlib.import_module('fastmtl.trainers')", 2),
@@ -42,7 +46,10 @@ def test_the_rule_would_notice(where, source, line):
 @pytest.mark.parametrize(
     ("where", "source"),
     [
-        ("models/multi_task/ple.py", "from ...basic.bank import ExpertGate\nfrom .base import MTLModel\nfrom ... import ops"),
+        (
+            "models/multi_task/ple.py",
+            "from ...basic.bank import ExpertGate\nfrom .base import MTLModel\nfrom ... import ops",
+        ),
         ("trainers/mtl_trainer.py", "def f():\n    from ..utils.onnx_export import export_onnx"),
         ("cli/__init__.py", "from .. import __version__\nfrom ..trainers import MTLTrainer"),
     ],
