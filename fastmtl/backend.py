@@ -88,6 +88,13 @@ def forced() -> str | None:
     return _check(name, "FASTMTL_BACKEND") if name else None
 
 
+def _refusal(module: ModuleType, op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why ``module`` can't run ``op`` on these tensors right now; None: it can."""
+    if op == "expert_gate" and module is not eager and torch.is_autocast_enabled(tensors[0].device.type):
+        return "autocast is on, which only 'eager' follows"
+    return module.unsupported(op, *tensors)
+
+
 def resolve(op: str, *tensors: Tensor) -> ModuleType:
     """The module whose implementation of ``op`` runs on these tensors.
 
@@ -98,7 +105,7 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
         return eager
     name = forced()
     if name is not None:
-        reason = TABLE[op][name].unsupported(op, *tensors)
+        reason = _refusal(TABLE[op][name], op, tensors)
         if reason:
             raise BackendError(f"{op}: backend {name!r} was forced but {reason}")
         return TABLE[op][name]
@@ -106,7 +113,7 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
         module = TABLE[op][candidate]
         if module.unavailable() is not None:
             _tell_once(candidate, module.unavailable())
-        elif module.unsupported(op, *tensors) is None:
+        elif _refusal(module, op, tensors) is None:
             return module
     raise BackendError(f"{op}: no backend can run it")
 

@@ -97,7 +97,8 @@ class ExpertGate(BatchedModule):
     def params(self) -> ExpertGateParams:
         """The parameters as the op takes them."""
         layers = range(len(self.spec.dims))
-        get: dict[str, Any] = {**self._parameters, **self._buffers}
+        # the replicas of DataParallel keep their parameters as plain attributes
+        get: dict[str, Any] = {**self.__dict__, **self._parameters, **self._buffers}
 
         def each(name: str) -> tuple[Tensor, ...]:
             return tuple(get[f"{name}{layer}"] for layer in layers)

@@ -23,6 +23,11 @@ def unwrap(model: nn.Module) -> MTLModel:
         model = inner
 
 
+def schema_of(loader: Any) -> Any:
+    """What a loader (or the data set behind it) knows of its columns, or None."""
+    return getattr(loader, "schema", None) or getattr(getattr(loader, "dataset", None), "schema", None)
+
+
 def to_device(x: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """A batch's columns on ``device``."""
     if hasattr(x, "to"):
@@ -59,8 +64,9 @@ def predictions(
     The model's own mode is restored when the loader is exhausted.
     """
     inner = unwrap(model)
-    if not inner.is_built and hasattr(loader, "schema"):
-        inner.build(loader.schema)
+    schema = schema_of(loader)
+    if not inner.is_built and schema is not None:
+        inner.build(schema)
     if device is None:
         device = next(model.parameters()).device
     was_training = model.training

@@ -21,7 +21,7 @@ from ..basic.tracking import BaseLogger
 from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy, make_strategy
-from .evaluation import collect, labels_of, split_batch, to_device, unwrap
+from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
 from .optimizer import TaskLearningRates, make_optimizer
 from .progress import Progress
 
@@ -158,7 +158,7 @@ class MTLTrainer:
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
         inner = unwrap(self.model)
-        schemas = [loader.schema for loader in loaders if hasattr(loader, "schema")]
+        schemas = [schema for schema in map(schema_of, loaders) if schema is not None]
         if not inner.is_built:
             if not schemas:
                 raise NotBuiltError(
@@ -177,7 +177,10 @@ class MTLTrainer:
             self._task_rates = TaskLearningRates(inner, self.task_specific_lr, base)
 
     def _check(self, loader: Any) -> None:
-        """Refuse labels that no loss can take, before the first step."""
+        """Refuse columns and labels that no model can take, before the first step."""
+        schema = schema_of(loader)
+        if schema is not None:
+            schema.check([feature.name for feature in unwrap(self.model).features])
         labels = getattr(loader, "labels", None)
         if labels is not None:
             n = labels.shape[1]
@@ -223,8 +226,10 @@ class MTLTrainer:
         """One update; returns the losses ``[T]``, detached."""
         inner = unwrap(self.model)
         labels = labels_of(y, inner).to(self.device, non_blocking=True)
+        x = to_device(x, self.device)
         with self._autocast():
-            outputs = self.model(to_device(x, self.device))
+            # DataParallel splits dicts, and nothing else that is a mapping
+            outputs = self.model(dict(x) if isinstance(self.model, nn.DataParallel) else x)
         losses = self._losses(outputs.float(), labels)
         self.model.zero_grad()
         self.strategy.backward(losses, self.reg_loss_fn(self.model))
@@ -273,6 +278,8 @@ class MTLTrainer:
         Returns:
             For each epoch the tasks' losses, then their validation scores.
         """
+        if val_dataloader is None:
+            raise BadDataError("fit: there are no validation rows; they choose the best weights, so give some")
         self._ready(train_dataloader, val_dataloader)
         for loader in (train_dataloader, val_dataloader):
             self._check(loader)
