@@ -72,7 +72,11 @@ def visualize_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             graph.visual_graph.render(
-                path.stem, path.parent, format=path.suffix.lstrip(".") or "pdf", cleanup=True, quiet=True
+                filename=path.stem,
+                directory=path.parent,
+                format=path.suffix.lstrip(".") or "pdf",
+                cleanup=True,
+                quiet=True,
             )
         except graphviz.ExecutableNotFound as error:
             raise MissingExtraError(

@@ -1,0 +1,42 @@
+"""The models under torch.compile: one graph, the same numbers, the ids still checked."""
+
+import pytest
+import torch
+
+from fastmtl.basic.batch import ColumnBatch
+from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
+from fastmtl.errors import BadIdError
+from fastmtl.models import MMOE
+
+
+@pytest.mark.parametrize("as_columns", [False, True])
+def test_full_graph(as_columns, seed):
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    features = [
+        SparseFeature("a", 10, 4),
+        DenseFeature("d"),
+        SequenceFeature("s", 7, 4, padding_idx=0),
+        SparseFeature("b", 5, 8, oov="zero"),
+    ]
+    model = MMOE(features, ["classification", "regression"], 3, {"dims": [6, 5]}, [{"dims": [4]}, {"dims": [3]}])
+    x = {
+        "a": torch.randint(0, 10, (32,)),
+        "d": torch.randn(32),
+        "s": torch.randint(-1, 7, (32, 6)),
+        "b": torch.randint(-2, 8, (32,)),
+    }
+    batch = ColumnBatch.from_columns(x) if as_columns else x
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model.eval()(x)
+    torch.testing.assert_close(compiled(batch), expected, rtol=1e-5, atol=1e-6)
+    model.train()
+    compiled(batch).sum().backward()
+    gradients = {name: gradient.clone() for name, gradient in model.named_gradients()}
+    model.zero_grad()
+    model(x).sum().backward()
+    for name, gradient in model.named_gradients():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    x["a"][3] = 11
+    with pytest.raises(BadIdError, match="feature 'a': id 11 in row 3"):
+        compiled(ColumnBatch.from_columns(x) if as_columns else x)
