@@ -8,6 +8,25 @@ from torch import Tensor, nn
 from .base import Strategy
 
 
+@torch.no_grad()
+def weight_gradients(w: Tensor, norms: Tensor, rates: Tensor, alpha: float) -> Tensor:
+    """GradNorm's gradient of the loss weights.
+
+    Args:
+        w: weights ``[T]``.
+        norms: ``[T]``, of the gradient of each unweighted loss.
+        rates: ``[T]``, each loss divided by its first value.
+        alpha: how strongly a task that lags is pushed.
+
+    Returns:
+        ``[T]``.
+    """
+    weighted = w * norms  # G_i: the norm is linear in a positive weight
+    target = weighted.mean() * (rates / rates.mean()) ** alpha
+    # the target is held constant; d|w n - target| / dw
+    return torch.sign(weighted - target) * norms
+
+
 class GradNorm(Strategy):
     """Learned loss weights that pull the gradient norms of the tasks towards each other.
 
@@ -37,12 +56,7 @@ class GradNorm(Strategy):
             [torch.autograd.grad(loss, self.shared, retain_graph=True)[0].norm() for loss in losses.unbind()]
         )
         ((self.w.detach() * losses).sum() + penalty).backward()
-        with torch.no_grad():
-            weighted = self.w * norms  # G_i: the norm is linear in a positive weight
-            rate = losses / self.initial
-            target = weighted.mean() * (rate / rate.mean()) ** self.alpha
-            # the target is held constant; d|w n - target| / dw
-            self.w.grad = torch.sign(weighted - target) * norms
+        self.w.grad = weight_gradients(self.w, norms, losses / self.initial, self.alpha)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,0 +1,5 @@
+"""torch-rechub's place for the Parquet reader."""
+
+from .parquet import ParquetIterableDataset
+
+__all__ = ["ParquetIterableDataset"]
