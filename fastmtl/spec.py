@@ -117,10 +117,12 @@ class ExpertGateSpec:
 
     @property
     def n_experts(self) -> int:
+        """E."""
         return len(self.expert_input)
 
     @cached_property
     def n_inputs(self) -> int:
+        """N."""
         return 1 + max((*self.expert_input, *(gate.input for gate in self.gates)))
 
     @cached_property

@@ -51,6 +51,7 @@ class ColumnBatch(Mapping[str, Tensor]):
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Tensor]) -> ColumnBatch:
+        """A batch from single columns; see :meth:`Layout.from_columns`."""
         return cls(*Layout.from_columns(columns))
 
     def __getitem__(self, name: str) -> Tensor:

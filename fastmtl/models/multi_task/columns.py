@@ -23,10 +23,12 @@ class ColumnInfo(Protocol):
     length: int | None  # L of a sequence or vector
 
     @property
-    def min_id(self) -> int | None: ...
+    def min_id(self) -> int | None:
+        """The least id; None for other numbers."""
 
     @property
-    def vocab_size(self) -> int | None: ...
+    def vocab_size(self) -> int | None:
+        """The greatest id + 1; None for other numbers."""
 
 
 class Schema(Protocol):

@@ -48,10 +48,12 @@ class ESMM(MTLModel):
 
     @property
     def user_features(self) -> list[Feature | str]:
+        """The first argument."""
         return self.feature_lists["user_features"]
 
     @property
     def item_features(self) -> list[Feature | str]:
+        """The second argument."""
         return self.feature_lists["item_features"]
 
     def _build(self) -> None:
