@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...basic.features import DenseFeature, Feature, SequenceFeature, SparseFeature
@@ -74,7 +75,7 @@ def from_pretrained(folder: str | Path) -> MTLModel:
         state = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise ConfigError(f"{folder}: no model here ({Path(error.filename or folder).name} is missing)") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the saved model can't be read: {error}") from error
     if config.get("format") != FORMAT or config.get("model") not in MODELS:
         raise ConfigError(
