@@ -22,7 +22,7 @@ from .keys import DATA_SETS
 from .report import Voice, print_table, scores_table
 from .run_folder import to_json
 from .saved import Saved, load_saved
-from .setup import check_device, chosen_backend, which_backends
+from .setup import backends_of, check_device, chosen_backend, which_backends
 from .tasks import esmm_labels, load_data
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         voice.facts({"model": str(saved.folder), "data": note, "backend": which_backends()})
         model = saved.model.to(device)
         scores = {split: evaluate_multi_task(model, loader) for split, loader in loaders.items()}
-        backends = {row.op: row.runs for row in backend.report()}
+        backends = backends_of()
     if args.json:
         rows = {split: len(loader.sampler) for split, loader in loaders.items()}  # type: ignore[arg-type]
         result = {"model": str(saved.folder), "data": {"note": note, "rows": rows}, "metrics": scores}

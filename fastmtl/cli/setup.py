@@ -50,6 +50,19 @@ def chosen_backend(name: str) -> str:
         return name
 
 
-def which_backends() -> str:
+def backends_of(amp: str = "none") -> dict[str, str]:
+    """For each op the backend that runs it.
+
+    Args:
+        amp: "none", or "bf16" for a run in mixed precision.
+
+    Raises:
+        BackendError: the forced backend can't run so.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp != "none"):
+        return {row.op: row.runs for row in backend.report()}
+
+
+def which_backends(amp: str = "none") -> str:
     """One line: for each op the backend that runs it."""
-    return ", ".join(f"{row.op}: {row.runs}" for row in backend.report())
+    return ", ".join(f"{op}: {name}" for op, name in backends_of(amp).items())
