@@ -1,8 +1,8 @@
 """THE table: which implementation of which op runs, and why the others do not.
 
 Order of choice: the backend forced by :func:`use_backend`, else the one named by ``FASTMTL_BACKEND``, else the first
-of :data:`PREFERENCE` that can do the job. A forced backend that is not available raises; an automatic fallback for
-want of the native library says so once.
+of :data:`PREFERENCE` that can do the job: native on CPU tensors, triton on CUDA tensors, eager on the rest. A forced
+backend that is not available raises; an automatic fallback for want of the device's own backend says so once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import eager, native
+from .backends import eager, native, triton
 from .errors import BackendError
 
 #: op -> backend -> module with the op's functions. The one place that knows.
 TABLE: dict[str, dict[str, ModuleType]] = {
-    "embedding_bag": {"native": native, "eager": eager},
-    "expert_gate": {"native": native, "eager": eager},
+    "embedding_bag": {"native": native, "triton": triton, "eager": eager},
+    "expert_gate": {"native": native, "triton": triton, "eager": eager},
 }
-PREFERENCE = ("native", "eager")
+PREFERENCE = ("native", "triton", "eager")
+#: The devices whose tensors a backend is made for: only there is it missed.
+DEVICES = {"native": "cpu", "triton": "cuda"}
+#: Backends whose expert_gate computes as autocast says.
+AUTOCAST = (triton, eager)
 
 _forced: str | None = None
 _told = False
@@ -90,8 +94,8 @@ def forced() -> str | None:
 
 def _refusal(module: ModuleType, op: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why ``module`` can't run ``op`` on these tensors right now; None: it can."""
-    if op == "expert_gate" and module is not eager and torch.is_autocast_enabled(tensors[0].device.type):
-        return "autocast is on, which only 'eager' follows"
+    if op == "expert_gate" and module not in AUTOCAST and torch.is_autocast_enabled(tensors[0].device.type):
+        return "autocast is on, which it does not follow"
     return module.unsupported(op, *tensors)
 
 
@@ -111,8 +115,10 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
         return TABLE[op][name]
     for candidate in PREFERENCE:
         module = TABLE[op][candidate]
-        if module.unavailable() is not None:
-            _tell_once(candidate, module.unavailable())
+        reason = module.unavailable()
+        if reason is not None:
+            if DEVICES[candidate] == tensors[0].device.type:
+                _tell_once(candidate, reason)
         elif _refusal(module, op, tensors) is None:
             return module
     raise BackendError(f"{op}: no backend can run it")

@@ -1,0 +1,63 @@
+"""The one way to start a kernel, and the two facts about the machine that kernels are told.
+
+All launches go through :func:`launch` so that a test can record them, shapes and constants included, and compile each
+for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+from . import interpreting
+
+#: The interpreter's bf16 product is wrong: kernels widen rounded operands to fp32 there.
+INTERPRET = tl.constexpr(interpreting())
+
+#: Called as ``record(kernel, grid, warps, arguments)`` in place of every launch, where set.
+recorder: Callable[[Any, tuple[int, ...], Warps, dict[str, Any]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Warps:
+    """How a program is laid out on the machine: its warps, and the depth of its software pipeline."""
+
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -> None:
+    """Run ``kernel`` on ``grid`` programs; an empty grid runs nothing."""
+    if 0 in grid:
+        return
+    if recorder is not None:
+        recorder(kernel, grid, warps, arguments)
+    else:
+        kernel[grid](**arguments, num_warps=warps.num_warps, num_stages=warps.num_stages)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The next multiple of b."""
+    return cdiv(a, b) * b
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The next power of two, which the sides of a block must be."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def alignment(*values: int, most: int = 16) -> int:
+    """The largest power of two up to ``most`` that divides every value: what a kernel may rely on to load vectors."""
+    found = most
+    for value in values:
+        while value % found:
+            found //= 2
+    return found
