@@ -185,7 +185,7 @@ class ExpertGateParams(NamedTuple):
     def learned(self) -> list[torch.Tensor]:
         """The tensors that have a gradient, in the order in which a backend's backward returns them."""
         flat = [*self.weight, *self.bias, *self.gamma, *self.beta, *self.alpha]
-        if self.out_weight is not None:
+        if self.out_weight is not None and self.out_bias is not None:
             flat += [self.out_weight, self.out_bias]
         return flat if self.gate is None else flat + list(self.gate[:4])
 
@@ -208,4 +208,4 @@ class ExpertGateParams(NamedTuple):
         alpha = take(it) if spec.activation in LEARNED_ACTIVATIONS else ()
         out = (next(it), next(it)) if spec.output_layer else (None, None)
         gate = GateParams(*it, *buffers) if spec.gates else None
-        return cls(weight, bias, gamma, beta, mean, var, alpha, *out, gate)
+        return cls(weight, bias, gamma, beta, mean, var, alpha, out[0], out[1], gate)

@@ -1,1 +1,1 @@
-"""One module a backend; each offers the ops of :mod:`fastmtl.ops` under the same names. :mod:`fastmtl.backend` chooses."""
+"""One module a backend; each offers the ops of :mod:`fastmtl.ops` by the same names. :mod:`fastmtl.backend` chooses."""

@@ -6,7 +6,7 @@ Any device, any floating dtype; gradients by autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
     bags = spec.bags
     bag_of = [f for f in range(len(bags)) for _ in range(columns[f + 1] - columns[f])]
 
-    def tensor(values, dtype=torch.int64):
+    def tensor(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     padding = has_padding = replacement = None
@@ -91,14 +91,16 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
         padding = tensor([[p[k] for p, _ in pads] for k in range(2)])
         has_padding = tensor([[n > k for _, n in pads] for k in range(2)], torch.bool)
     if any(bag.oov != "raise" for bag in bags):
-        code = {"raise": -2, "zero": -1}
+        code: dict[Any, Any] = {"raise": -2, "zero": -1}
         replacement = tensor([code.get(bags[f].oov, bags[f].oov) for f in bag_of])
 
     tables, starts = [], {}
     at = 0
     for table in range(spec.n_tables):
         mine = [s for s, f in enumerate(bag_of) if bags[f].table == table]
-        segments, mean, n_segments = [], [], 0
+        segments: list[int] = []
+        mean: list[bool] = []
+        n_segments = 0
         for f, bag in enumerate(bags):
             if bag.table != table:
                 continue
@@ -184,7 +186,7 @@ def _checked_rows(
 
 
 @_checked_rows.register_fake
-def _(ids, vocab, offset, padding, has_padding, replacement, columns, names):
+def _(ids: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
 
 
@@ -233,7 +235,7 @@ def _embedding_bag_exported(
             if bag.oov == "zero":
                 keep = known if keep is None else keep & known
             else:
-                part = torch.where(known, part, bag.oov)
+                part = torch.where(known, part, int(bag.oov))
         table = weights[bag.table][bag.offset : bag.offset + bag.vocab]
         emb = F.embedding(part if keep is None else torch.where(keep, part, 0), table)
         if keep is not None:
@@ -293,7 +295,7 @@ def _first_linear(x: Tensor, weight: Tensor, bias: Tensor, spans: tuple[Span, ..
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def activate(z: Tensor, activation: str, alpha: Tensor | None) -> Tensor:
+def activate(z: Tensor, activation: str, alpha: Any) -> Tensor:
     """The activation of ``z [B, E, H]``; ``alpha [E]`` is its learned scalar for each expert."""
     if activation == "relu":
         return F.relu(z)
@@ -341,8 +343,8 @@ def _gate_weights(x: Tensor, gate: GateParams, spec: ExpertGateSpec, training: b
         # a gate's missing experts read one extra column of -inf, whose softmax is 0
         absent = spec.gate_rows
         source = [absent] * (n_gates * n_experts)
-        for g, (gate, span) in enumerate(zip(spec.gates, spec.gate_spans, strict=True)):
-            for row, e in zip(range(*span), gate.experts, strict=True):
+        for g, (mixed, span) in enumerate(zip(spec.gates, spec.gate_spans, strict=True)):
+            for row, e in zip(range(*span), mixed.experts, strict=True):
                 source[g * n_experts + e] = row
         logits = F.pad(logits, (0, 1), value=float("-inf")).index_select(1, torch.tensor(source, device=z.device))
     return torch.softmax(logits.unflatten(1, (n_gates, n_experts)), dim=-1)
@@ -368,7 +370,7 @@ def expert_gate(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, train
         h = activate(z, spec.activation, params.alpha[layer] if params.alpha else None)  # [B, E, H]
         if spec.dropout:
             h = F.dropout(h, spec.dropout, training)
-    if spec.output_layer:
+    if params.out_weight is not None and params.out_bias is not None:
         return (h * params.out_weight).sum(dim=-1) + params.out_bias  # [B, E]
     if params.gate is not None:
         h = torch.bmm(_gate_weights(x, params.gate, spec, training), h)  # [B, G, H]

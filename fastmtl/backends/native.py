@@ -6,6 +6,7 @@ What depends only on a spec is turned into a tensor of integers once (a "plan") 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _kept_plan(key: tuple, spec: object) -> Tensor | None:
     return kept[1] if kept is not None and kept[0] is spec else None
 
 
-def _keep_plan(key: tuple, spec: object, plan: list) -> Tensor:
+def _keep_plan(key: tuple, spec: object, plan: Any) -> Tensor:
     if len(_plans) >= 256:  # sequence lengths may differ from batch to batch
         _plans.clear()
     tensor = torch.tensor(plan, dtype=torch.int64)
@@ -71,7 +72,7 @@ def _keep_plan(key: tuple, spec: object, plan: list) -> Tensor:
 # --------------------------------------------------------------------------------------------- embedding_bag
 
 _POOLINGS = {"sum": 0, "mean": 1, "concat": 2}
-_OOV = {"raise": -2, "zero": -1}
+_OOV: dict[str | int, str | int] = {"raise": -2, "zero": -1}
 _BAG_FIELDS = 12
 
 
@@ -111,7 +112,7 @@ def embedding_bag_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
-    flat = []
+    flat: list[int] = []
     for (rows, dim), need in zip(shapes, needs, strict=True):
         flat += (rows if need else -1 - rows, dim)
     grads = iter(_ops.embedding_bag_bwd.default(grad, ids, _bag_plan(spec, columns), flat))

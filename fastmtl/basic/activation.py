@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Dice(nn.Module):
         return activate(x.unsqueeze(1), "dice", self.alpha).squeeze(1)
 
 
-_MODULES = {
+_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,
     "leakyrelu": nn.LeakyReLU,

@@ -25,6 +25,8 @@ class ExpertGate(BatchedModule):
         expert_names, gate_names: their names in the state_dict, e.g. ``"experts.0"``.
     """
 
+    num_batches_tracked: Tensor
+
     def __init__(
         self,
         spec: ExpertGateSpec,
@@ -40,12 +42,12 @@ class ExpertGate(BatchedModule):
         self._count_steps(len(experts) * len(spec.dims) + len(gates))
         for layer in range(len(spec.dims)):
             self._adopt(experts, 4 * layer, f"{layer}")
-            activations = [expert.mlp[4 * layer + 2] for expert in experts]
+            activations: list[Any] = [expert.mlp[4 * layer + 2] for expert in experts]
             if next(activations[0].parameters(), None) is not None:
                 ((key, _),) = activations[0].named_parameters()
                 self._store(f"alpha{layer}", [getattr(a, key) for a in activations], f"mlp.{4 * layer + 2}.{key}")
         if spec.output_layer:
-            last = [expert.mlp[4 * len(spec.dims)] for expert in experts]
+            last: list[Any] = [expert.mlp[4 * len(spec.dims)] for expert in experts]
             self._store("out_weight", [linear.weight for linear in last], f"mlp.{4 * len(spec.dims)}.weight")
             self._store("out_bias", [linear.bias for linear in last], f"mlp.{4 * len(spec.dims)}.bias")
         self._name_views(expert_names)
@@ -61,7 +63,8 @@ class ExpertGate(BatchedModule):
 
     def _adopt(self, mlps: Sequence[MLP], at: int, suffix: str) -> None:
         """Store one Linear and BatchNorm layer of all the MLPs."""
-        linears, norms = [mlp.mlp[at] for mlp in mlps], [mlp.mlp[at + 1] for mlp in mlps]
+        linears: list[Any] = [mlp.mlp[at] for mlp in mlps]
+        norms: list[Any] = [mlp.mlp[at + 1] for mlp in mlps]
         self._store(f"weight{suffix}", [linear.weight for linear in linears], f"mlp.{at}.weight")
         self._store(f"bias{suffix}", [linear.bias for linear in linears], f"mlp.{at}.bias")
         self._store(f"gamma{suffix}", [norm.weight for norm in norms], f"mlp.{at + 1}.weight")
@@ -88,7 +91,7 @@ class ExpertGate(BatchedModule):
 
     def _name_views(self, names: Sequence[str]) -> None:
         """Replace the member numbers by names, and bring the views into torch-rechub's order: MLP by MLP."""
-        numbered = [(*view.name.split("/"), view) for view in self._views]
+        numbered: list[Any] = [(*view.name.split("/"), view) for view in self._views]
         self._views = [
             view._replace(name=".".join(filter(None, (names[int(member)], key))))
             for member, key, view in sorted(numbered, key=lambda item: (int(item[0]), int(item[1].split(".")[1])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class _Piece(NamedTuple):
     """Some columns of a batch, taken at once: part of a block, or one wide column (``names`` has one entry)."""
 
     block: int | None
-    columns: slice | Tensor | None
+    columns: Any  # a slice or the columns' numbers; None for a wide column
     names: tuple[str, ...]
 
 
@@ -58,7 +58,7 @@ class EmbeddingLayer(BatchedModule):
     # ---------------------------------------------------------------------------------------------- the tables
 
     def _make_tables(self) -> None:
-        owners = {}
+        owners: dict[str, Any] = {}
         for feature in self.features:
             if not isinstance(feature, DenseFeature) and feature.shared_with is None:
                 owners.setdefault(feature.name, feature)
@@ -111,7 +111,7 @@ class EmbeddingLayer(BatchedModule):
             group = self._groups[key] = _Group(bags, dense, spec)
         return key, group
 
-    def _bag(self, feature: Feature) -> Bag:
+    def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
         padding = () if feature.padding_idx is None else (feature.padding_idx,)
         is_sequence = isinstance(feature, SequenceFeature)
@@ -275,18 +275,18 @@ def _join(parts: list[Tensor]) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _pad_concat(ids: list[Tensor], features: Sequence[Feature]) -> tuple[list[Tensor], tuple[int, ...]]:
+def _pad_concat(ids: list[Tensor], features: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
     """Pad the concatenated sequences with -1 up to their full length."""
     padded, columns = [], [0]
     for part, feature in zip(ids, features, strict=True):
-        if isinstance(feature, SequenceFeature) and feature.pooling == "concat":
+        if isinstance(feature, SequenceFeature) and feature.pooling == "concat" and feature.max_len is not None:
             part = nn.functional.pad(part, (0, feature.max_len - part.shape[1]), value=-1)
         padded.append(part)
         columns.append(columns[-1] + part.shape[1])
     return padded, tuple(columns)
 
 
-def input_width(features: Sequence[Feature]) -> int:
+def input_width(features: Sequence[Any]) -> int:
     """Columns of a looked-up row: the sum of the widths, L times the width for a concatenated sequence."""
     return sum(
         feature.embed_dim

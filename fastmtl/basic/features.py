@@ -24,7 +24,16 @@ def get_auto_embedding_dim(num_classes: int) -> int:
 class _TableFeature:
     """A feature whose ids are rows of a table."""
 
-    def __init__(self, name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov) -> None:
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        embed_dim: int | None,
+        shared_with: str | None,
+        padding_idx: int | None,
+        initializer: Initializer,
+        oov: str | int,
+    ) -> None:
         kind = type(self).__name__
         if int(vocab_size) != vocab_size or vocab_size < 1:
             raise ConfigError(f"{kind} {name!r}: vocab_size must be a whole number of at least 1, got {vocab_size!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ class InputMask(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence | SparseFeature | SequenceFeature) -> Tensor:
         masks = []
-        for feature in features if isinstance(features, (list, tuple)) else [features]:
+        chosen: Sequence[Any] = features if isinstance(features, (list, tuple)) else [features]
+        for feature in chosen:
             if isinstance(feature, DenseFeature):
                 raise ConfigError(f"InputMask: {feature} has no ids; give sparse or sequence features")
             ids = x[feature.name].long()

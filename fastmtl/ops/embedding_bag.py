@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,15 @@ class _EmbeddingBag(torch.autograd.Function):
     """Autograd around a backend that brings its own backward."""
 
     @staticmethod
-    def forward(ctx, module, ids, columns, dense, spec, *weights):
+    def forward(
+        ctx: Any,
+        module: ModuleType,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        dense: Tensor | None,
+        spec: EmbeddingSpec,
+        *weights: Tensor,
+    ) -> Tensor:
         ctx.module, ctx.columns, ctx.spec = module, columns, spec
         ctx.shapes = [weight.shape for weight in weights]
         ctx.save_for_backward(ids)
@@ -21,7 +32,7 @@ class _EmbeddingBag(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads = ctx.module.embedding_bag_bwd(grad, ids, ctx.columns, ctx.spec, ctx.shapes, list(needs[5:]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,15 @@ class _ExpertGate(torch.autograd.Function):
     graph can be walked several times (GradNorm, MetaBalance)."""
 
     @staticmethod
-    def forward(ctx, module, x, params, spec, training, *learned):
+    def forward(
+        ctx: Any,
+        module: ModuleType,
+        x: Tensor,
+        params: ExpertGateParams,
+        spec: ExpertGateSpec,
+        training: bool,
+        *learned: Tensor,
+    ) -> Tensor:
         out, saved = module.expert_gate_fwd(x, params, spec, training)
         ctx.module, ctx.spec, ctx.training = module, spec, training
         running = params.running()
@@ -24,7 +35,7 @@ class _ExpertGate(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         a, b = ctx.cuts
         params = ExpertGateParams.of(rest[:a], rest[a:b], ctx.spec)

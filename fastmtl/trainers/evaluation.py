@@ -90,7 +90,7 @@ def collect(
     outputs = torch.cat([out for out, _ in pairs]).numpy()
     if pairs[0][1] is None:
         return outputs, None
-    return outputs, torch.cat([y for _, y in pairs]).numpy()
+    return outputs, torch.cat([y for _, y in pairs if y is not None]).numpy()
 
 
 def evaluate_multi_task(model: nn.Module, loader: Iterable) -> dict[str, dict[str, float]]:

@@ -109,7 +109,7 @@ class MTLTrainer:
         self.early_stopper = EarlyStopper(earlystop_patience, mode)
         self.evaluate_fns = [get_metric_func(kind) for kind in self.task_types]
         self.reg_loss_fn = RegularizationLoss(**(regularization_params or {}))
-        self.model_logger = model_logger
+        self.model_logger: Any = model_logger
         self.amp, self.progress = amp, progress
         self.strategy = _strategy(adaptive_params, optimizer, task_weights_strategy, gradnorm_alpha, task_weights)
         self.adaptive_method = None if adaptive_params is None else adaptive_params.get("method")
@@ -117,7 +117,7 @@ class MTLTrainer:
         self.optimizer_fn = optimizer_fn
         self.optimizer_params = dict(DEFAULT_OPTIMIZER_PARAMS if optimizer_params is None else optimizer_params)
         self.scheduler_fn, self.scheduler_params = scheduler_fn, dict(scheduler_params or {})
-        self.optimizer = None if isinstance(optimizer, MetaBalance) else optimizer
+        self.optimizer: Any = None if isinstance(optimizer, MetaBalance) else optimizer
         self.scheduler: Any = None
         self.model_path = _writable(model_path)
         self.gpus = list(gpus or [])

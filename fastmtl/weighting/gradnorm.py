@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class GradNorm(Strategy):
         self.alpha = alpha
         self.initial: Tensor | None = None
 
-    def attach(self, model, task_types) -> None:
+    def attach(self, model: Any, task_types: list[str]) -> None:
         super().attach(model, task_types)
         self.shared = model.last_shared_weight()
         self.w = model.loss_weights(1.0)

@@ -59,9 +59,10 @@ class MetaBalance(torch.optim.Optimizer):
                         continue
                     if k < len(balanced):
                         grad = self._balance(*balanced[k], grad, task, len(losses))
-                    sums[k] = grad if sums[k] is None else sums[k] + grad
-        for p, grad in zip(params, sums, strict=True):
-            p.grad = grad
+                    before = sums[k]
+                    sums[k] = grad if before is None else before + grad
+        for p, total in zip(params, sums, strict=True):
+            p.grad = total
 
     def _balance(self, p: nn.Parameter, group: dict[str, Any], grad: Tensor, task: int, n_task: int) -> Tensor:
         rows = self.blocks.get(p, [len(p)] if p.ndim else [])
@@ -95,7 +96,7 @@ class MetaBalanceStrategy(Strategy):
         if optimizer is None:
             MetaBalance([nn.Parameter(torch.zeros(1))], **self.settings)  # refuses bad settings before any data is read
 
-    def attach(self, model, task_types) -> None:
+    def attach(self, model: Any, task_types: list[str]) -> None:
         super().attach(model, task_types)
         shared = model.shared_parameters()
         if self.meta is None:
@@ -105,6 +106,7 @@ class MetaBalanceStrategy(Strategy):
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in balanced]
 
     def backward(self, losses: Tensor, penalty: Tensor | float) -> None:
+        assert self.meta is not None  # attach made it
         self.meta.step(losses.unbind(), self.others)
         if isinstance(penalty, Tensor):
             penalty.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Static(Strategy):
     def __init__(self, weights: Sequence[float]) -> None:
         self.fixed = torch.tensor([float(weight) for weight in weights])
 
-    def attach(self, model, task_types) -> None:
+    def attach(self, model: Any, task_types: list[str]) -> None:
         super().attach(model, task_types)
         if len(self.fixed) != len(task_types) and len(self.fixed) != len(self.tasks):
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class UncertaintyWeighting(Strategy):
     Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR'18, equations 7 to 10.
     """
 
-    def attach(self, model, task_types) -> None:
+    def attach(self, model: Any, task_types: list[str]) -> None:
         super().attach(model, task_types)
         self.log_variances = model.loss_weights(0.0)
         scale = torch.tensor([2.0 if kind == "classification" else 1.0 for kind in task_types])

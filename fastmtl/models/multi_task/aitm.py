@@ -80,7 +80,7 @@ class AITM(MTLModel):
         self.towers = TowerBank(dim, self.config["tower_params_list"], [f"towers.{task}" for task in range(n_task)])
         # one after the other: each reads what the one before it made
         self.info_gates = nn.ModuleList()
-        info = {"dims": [dim]}
+        info: dict[str, Any] = {"dims": [dim]}
         for _ in range(n_task - 1):
             self.info_gates.append(
                 ExpertGate(bank_spec(dim, info, (0,)), [MLP(dim, output_layer=False, **info)], (), [""])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class MTLModel(nn.Module):
     #: Outputs whose losses are summed; None: the mean over all tasks.
     SUMMED_TASKS: ClassVar[tuple[int, ...] | None] = None
 
+    _is_classification: Tensor
+
     def __init__(
         self,
         feature_lists: dict[str, Sequence[Feature | str]],
@@ -71,7 +73,7 @@ class MTLModel(nn.Module):
         self.task_names = [f"task_{task}" for task in range(self.n_task)]
         self.config = config
         self.embedding_dim = embedding_dim
-        self.feature_lists = {name: list(features) for name, features in feature_lists.items()}
+        self.feature_lists: dict[str, list[Any]] = {name: list(features) for name, features in feature_lists.items()}
         self.register_state_dict_post_hook(_lift_names)
         self.register_load_state_dict_pre_hook(_lower_names)
         self.register_load_state_dict_post_hook(_lift_missing)
@@ -89,7 +91,7 @@ class MTLModel(nn.Module):
     # ------------------------------------------------------------------------------------------------ building
 
     @property
-    def features(self) -> list[Feature | str]:
+    def features(self) -> list[Any]:
         """All features in order; column names where the model has not been built."""
         return [feature for features in self.feature_lists.values() for feature in features]
 
@@ -230,7 +232,7 @@ class MTLModel(nn.Module):
         """The learned loss weights ``[T]``, made with the value ``start`` where the model has none yet."""
         if LOSS_WEIGHT not in self._modules:
             self.add_module(LOSS_WEIGHT, LossWeights(self.n_task, start))
-        return self._modules[LOSS_WEIGHT].weight
+        return cast(LossWeights, self._modules[LOSS_WEIGHT]).weight
 
     # ------------------------------------------------------------------------------------------------- folders
 
@@ -256,8 +258,9 @@ class MTLModel(nn.Module):
 
 
 def _is_complete(feature: Feature | str) -> bool:
-    is_concat = isinstance(feature, SequenceFeature) and feature.pooling == "concat"
-    return not isinstance(feature, str) and not (is_concat and feature.max_len is None)
+    if isinstance(feature, SequenceFeature):
+        return feature.pooling != "concat" or feature.max_len is not None
+    return not isinstance(feature, str)
 
 
 def _names(model: MTLModel, prefix: str) -> dict[str, str]:

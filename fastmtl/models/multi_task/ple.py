@@ -99,5 +99,5 @@ class PLE(MTLModel):
         return [*self.embedding.parameters(), *self.cgc_layers.parameters()]
 
     def last_shared_weight(self) -> nn.Parameter:
-        bank = self.cgc_layers[-1]
+        bank: Any = self.cgc_layers[-1]
         return bank.get_parameter(f"weight{len(bank.spec.dims) - 1}")

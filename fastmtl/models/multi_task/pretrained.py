@@ -83,7 +83,9 @@ def from_pretrained(folder: str | Path) -> MTLModel:
             f"reads format {FORMAT} of {', '.join(MODELS)}"
         )
     make = MODELS[config["model"]]
-    arguments = {name: [_feature(f) for f in features] for name, features in config["feature_lists"].items()}
+    arguments: dict[str, Any] = {
+        name: [_feature(f) for f in features] for name, features in config["feature_lists"].items()
+    }
     arguments |= config["config"]
     if make is AITM:
         arguments["n_task"] = len(config["task_types"])
