@@ -1,0 +1,1 @@
+"""Benchmarks: each checks equality before it times, and alternates its contenders in one run."""
