@@ -1,0 +1,1 @@
+"""fastmtl against torch-rechub 0.9.0: same seed, same weights, same numbers."""
