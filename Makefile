@@ -52,8 +52,8 @@ wheel: $(VENV)/.package  ## dist/*.whl with the native library
 	  { echo "dist/*.whl carries no native library: it could not be built here, see $(INSTALL_LOG)" >&2; exit 1; }
 	@ls -l dist
 
-bench: $(VENV)/.dev  ## fastmtl against torch-rechub, both in one run; ARGS goes to the benchmark
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: $(VENV)/.dev  ## fastmtl against torch-rechub, end to end in one run; ARGS="--shape aliexpress"
+	$(BIN)/python -m bench.end_to_end $(ARGS)
 
 clean:  ## remove $(VENV) and all that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
