@@ -222,10 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    tell(f"{shape.name}, {rows.note}: {len(rows.y_train):,} train, {len(rows.y_valid):,} valid")
     tell(
-        f"{shape.name}, {rows.note}: {len(rows.y_train):,} train, {len(rows.y_valid):,} valid; "
-        f"MMoE {shape.n_expert} experts {list(shape.expert_dims)}, towers {list(shape.tower_dims)}, batch {shape.batch_size}; fp32, "
-        f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, torch {torch.__version__}"
+        f"MMoE {shape.n_expert} experts {list(shape.expert_dims)}, towers {list(shape.tower_dims)}, "
+        f"batch {shape.batch_size}; fp32, {torch.get_num_threads()} threads, "
+        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, torch {torch.__version__}"
     )
     for name, why in missing.items():
         tell(f"fastmtl {name} does not run: {why}")

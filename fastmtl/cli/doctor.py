@@ -15,7 +15,7 @@ import torch
 from .. import __version__, backend
 from ..data.census import find_census
 from .run_folder import to_json
-from .setup import why_no_gpu
+from .setup import backends_of, listed, why_no_gpu
 
 #: extra -> (the modules it brings, what for). A test compares it with pyproject.toml.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json(findings))
         return
+    gpus = ", ".join(findings["gpu"]["names"])
     facts = {
         "versions": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
         "system": findings["system"],
         "cpu": f"{findings['cpu']['model']}, {findings['cpu']['cores']} cores, {findings['cpu']['capability']}",
         "threads": str(findings["cpu"]["threads"]),
-        "gpu": ", ".join(findings["gpu"]["names"]) or f"none: {findings['gpu']['why_none']}",
+        "gpu": f"{gpus} ({listed(findings['gpu']['backends'])})" if gpus else f"none: {findings['gpu']['why_none']}",
         "census": ", ".join(findings["data"]["census"]) or "not found; 'fastmtl train census' says where to put it",
         "environment": ", ".join(f"{name}={value}" for name, value in findings["environment"].items()) or "nothing set",
     }
@@ -78,6 +79,7 @@ def examine() -> dict[str, Any]:
         "gpu": {
             "names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
             "why_none": None if cuda else why_no_gpu(),
+            "backends": backends_of(torch.device("cuda")) if cuda else {},
         },
         "backends": {row.op: {"runs": row.runs, "others": row.others} for row in backend.report()},
         "extras": {

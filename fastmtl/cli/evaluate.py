@@ -22,7 +22,7 @@ from .keys import DATA_SETS
 from .report import Voice, print_table, scores_table
 from .run_folder import to_json
 from .saved import Saved, load_saved
-from .setup import backends_of, check_device, chosen_backend, which_backends
+from .setup import backends_of, check_device, chosen_backend, listed
 from .tasks import esmm_labels, load_data
 
 
@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> None:
     saved = load_saved(args.run)
     with backend.use_backend(None if forced == "auto" else forced):
         loaders, best_auc, note = _loaders(saved, args.data, args.batch_size or _batch_size(saved))
-        voice.facts({"model": str(saved.folder), "data": note, "backend": which_backends()})
+        backends = backends_of(device)
+        voice.facts({"model": str(saved.folder), "data": note, "backend": listed(backends)})
         model = saved.model.to(device)
         scores = {split: evaluate_multi_task(model, loader) for split, loader in loaders.items()}
-        backends = backends_of()
     if args.json:
         rows = {split: len(loader.sampler) for split, loader in loaders.items()}  # type: ignore[arg-type]
         result = {"model": str(saved.folder), "data": {"note": note, "rows": rows}, "metrics": scores}

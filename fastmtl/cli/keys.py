@@ -87,7 +87,7 @@ KEYS = (
     Key("train.weighting", "str", "how the losses are weighed: " + ", ".join(WEIGHTINGS), "mean", WEIGHTINGS),
     Key("train.device", "str", "cpu, cuda, cuda:1", "cpu", metavar="NAME"),
     Key("train.amp", "str", "none (fp32, exact) or bf16 (mixed precision)", "none", ("none", "bf16"), metavar="NAME"),
-    Key("train.backend", "str", "auto, native or eager", "auto", metavar="NAME"),
+    Key("train.backend", "str", "auto, or the name of one: native, eager ...", "auto", metavar="NAME"),
 )  # fmt: skip
 
 BY_NAME: dict[str, Key] = {key.name: key for key in KEYS}

@@ -23,7 +23,7 @@ from ..trainers.evaluation import collect
 from .report import Voice
 from .run_folder import replacing
 from .saved import load_saved, loader_of
-from .setup import check_device, chosen_backend, which_backends
+from .setup import backends_of, check_device, chosen_backend, listed
 
 _SUFFIXES = (".csv", ".csv.gz", ".parquet", ".pq")
 _SHOWN = 5
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     _tell_about_columns(voice, table, saved.encoder)
     _tell_about_unseen(voice, x, saved.encoder)
     with backend.use_backend(None if forced == "auto" else forced):
-        voice.facts({"model": str(saved.folder), "backend": which_backends()})
+        voice.facts({"model": str(saved.folder), "backend": listed(backends_of(device))})
         start = time.perf_counter()
         predictions, _ = collect(saved.model.to(device), loader_of(x, args.batch_size), device)
         seconds = time.perf_counter() - start

@@ -50,19 +50,22 @@ def chosen_backend(name: str) -> str:
         return name
 
 
-def backends_of(amp: str = "none") -> dict[str, str]:
+def backends_of(device: torch.device, amp: str = "none") -> dict[str, str]:
     """For each op the backend that runs it.
 
     Args:
+        device: where the tensors are.
         amp: "none", or "bf16" for a run in mixed precision.
 
     Raises:
         BackendError: the forced backend can't run so.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp != "none"):
-        return {row.op: row.runs for row in backend.report()}
+    probe = torch.zeros(1, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp != "none"):
+        chosen = {op: backend.resolve(op, probe) for op in backend.TABLE}
+    return {op: next(name for name, m in backend.TABLE[op].items() if m is module) for op, module in chosen.items()}
 
 
-def which_backends(amp: str = "none") -> str:
+def listed(backends: dict[str, str]) -> str:
     """One line: for each op the backend that runs it."""
-    return ", ".join(f"{op}: {name}" for op, name in backends_of(amp).items())
+    return ", ".join(f"{op}: {name}" for op, name in backends.items())

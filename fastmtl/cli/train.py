@@ -22,7 +22,7 @@ from .keys import FLAGS
 from .models import describe, make_model
 from .report import EpochLines, Voice, print_table, scores_table
 from .run_folder import EpochLog
-from .setup import backends_of, check_device, chosen_backend, which_backends
+from .setup import backends_of, check_device, chosen_backend, listed
 from .tasks import STOP_TASK, choose_data, load_data
 
 Settings = dict[str, Any]
@@ -72,6 +72,7 @@ class _Run:
 
     def __init__(self, settings: Settings, folder: Path, voice: Voice, progress: bool | None) -> None:
         self.settings, self.folder, self.voice = settings, folder, voice
+        self.backends = backends_of(torch.device(settings["train.device"]), settings["train.amp"])
         self.data = load_data(settings)
         self.stop_task = _stop_task(settings, self.data)
         torch.manual_seed(settings["train.seed"])
@@ -142,7 +143,7 @@ class _Run:
             "best_auc": dict(self.data.best_auc),
             "samples_per_second": statistics.median(line["samples_per_second"] for line in epochs),
             "seconds": self.seconds,
-            "backend": backends_of(self.settings["train.amp"]),
+            "backend": self.backends,
             "precision": _precision(self.settings),
             "device": self.settings["train.device"],
             "threads": torch.get_num_threads(),
@@ -182,7 +183,7 @@ class _Run:
                 "training": f"at most {settings['train.epochs']} epochs, batches of {settings['train.batch_size']:,}, "
                 f"Adam lr {settings['train.lr']:g}, weight decay {settings['train.weight_decay']:g}, "
                 f"losses by {settings['train.weighting']}, seed {settings['train.seed']}",
-                "backend": which_backends(settings["train.amp"]),
+                "backend": listed(self.backends),
                 "precision": _precision(settings),
                 "device": f"{settings['train.device']}, {torch.get_num_threads()} threads",
                 "run": str(self.folder),
