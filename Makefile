@@ -12,6 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # the first Python that is new enough; a shell is not asked before it is needed
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+# without isolation: torch is there; a folder of its own for each environment: CMake remembers where torch lies
+BUILD := --no-build-isolation --config-settings=build-dir=build/$(notdir $(VENV))
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 INSTALL_LOG := build/install.log
 
@@ -47,7 +49,7 @@ format: $(VENV)/.dev  ## let ruff and clang-format rewrite the sources
 
 wheel: $(VENV)/.package  ## dist/*.whl with the native library
 	rm -rf dist
-	$(PIP) wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel -qq $(BUILD) --no-deps --wheel-dir dist .
 	@$(BIN)/python -m zipfile --list dist/*.whl | grep -q '^fastmtl/_native\.so ' || \
 	  { echo "dist/*.whl carries no native library: it could not be built here, see $(INSTALL_LOG)" >&2; exit 1; }
 	@ls -l dist
@@ -81,7 +83,7 @@ $(VENV)/.tools: pyproject.toml | $(BIN)/python
 $(VENV)/.package: $(VENV)/.tools $(NATIVE_SOURCES)
 	@mkdir -p $(dir $(INSTALL_LOG))
 	@echo "installing fastmtl and building its native library; the log is $(INSTALL_LOG)"
-	@$(PIP) install --verbose --no-build-isolation --editable '.[plot,report]' > $(INSTALL_LOG) 2>&1 || \
+	@$(PIP) install --verbose $(BUILD) --editable '.[plot,report]' > $(INSTALL_LOG) 2>&1 || \
 	  { tail -n 40 $(INSTALL_LOG) >&2; exit 1; }
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fastmtl._native") is None)' || \
 	  echo "no native library: a C++20 compiler (g++ or clang++) is missing or failed, see $(INSTALL_LOG); fastmtl runs \
@@ -90,5 +92,5 @@ $(VENV)/.package: $(VENV)/.tools $(NATIVE_SOURCES)
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.package
 	@echo "installing the development tools into $(VENV) (once)"
-	$(PIP) install -qq --no-build-isolation --editable '.[dev]'
+	$(PIP) install -qq $(BUILD) --editable '.[dev]'
 	@touch $@
