@@ -76,7 +76,7 @@ def embedding_bag_fwd(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
-    from .embedding_bag_fwd import embedding_bag_fwd as run
+    from .embedding_bag_forward import embedding_bag_fwd as run
 
     return run(weights, ids, columns, dense, spec)
 
@@ -90,7 +90,7 @@ def embedding_bag_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
-    from .embedding_bag_bwd import embedding_bag_bwd as run
+    from .embedding_bag_backward import embedding_bag_bwd as run
 
     return run(grad, ids, columns, spec, shapes, needs)
 
@@ -108,7 +108,7 @@ def embedding_bag_bwd_sparse(
     M is known without asking the device, so entries may be void: their row is V_total (one behind the last), and
     their value is undefined.
     """
-    from .embedding_bag_bwd import embedding_bag_bwd_sparse as run
+    from .embedding_bag_backward import embedding_bag_bwd_sparse as run
 
     return run(grad, ids, columns, spec, shapes, needs)
 
@@ -117,7 +117,7 @@ def expert_gate_fwd(
     x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output."""
-    from .expert_gate_fwd import expert_gate_fwd as run
+    from .expert_gate_forward import expert_gate_fwd as run
 
     return run(x, params, spec, training)
 
@@ -132,6 +132,6 @@ def expert_gate_bwd(
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients of x (None where it needs none) and of ``params.learned()``."""
-    from .expert_gate_bwd import expert_gate_bwd as run
+    from .expert_gate_backward import expert_gate_bwd as run
 
     return run(grad, x, params, spec, training, saved, needs_x)

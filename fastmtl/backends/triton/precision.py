@@ -42,7 +42,9 @@ def of_dtype(dtype: torch.dtype) -> Precision:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of an op's output: autocast's where that is on, else the input's."""
-    device = tensor.device.type
+    device = (
+        "cuda" if tensor.is_meta else tensor.device.type
+    )  # meta tensors stand for a GPU's where launches are recorded
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return tensor.dtype

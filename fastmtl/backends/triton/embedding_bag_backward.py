@@ -1,0 +1,327 @@
+"""embedding_bag, backward: the gradient of each touched row, from the gradient of the output.
+
+1. Every lookup becomes a row of its weight (embedding_rows_kernel).
+2. Tiny tables are summed as one-hot products over runs of the batch (tiny_tables.py).
+3. The rows of the others are sorted; CHUNK neighbours at a time are walked in order, and a row whose lookups lie in
+   one chunk is finished there. What reaches over a chunk's end is left in Head and Tail (embedding_segments_kernel),
+4. and added up where the row began, STITCHED chunks at a time (embedding_stitch_kernel).
+
+Nothing is added atomically and the sort is stable, so that a run can be repeated to the last bit. The rows depend on
+the ids alone, so that steps 1 and the sort may run ahead of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec import EmbeddingSpec
+from . import configs
+from .common import aligned
+from .embedding_bag_forward import load_slot, resolve
+from .embedding_plan import TablePlan, plans
+from .launch import alignment, cdiv, launch
+from .tiny_tables import add_tiny_tables
+
+
+@triton.jit
+def embedding_rows_kernel(
+    Ids_ptr,  # [B, n_ids]
+    Bags_ptr,  # [n_bags, 12]
+    Sorted_ptr,  # [B, n_sorted]: row in the weight, or void
+    Tiny_ptr,  # [B, n_tiny] int32: row in the table, or -1
+    Count_ptr,  # [B, n_bags] fp32: what the bag's gradient is divided by
+    n_rows,
+    n_bags,
+    n_sorted,
+    n_tiny,
+    void,
+    stride_ib,
+    stride_ic,
+    BLOCK_B: tl.constexpr,
+):
+    bag = tl.program_id(0) % n_bags
+    b = (tl.program_id(0) // n_bags).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = b < n_rows
+    first, length, vocab, offset, mean, n_pads, pad0, pad1, oov, out = load_slot(Bags_ptr, bag, 12)
+    tiny = tl.load(Bags_ptr + bag * 12 + 10)
+    column = tl.load(Bags_ptr + bag * 12 + 11)
+    counted = tl.zeros([BLOCK_B], tl.float32)
+    for i in range(length):
+        ids = tl.load(Ids_ptr + b * stride_ib + (first + i) * stride_ic, mask=live, other=0).to(tl.int64)
+        row, refused = resolve(ids, vocab, n_pads, pad0, pad1, oov)
+        if tiny != 0:
+            tl.store(Tiny_ptr + b * n_tiny + column + i, row.to(tl.int32), mask=live)
+        else:
+            found = tl.where(row >= 0, offset + row, void)
+            tl.store(Sorted_ptr + b * n_sorted + column + i, found.to(Sorted_ptr.dtype.element_ty), mask=live)
+        counted += tl.where(row >= 0, 1.0, 0.0)
+    divisor = tl.where(mean != 0, tl.maximum(counted, 1.0), 1.0)
+    tl.store(Count_ptr + b * n_bags + bag, divisor, mask=live)
+
+
+@triton.jit
+def embedding_segments_kernel(
+    Keys_ptr,  # [n] rows, ascending; void ones last
+    Order_ptr,  # [n] int64: where each stood in [B, n_columns]
+    Grad_ptr,  # [B, W]
+    Columns_ptr,  # [n_columns, 2] int32: output column, bag
+    Count_ptr,  # [B, n_bags]
+    Rank_ptr,  # [n] int64: which distinct row it is; read where RANKED
+    Out_ptr,  # [V_total, DIM], or [M, DIM] by rank
+    Rows_ptr,  # [M] int64; written where RANKED
+    Head_ptr,  # [n_chunks, DIM] fp32: of the row that began in an earlier chunk
+    Tail_ptr,  # [n_chunks, DIM] fp32: of the row that goes on in the next chunk
+    Open_ptr,  # [n_chunks] int32: whether Tail is to be stitched
+    n,
+    n_columns,
+    n_bags,
+    void,
+    stride_gb,
+    DIM: tl.constexpr,
+    MEAN: tl.constexpr,
+    RANKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WALKERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64) * WALKERS + tl.arange(0, WALKERS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (d < DIM)[None, :]
+    at = chunk * CHUNK
+    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
+    before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
+    own = key != before  # whether the row began in this chunk
+    total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
+    goes_on = key != key
+    for _ in range(CHUNK):
+        live = (at < n) & (key != void)
+        following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
+        place = tl.load(Order_ptr + at, mask=live, other=0)
+        b = place // n_columns
+        column = Columns_ptr + (place - b * n_columns) * 2
+        start = aligned(tl.load(column, mask=live, other=0), ALIGN)
+        source = b[:, None] * aligned(stride_gb, ALIGN) + start[:, None] + d[None, :]
+        value = tl.load(Grad_ptr + source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        if MEAN:
+            bag = tl.load(column + 1, mask=live, other=0)
+            value = value / tl.load(Count_ptr + b * n_bags + bag, mask=live, other=1.0)[:, None]
+        total += value
+        ends = live & (following != key)
+        whole = ends & own
+        if RANKED:
+            target = tl.load(Rank_ptr + at, mask=whole, other=0)
+            if tl.program_id(1) == 0:
+                tl.store(Rows_ptr + target, key, mask=whole)
+        else:
+            target = key
+        tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
+        tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(ends & ~own)[:, None] & inside)
+        total = tl.where(ends[:, None], 0.0, total)
+        own = own | ends
+        goes_on = live & (following == key)
+        key = following
+        at += 1
+    tl.store(Tail_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & own)[:, None] & inside)
+    tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & ~own)[:, None] & inside)
+    if tl.program_id(1) == 0:
+        tl.store(Open_ptr + chunk, (goes_on & own).to(tl.int32), mask=chunk * CHUNK < n)
+
+
+@triton.jit
+def embedding_stitch_kernel(
+    Keys_ptr,
+    Rank_ptr,
+    Out_ptr,
+    Rows_ptr,
+    Head_ptr,
+    Tail_ptr,
+    Open_ptr,
+    n,
+    DIM: tl.constexpr,
+    RANKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STITCHED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    if tl.load(Open_ptr + chunk) != 0:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        last = chunk * CHUNK + CHUNK - 1
+        key = tl.load(Keys_ptr + last)
+        total = tl.load(Tail_ptr + chunk * DIM + d, mask=d < DIM, other=0.0)
+        following = chunk + 1 + tl.arange(0, STITCHED)
+        more = 1
+        while more != 0:
+            first = following * CHUNK
+            same = (tl.load(Keys_ptr + first, mask=first < n, other=-1) == key) & (first < n)
+            mask = same[:, None] & (d < DIM)[None, :]
+            total += tl.sum(tl.load(Head_ptr + following[:, None] * DIM + d[None, :], mask=mask, other=0.0), axis=0)
+            more = tl.min(same.to(tl.int32), axis=0)
+            following += STITCHED
+        if RANKED:
+            target = tl.load(Rank_ptr + last)
+            if tl.program_id(1) == 0:
+                tl.store(Rows_ptr + target, key.to(tl.int64))
+        else:
+            target = key.to(tl.int64)
+        tl.store(Out_ptr + target * DIM + d, total, mask=d < DIM)
+
+
+class Rows(NamedTuple):
+    """The rows a batch reads of one weight.
+
+    Args:
+        keys: ``[n]`` ascending; ``V_total`` (void) where a lookup counts as nothing.
+        order: ``[n]``, where each stood in ``[B, n_sorted]``.
+        tiny: ``[B, n_tiny_columns]``, rows of the tiny tables.
+        count: ``[B, n_bags]``, what each bag's gradient is divided by: 1, or the lookups that a mean counts.
+    """
+
+    keys: Tensor
+    order: Tensor
+    tiny: Tensor
+    count: Tensor
+
+
+def sort_rows(ids: Tensor, table: TablePlan, n_weight_rows: int) -> Rows:
+    """The rows of one weight in order: all of the backward that depends on the ids alone."""
+    n_rows = len(ids)
+    small = n_weight_rows < 2**31 - 1
+    found = torch.empty(n_rows, table.n_sorted, dtype=torch.int32 if small else torch.int64, device=ids.device)
+    tiny = torch.empty(n_rows, table.n_tiny_columns, dtype=torch.int32, device=ids.device)
+    count = torch.empty(n_rows, table.n_bags, dtype=torch.float32, device=ids.device)
+    block_b = 256
+    launch(
+        embedding_rows_kernel,
+        (cdiv(n_rows, block_b) * table.n_bags,),
+        configs.Warps(4),
+        Ids_ptr=ids,
+        Bags_ptr=table.bags,
+        Sorted_ptr=found,
+        Tiny_ptr=tiny,
+        Count_ptr=count,
+        n_rows=n_rows,
+        n_bags=table.n_bags,
+        n_sorted=table.n_sorted,
+        n_tiny=table.n_tiny_columns,
+        void=n_weight_rows,
+        stride_ib=ids.stride(0),
+        stride_ic=ids.stride(1),
+        BLOCK_B=block_b,
+    )
+    keys, order = torch.sort(found.flatten(), stable=True)
+    return Rows(keys, order, tiny, count)
+
+
+def _add_segments(
+    grad: Tensor, rows: Rows, table: TablePlan, out: Tensor, void: int, rank: Tensor | None, out_rows: Tensor | None
+) -> None:
+    n, dim = len(rows.keys), out.shape[1]
+    if n == 0:
+        return
+    config = configs.EMBEDDING.segments(n, dim)
+    n_chunks = cdiv(n, config.chunk)
+    head, tail = torch.empty(2, n_chunks, dim, dtype=torch.float32, device=grad.device)
+    is_open = torch.empty(n_chunks, dtype=torch.int32, device=grad.device)
+    shared = {
+        "Keys_ptr": rows.keys,
+        "Rank_ptr": rows.order if rank is None else rank,
+        "Out_ptr": out,
+        "Rows_ptr": rows.order if out_rows is None else out_rows,
+        "Head_ptr": head,
+        "Tail_ptr": tail,
+        "Open_ptr": is_open,
+        "n": n,
+        "DIM": dim,
+        "RANKED": rank is not None,
+        "CHUNK": config.chunk,
+        "BLOCK_D": config.block_d,
+    }
+    n_blocks = cdiv(dim, config.block_d)
+    launch(
+        embedding_segments_kernel,
+        (cdiv(n_chunks, config.walkers), n_blocks),
+        config.warps,
+        Order_ptr=rows.order,
+        Grad_ptr=grad,
+        Columns_ptr=table.sorted_columns,
+        Count_ptr=rows.count,
+        n_columns=table.n_sorted,
+        n_bags=table.n_bags,
+        void=void,
+        stride_gb=grad.stride(0),
+        MEAN=table.has_mean,
+        ALIGN=alignment(table.align, grad.stride(0)),
+        WALKERS=config.walkers,
+        **shared,
+    )
+    launch(
+        embedding_stitch_kernel,
+        (n_chunks, n_blocks),
+        configs.Warps(1),
+        STITCHED=configs.EMBEDDING.stitched,
+        **shared,
+    )
+
+
+def _prepare(grad: Tensor, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> tuple[Tensor, tuple]:
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    return grad, plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device) if spec.bags else ()
+
+
+def embedding_bag_bwd(
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Dense fp32 gradients: zero but for the touched rows."""
+    grad, tables = _prepare(grad, ids, columns, spec)
+    grads: list[Tensor | None] = []
+    for (n_weight_rows, dim), need, table in zip(shapes, needs, tables, strict=True):
+        if not need:
+            grads.append(None)
+            continue
+        out = torch.zeros(n_weight_rows, dim, dtype=torch.float32, device=grad.device)
+        rows = sort_rows(ids, table, n_weight_rows)
+        _add_segments(grad, rows, table, out, n_weight_rows, None, None)
+        add_tiny_tables(grad, rows.tiny, rows.count, table, out, None, n_weight_rows)
+        grads.append(out)
+    return grads
+
+
+def embedding_bag_bwd_sparse(
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """``(rows [M], values [M, D])`` of each weight that needs a gradient; a row of V_total marks a void entry."""
+    grad, tables = _prepare(grad, ids, columns, spec)
+    grads: list[tuple[Tensor, Tensor] | None] = []
+    for (n_weight_rows, dim), need, table in zip(shapes, needs, tables, strict=True):
+        if not need:
+            grads.append(None)
+            continue
+        rows = sort_rows(ids, table, n_weight_rows)
+        n_sorted = min(len(rows.keys), n_weight_rows)
+        found = torch.full((n_sorted + table.n_tiny_rows,), n_weight_rows, dtype=torch.int64, device=grad.device)
+        values = torch.empty(len(found), dim, dtype=torch.float32, device=grad.device)
+        if len(rows.keys):
+            begins = torch.ones_like(rows.keys, dtype=torch.int64)
+            torch.ne(rows.keys[1:], rows.keys[:-1], out=begins[1:])
+            rank = torch.cumsum(begins, 0) - 1
+            _add_segments(grad, rows, table, values, n_weight_rows, rank, found)
+        add_tiny_tables(grad, rows.tiny, rows.count, table, values[n_sorted:], found[n_sorted:], n_weight_rows)
+        grads.append((found, values))
+    return grads
