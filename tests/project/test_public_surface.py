@@ -130,6 +130,8 @@ def _undocumented(module):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_is_documented(name):
+    if name.startswith("fastmtl.backends.triton."):
+        pytest.importorskip("triton", reason="the kernels' modules import triton, which is an extra")
     module = importlib.import_module(name)
     assert module.__doc__
     assert list(_undocumented(module)) == []
