@@ -4,6 +4,7 @@ import os
 import zlib
 
 import pytest
+
 from fastmtl import backend as backends
 
 #: Property tests derive their seeds from this one. Drawn fresh, so that CI sees new cases every time.
