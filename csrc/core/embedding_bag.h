@@ -172,9 +172,11 @@ struct Unit {
 };
 
 // Cuts the gradients with needs[t] into units that no two share a row: tables that overlap (shared ones) stay together,
-// large ones are cut by rows so that about `threads` equal shares can be made.
+// large ones are cut by rows so that about `threads` equal shares can be made. Units of a weight come in the order of
+// its rows. `clear` is what a row costs that is only cleared; 0 where the gradient is sparse.
 inline std::vector<Unit> plan_bwd(const Bag* bags, int64_t n_bags, const int64_t* rows, const int64_t* dims,
-                                  const std::vector<bool>& needs, int64_t n_tables, int64_t n_rows, int64_t threads) {
+                                  const std::vector<bool>& needs, int64_t n_tables, int64_t n_rows, int64_t threads,
+                                  double clear = 0.25) {
   std::vector<Unit> groups;
   for (int64_t t = 0; t < n_tables; ++t) {
     if (!needs[t]) continue;
@@ -199,12 +201,12 @@ inline std::vector<Unit> plan_bwd(const Bag* bags, int64_t n_bags, const int64_t
   }
 
   // in units of one float written: clearing is streaming, adding is not, and each piece reads all ids of its bags
-  constexpr double kClear = 0.25, kAdd = 1.0, kScan = 2.0;
+  constexpr double kAdd = 1.0, kScan = 2.0;
   double total = 0;
   for (Unit& group : groups) {
     std::sort(group.bags.begin(), group.bags.end());
     const double dim = static_cast<double>(dims[group.table]);
-    group.cost = kClear * dim * static_cast<double>(group.end - group.begin);
+    group.cost = clear * dim * static_cast<double>(group.end - group.begin);
     for (int64_t f : group.bags) group.cost += static_cast<double>(n_rows * bags[f].length) * (kAdd * dim + kScan);
     total += group.cost;
   }

@@ -1,8 +1,10 @@
 // embedding_bag on torch tensors: check, allocate, run. What the op means is in fastmtl/ops/embedding_bag.py.
 #include "core/embedding_bag.h"
 
+#include <limits>
 #include <mutex>
 
+#include "core/embedding_bag_sparse.h"
 #include "cpu/tensors.h"
 
 namespace fastmtl::cpu {
@@ -98,7 +100,23 @@ Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::op
   return result;
 }
 
-// `shapes` holds the rows and the width of each weight; rows < 0: no gradient is wanted. Returns the wanted ones.
+// The weights whose gradient is asked for: `shapes` holds the rows and the width of each, rows < 0 (-1 - rows): not
+// wanted.
+struct Wanted {
+  std::vector<int64_t> rows, dims;
+  std::vector<bool> needs;
+
+  explicit Wanted(const std::vector<int64_t>& shapes) {
+    for (size_t t = 0; t + 1 < shapes.size(); t += 2) {
+      needs.push_back(shapes[t] >= 0);
+      rows.push_back(shapes[t] >= 0 ? shapes[t] : -shapes[t] - 1);
+      dims.push_back(shapes[t + 1]);
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(rows.size()); }
+};
+
+// Returns the wanted gradients.
 std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, const Tensor& plan,
                                       std::vector<int64_t> shapes) {
   check_cpu(grad, ScalarType::Float, 2, "grad");
@@ -106,24 +124,19 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
   const Tensor rows_dense = dense_rows(grad);
   const int64_t n_rows = ids.size(0);
   STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
-  const int64_t n_tables = static_cast<int64_t>(shapes.size()) / 2;
-  std::vector<int64_t> rows, dims;
-  std::vector<bool> wanted;
+  const Wanted wanted(shapes);
+  const std::vector<int64_t>&rows = wanted.rows, &dims = wanted.dims;
   std::vector<Tensor> results;
-  std::vector<float*> out(n_tables, nullptr);
-  for (int64_t t = 0; t < n_tables; ++t) {
-    const int64_t height = shapes[2 * t];
-    wanted.push_back(height >= 0);
-    rows.push_back(height >= 0 ? height : -height - 1);
-    dims.push_back(shapes[2 * t + 1]);
-    if (!wanted[t]) continue;
+  std::vector<float*> out(wanted.rows.size(), nullptr);
+  for (int64_t t = 0; t < wanted.size(); ++t) {
+    if (!wanted.needs[t]) continue;
     results.push_back(empty_f32({rows[t], dims[t]}));
     out[t] = results.back().mutable_data_ptr<float>();
   }
   const Bag* bags = checked_bags(plan, rows, dims, ids, grad.size(1));
   const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   const std::vector<Unit> units =
-      plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted, n_tables, n_rows, threads);
+      plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted.needs, wanted.size(), n_rows, threads);
   const std::vector<std::vector<int64_t>> hands = deal(units, threads);
   const float* from = rows_dense.const_data_ptr<float>();
   const int64_t stride = rows_dense.stride(0);
@@ -140,16 +153,134 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
   return results;
 }
 
+Tensor empty_of(int64_t n, ScalarType dtype) {
+  return torch::stable::empty({n}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// For each wanted weight the rows that the batch looks up (int64, ascending), where their entries start (int64), and
+// the entries (int32), as core/embedding_bag_sparse.h describes them.
+std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes) {
+  check_ids(ids);
+  const Wanted wanted(shapes);
+  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids, std::numeric_limits<int64_t>::max() / 2);
+  const int64_t n_rows = ids.size(0), n_columns = ids.size(1);
+  STD_TORCH_CHECK(n_columns == 0 || n_rows <= std::numeric_limits<int32_t>::max() / n_columns, "a batch of ", n_rows,
+                  " x ", n_columns, " ids is too large for a sparse gradient");
+  for (int64_t height : wanted.rows) {
+    STD_TORCH_CHECK(height <= std::numeric_limits<uint32_t>::max(), "a table of ", height,
+                    " rows is too high for a sparse gradient");
+  }
+  const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const std::vector<Unit> units = plan_bwd(bags, plan.size(0), wanted.rows.data(), wanted.dims.data(), wanted.needs,
+                                           wanted.size(), n_rows, threads, 0.0);
+  const std::vector<std::vector<int64_t>> hands = deal(units, threads);
+  std::vector<UnitIndex> found(units.size());
+  with_ids(ids, [&](const auto& view) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t hand = begin; hand < end; ++hand) {
+        for (int64_t u : hands[hand]) found[u] = index_unit(units[u], bags, view, n_rows, n_columns);
+      }
+    });
+  });
+  std::vector<Tensor> results;
+  for (int64_t t = 0; t < wanted.size(); ++t) {
+    if (!wanted.needs[t]) continue;
+    int64_t n = 0, n_entries = 0;
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (units[u].table != t) continue;
+      n += static_cast<int64_t>(found[u].rows.size());
+      n_entries += static_cast<int64_t>(found[u].entries.size());
+    }
+    Tensor rows = empty_of(n, ScalarType::Long), starts = empty_of(n + 1, ScalarType::Long);
+    Tensor entries = empty_of(n_entries, ScalarType::Int);
+    int64_t* to_rows = rows.mutable_data_ptr<int64_t>();
+    int64_t* to_starts = starts.mutable_data_ptr<int64_t>();
+    int32_t* to_entries = entries.mutable_data_ptr<int32_t>();
+    int64_t at = 0;
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (units[u].table != t) continue;
+      to_rows = std::copy(found[u].rows.begin(), found[u].rows.end(), to_rows);
+      for (int64_t start : found[u].starts) *to_starts++ = at + start;
+      to_entries = std::copy(found[u].entries.begin(), found[u].entries.end(), to_entries);
+      at += static_cast<int64_t>(found[u].entries.size());
+    }
+    *to_starts = at;
+    results.push_back(rows);
+    results.push_back(starts);
+    results.push_back(entries);
+  }
+  return results;
+}
+
+// The gradients of the rows of an index, [n, D] for each wanted weight.
+std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& ids, const Tensor& plan,
+                                             std::vector<int64_t> shapes, std::vector<Tensor> index) {
+  check_cpu(grad, ScalarType::Float, 2, "grad");
+  check_ids(ids);
+  const Tensor rows_dense = dense_rows(grad);
+  const Wanted wanted(shapes);
+  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids, grad.size(1));
+  const int64_t n_rows = ids.size(0), n_columns = ids.size(1), n_bags = plan.size(0);
+  STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
+  std::vector<int64_t> bag_of(static_cast<size_t>(n_columns), -1);
+  std::vector<std::vector<float>> counted(static_cast<size_t>(n_bags));
+  std::vector<const float*> counts(static_cast<size_t>(n_bags), nullptr);
+  for (int64_t f = 0; f < n_bags; ++f) {
+    std::fill_n(bag_of.begin() + bags[f].column, bags[f].length, f);
+    if (bags[f].pooling != kMean || bags[f].length == 1) continue;
+    counted[f].resize(static_cast<size_t>(n_rows));
+    with_ids(ids, [&](const auto& view) { count_bag(bags[f], view, n_rows, counted[f].data()); });
+    counts[f] = counted[f].data();
+  }
+  const SparseGrad from{
+      bags, bag_of.data(), n_rows, n_columns, rows_dense.const_data_ptr<float>(), rows_dense.stride(0), counts.data()};
+  std::vector<Tensor> results;
+  size_t at = 0;
+  for (int64_t t = 0; t < wanted.size(); ++t) {
+    if (!wanted.needs[t]) continue;
+    STD_TORCH_CHECK(at + 3 <= index.size(), "the index lacks a weight");
+    const Tensor &starts = index[at + 1], &entries = index[at + 2];
+    check_cpu(starts, ScalarType::Long, 1, "starts");
+    check_cpu(entries, ScalarType::Int, 1, "entries");
+    STD_TORCH_CHECK(starts.is_contiguous() && entries.is_contiguous() && starts.size(0) >= 1, "malformed index");
+    at += 3;
+    const int64_t n = starts.size(0) - 1, n_entries = entries.size(0);
+    const int64_t* from_starts = starts.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      STD_TORCH_CHECK(from_starts[i] >= 0 && from_starts[i] <= from_starts[i + 1], "malformed index");
+    }
+    STD_TORCH_CHECK(from_starts[n] <= n_entries, "malformed index");
+    Tensor values = empty_f32({n, wanted.dims[t]});
+    float* to = values.mutable_data_ptr<float>();
+    const int32_t* from_entries = entries.const_data_ptr<int32_t>();
+    // shares of equal work: a row of a tiny table has thousands of entries, most have one
+    const int64_t pieces = n_rows < kGrainRows ? 1 : 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    const auto cut = [&](int64_t piece) {
+      if (piece == pieces) return n;
+      return std::lower_bound(from_starts, from_starts + n, n_entries * piece / pieces) - from_starts;
+    };
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      embedding_bag_values(from, wanted.dims[t], from_starts, from_entries, cut(begin), cut(end), to);
+    });
+    results.push_back(values);
+  }
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def("embedding_bag_fwd(Tensor[] weights, Tensor ids, Tensor? dense, Tensor plan, int width) -> Tensor");
   m.def("embedding_bag_bwd(Tensor grad, Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
+  m.def("embedding_bag_index(Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
+  m.def("embedding_bag_bwd_sparse(Tensor grad, Tensor ids, Tensor plan, int[] shapes, Tensor[] index) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("embedding_bag_fwd", TORCH_BOX(&embedding_bag_fwd));
   m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
+  m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
+  m.impl("embedding_bag_bwd_sparse", TORCH_BOX(&embedding_bag_bwd_sparse));
 }
 
 }  // namespace fastmtl::cpu

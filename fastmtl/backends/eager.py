@@ -268,6 +268,53 @@ def _lookup(weight: Tensor, rows: Tensor, keep: Tensor | None, table: _TablePlan
     return emb.flatten(1)
 
 
+def embedding_bag_bwd_sparse(
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """For each weight that needs it: ``(rows [n] ascending and unique, their gradients [n, D])``.
+
+    Args:
+        grad: ``[B, W]``, the gradient of the output.
+        shapes: of the weights.
+        needs: which weights' gradients are wanted.
+    """
+    plan = _plan(spec, columns, ids.device)
+    rows, keep, refused = _resolve(ids, *plan[:5])
+    keep = ~refused if keep is None else keep & ~refused
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    start = 0
+    for f, (bag, width) in enumerate(zip(spec.bags, spec.bag_widths(columns), strict=True)):
+        part = slice(columns[f], columns[f + 1])
+        counted = keep[:, part]
+        share = grad[:, start : start + width]
+        start += width
+        if bag.pooling == "concat":
+            each = share.unflatten(1, (-1, bag.dim))
+        else:
+            if bag.pooling == "mean":
+                share = share / counted.sum(dim=1, keepdim=True).clamp(min=1)
+            each = share.unsqueeze(1).expand(-1, counted.shape[1], -1)
+        found.setdefault(bag.table, []).append((rows[:, part][counted], each[counted]))
+    result: list[tuple[Tensor, Tensor] | None] = []
+    for table, need in enumerate(needs):
+        if not need:
+            result.append(None)
+            continue
+        pieces = found.get(table, [])
+        if not pieces:
+            result.append((ids.new_empty(0), grad.new_empty(0, shapes[table][1])))
+            continue
+        unique, place = torch.cat([at for at, _ in pieces]).unique(return_inverse=True)
+        values = torch.cat([value for _, value in pieces])
+        result.append((unique.long(), values.new_zeros(len(unique), values.shape[1]).index_add_(0, place, values)))
+    return result
+
+
 # ----------------------------------------------------------------------------------------------- expert_gate
 
 

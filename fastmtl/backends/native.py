@@ -6,7 +6,7 @@ What depends only on a spec is turned into a tensor of integers once (a "plan") 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,20 @@ def _bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
     return plan
 
 
+class RowIndex(NamedTuple):
+    """The rows of one weight that a batch looks up.
+
+    Args:
+        rows: ``[n]`` int64, ascending and unique.
+        starts: ``[n + 1]`` int64; the lookups of ``rows[i]`` are ``entries[starts[i]:starts[i + 1]]``.
+        entries: int32, positions in the ids ``[B, S]`` counted row by row, ascending for each row.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    entries: Tensor
+
+
 def embedding_bag_fwd(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
@@ -112,11 +126,46 @@ def embedding_bag_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
+    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, _bag_plan(spec, columns), _wanted(shapes, needs)))
+    return [next(grads) if need else None for need in needs]
+
+
+def _wanted(shapes: list[torch.Size], needs: list[bool]) -> list[int]:
+    """Rows and width of each weight, the rows negative where no gradient is wanted."""
     flat: list[int] = []
     for (rows, dim), need in zip(shapes, needs, strict=True):
         flat += (rows if need else -1 - rows, dim)
-    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, _bag_plan(spec, columns), flat))
-    return [next(grads) if need else None for need in needs]
+    return flat
+
+
+def embedding_bag_index(
+    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
+) -> list[RowIndex | None]:
+    """For each weight that needs a gradient: the rows that a batch looks up, and where.
+
+    It depends on the ids alone: it can be made before the lookup and serves every backward after it.
+    """
+    flat = iter(_ops.embedding_bag_index.default(ids, _bag_plan(spec, columns), _wanted(shapes, needs)))
+    return [RowIndex(next(flat), next(flat), next(flat)) if need else None for need in needs]
+
+
+def embedding_bag_bwd_sparse(
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    index: list[RowIndex | None],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """For each weight with an index: ``(rows [n] ascending and unique, their gradients [n, D])``.
+
+    Bit for bit the rows of :func:`embedding_bag_bwd`'s result; the others' gradient is zero.
+    """
+    needs = [found is not None for found in index]
+    parts = [part for found in index if found is not None for part in found]
+    plan = _bag_plan(spec, columns)
+    values = iter(_ops.embedding_bag_bwd_sparse.default(grad, ids, plan, _wanted(shapes, needs), parts))
+    return [None if found is None else (found.rows, next(values)) for found in index]
 
 
 # ----------------------------------------------------------------------------------------------- expert_gate
