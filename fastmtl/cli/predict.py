@@ -79,7 +79,7 @@ def _tell_about_unseen(voice: Voice, x: Mapping[str, np.ndarray], encoder: Encod
     unseen = []
     for spec in encoder.features:
         if spec.vocab is not None:
-            n_rows = int(np.count_nonzero(x[spec.name] == spec.vocab - 1))
+            n_rows = int(np.count_nonzero(x[spec.name] >= spec.vocab))
             if n_rows:
                 unseen.append(f"{spec.name} ({n_rows:,} rows)")
     if unseen:

@@ -25,7 +25,7 @@ class FeatureSpec:
     Args:
         name: its column.
         kind: "sparse" (an id) or "dense" (a number).
-        vocab: rows a table needs for a sparse feature, the last one for values that training never saw; None for dense.
+        vocab: ids of a sparse feature; a value that was not learnt gets the id after the last. None: dense.
     """
 
     name: str
@@ -98,7 +98,8 @@ _Vocabulary = _Texts | _Numbers | _Range
 class Encoder:
     """Sparse values to ids in sorted order, dense ones to their place between the least and the greatest.
 
-    Each sparse feature has one id more than it has values: the last one stands for values that training never saw.
+    A value that was not there to learn from gets the id after the last, for which no table has a row: give the feature
+    ``oov="zero"``, and such a value adds nothing.
 
     Args:
         sparse: name -> values or range of ids.
@@ -116,7 +117,7 @@ class Encoder:
 
     @classmethod
     def fit(cls, columns: Mapping[str, Any], sparse: Iterable[str], dense: Iterable[str], source: str = "") -> Encoder:
-        """Learn values and ranges from the training rows.
+        """Learn values and ranges from rows.
 
         Args:
             columns: name -> raw column [N], texts or numbers.
@@ -158,7 +159,7 @@ class Encoder:
     def features(self) -> tuple[FeatureSpec, ...]:
         """The features, in order."""
         return tuple(
-            FeatureSpec(name, "sparse", len(self._sparse[name]) + 1)
+            FeatureSpec(name, "sparse", max(len(self._sparse[name]), 1))
             if name in self._sparse
             else FeatureSpec(name, "dense")
             for name in self._order

@@ -41,7 +41,7 @@ class MultiTaskData:
         test: the rows to report.
         task_names: a name for each label column.
         task_types: "classification" or "regression" for each.
-        encoder: from raw columns to ``x``, fitted on the training rows.
+        encoder: from raw columns to ``x``.
         best_auc: task -> AUC of the true probabilities on the test rows, where they are known: no model does better
             but by luck.
         note: one line about where the rows came from.
@@ -72,7 +72,9 @@ class MultiTaskData:
             One SparseFeature or DenseFeature for each column; unseen values have the table's last row.
         """
         return [
-            DenseFeature(spec.name) if spec.vocab is None else SparseFeature(spec.name, spec.vocab, embed_dim)
+            DenseFeature(spec.name)
+            if spec.vocab is None
+            else SparseFeature(spec.name, spec.vocab, embed_dim, oov="zero")
             for spec in self.features
         ]
 

@@ -1,4 +1,4 @@
-"""The encoder: scikit-learn's ids, a row for the unseen, an exact round trip, and errors that name the cell."""
+"""The encoder: scikit-learn's ids, an id of its own for the unseen, an exact round trip, and errors that name the cell."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_ids_and_numbers_are_scikit_learns(rng):
         peer = LabelEncoder().fit(raw[name])
         np.testing.assert_array_equal(x[name], peer.transform(raw[name]))
         assert x[name].dtype == np.int64
-        assert {spec.name: spec.vocab for spec in encoder.features}[name] == len(peer.classes_) + 1
+        assert {spec.name: spec.vocab for spec in encoder.features}[name] == len(peer.classes_)
     for name in ("age", "income"):
         peer = MinMaxScaler().fit_transform(np.asarray(raw[name], dtype=np.float64)[:, None])[:, 0]
         np.testing.assert_allclose(x[name], peer, rtol=1e-6, atol=1e-7)
@@ -62,7 +62,7 @@ def test_round_trip_through_json_is_exact(rng, tmp_path):
     assert json.loads((tmp_path / "encoder.json").read_text()) == encoder.to_dict()
 
 
-def test_unseen_and_missing_values_get_the_last_row(rng):
+def test_unseen_and_missing_values_get_the_id_after_the_last(rng):
     encoder = Encoder.fit(raw_rows(rng), SPARSE, [])
     n = {spec.name: spec.vocab for spec in encoder.features}
     x = encoder.transform(
@@ -74,7 +74,7 @@ def test_unseen_and_missing_values_get_the_last_row(rng):
         }
     )
     for name in SPARSE:
-        np.testing.assert_array_equal(x[name], np.full(4, n[name] - 1))
+        np.testing.assert_array_equal(x[name], np.full(4, n[name]))
 
 
 def test_texts_from_a_file_match_the_numbers_of_training(rng):
@@ -89,7 +89,7 @@ def test_texts_from_a_file_match_the_numbers_of_training(rng):
 
 def test_missing_values_in_training_are_no_class():
     encoder = Encoder.fit({"s": ["b", None, "a"], "f": np.array([1.0, np.nan, 3.0])}, ["s", "f"], [])
-    assert [spec.vocab for spec in encoder.features] == [3, 3]
+    assert [spec.vocab for spec in encoder.features] == [2, 2]
     x = encoder.transform({"s": [None, "a"], "f": [float("nan"), 3.0]})
     assert (x["s"].tolist(), x["f"].tolist()) == ([2, 0], [2, 1])
 
@@ -101,7 +101,7 @@ def test_data_that_is_encoded_already_is_left_alone(rng):
     assert Encoder.from_dict(encoder.to_dict()).transform({"item": ["99", "100", "-1", "x"], "price": [0] * 4})[
         "item"
     ].tolist() == [99, 100, 100, 100]
-    assert encoder.features[0].vocab == 101
+    assert encoder.features[0].vocab == 100
 
 
 @pytest.mark.parametrize(

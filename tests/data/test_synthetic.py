@@ -91,7 +91,7 @@ def test_splits_and_best_auc(seed):
         assert data.best_auc[name] == pytest.approx(expected, abs=1e-12)
     features = data.model_features(embed_dim=4)
     assert [feature.name for feature in features] == list(log.x)
-    assert features[0].vocab_size == SyntheticLog(seed, scale=0.01).vocabs["101"] + 1
+    assert features[0].vocab_size == SyntheticLog(seed, scale=0.01).vocabs["101"]
 
 
 def test_a_plain_model_learns_much_and_not_all(seed):
