@@ -1,9 +1,11 @@
-"""Small device functions that every kernel file uses."""
+"""Small device functions that several kernel files use."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .launch import INTERPRET
 
 
 @triton.jit
@@ -11,3 +13,37 @@ def aligned(value, ALIGN: tl.constexpr):
     """``value``, which the caller knows to be a multiple of ALIGN, in a form that lets the compiler know it too: loads
     of 16 bytes depend on it, and only arguments that are multiples of 16 are seen to be aligned without help."""
     return value // ALIGN * ALIGN
+
+
+@triton.jit
+def operand(value, dtype: tl.constexpr):
+    """A block as ``tl.dot`` takes it: rounded to ``dtype``."""
+    rounded = value.to(dtype)
+    if INTERPRET:
+        rounded = rounded.to(tl.float32)
+    return rounded
+
+
+@triton.jit
+def normalise(Z_ptr, Stat_ptr, first_row, m, live, column, inside, pitch):
+    """A block of z minus its mean, and the BatchNorm's output, ``[rows, columns]`` in fp32."""
+    at = Z_ptr + first_row * pitch + m[:, None] * pitch + column[None, :]
+    z = tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    mean = tl.load(Stat_ptr + column, mask=inside, other=0.0)
+    scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
+    beta = tl.load(Stat_ptr + 3 * pitch + column, mask=inside, other=0.0)
+    centred = z - mean[None, :]
+    return centred, centred * scale[None, :] + beta[None, :]
+
+
+@triton.jit
+def gradient_of_z(D_ptr, Z_ptr, Stat_ptr, Coef_ptr, at, column, pitch, mask, inside):
+    """A block of dz, rebuilt from the gradient D of the BatchNorm's output: at ``at`` (offsets of D and z), whose
+    columns ``column`` have the shape of one of its sides, as has ``inside``."""
+    d = tl.load(D_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(Z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(Stat_ptr + column, mask=inside, other=0.0)
+    scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
+    slope = tl.load(Coef_ptr + column, mask=inside, other=0.0)
+    shift = tl.load(Coef_ptr + pitch + column, mask=inside, other=0.0)
+    return d * scale + (z - mean) * slope + shift

@@ -75,3 +75,67 @@ class EmbeddingConfig:
 
 
 EMBEDDING = EmbeddingConfig()
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A tile of a product: ``block_m`` by ``block_n``, ``block_k`` of the summed axis at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A block of batch rows times units; ``run`` rows a program where it leaves sums behind."""
+
+    block_b: int
+    block_h: int
+    run: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A block of pieces times columns."""
+
+    block_r: int
+    block_c: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Choices of expert_gate.
+
+    Args:
+        cap: no side of a block is larger; lowered by tests, which have more than one tile at tiny shapes then.
+    """
+
+    cap: int = 1 << 30
+
+    def _gemm(self, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Gemm:
+        return Gemm(min(m, self.cap), min(n, self.cap), min(k, self.cap), Warps(num_warps, num_stages))
+
+    def linear(self, precision: str, n_rows: int, width: int) -> Gemm:
+        """Of the forward, for a layer ``width`` wide over ``n_rows`` of the batch."""
+        n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
+        m = 64 if n_rows < 8192 or precision == "ieee" else 128
+        k = 64 if precision == "bf16" else 32
+        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
+
+    def reduction(self) -> Reduction:
+        """Of the pieces that the row tiles leave."""
+        return Reduction(min(64, self.cap), 16, Warps(4))
+
+    def rows(self, units: int, whole: bool, gates: int) -> Rows:
+        """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
+        of an expert."""
+        block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
+        block_b = min(max(8192 // (gates * block_h), 1), 64, self.cap)
+        return Rows(block_b, block_h, 256, Warps(4))
+
+
+GEMM = GemmConfig()

@@ -47,13 +47,13 @@ def embedding_rows_kernel(
     bag = tl.program_id(0) % n_bags
     b = (tl.program_id(0) // n_bags).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = b < n_rows
-    first, length, vocab, offset, mean, n_pads, pad0, pad1, oov, out = load_slot(Bags_ptr, bag, 12)
+    first, length, vocab, offset, mean, n_pads, pad0, pad1, oov, _out = load_slot(Bags_ptr, bag, 12)
     tiny = tl.load(Bags_ptr + bag * 12 + 10)
     column = tl.load(Bags_ptr + bag * 12 + 11)
     counted = tl.zeros([BLOCK_B], tl.float32)
     for i in range(length):
         ids = tl.load(Ids_ptr + b * stride_ib + (first + i) * stride_ic, mask=live, other=0).to(tl.int64)
-        row, refused = resolve(ids, vocab, n_pads, pad0, pad1, oov)
+        row, _refused = resolve(ids, vocab, n_pads, pad0, pad1, oov)
         if tiny != 0:
             tl.store(Tiny_ptr + b * n_tiny + column + i, row.to(tl.int32), mask=live)
         else:

@@ -108,7 +108,7 @@ def add_tiny_tables(
     grad: Tensor, tiny: Tensor, count: Tensor, table: TablePlan, out: Tensor, rows: Tensor | None, void: int
 ) -> None:
     """Write the gradient of the tiny tables' rows: into their places in ``out [V_total, D]``, or, where ``rows`` is
-    given, one below the other into ``out [n_tiny_rows, D]`` with their places (``void`` where untouched) in ``rows``."""
+    given, one below the other into ``out [n_tiny_rows, D]``, their places (``void`` where untouched) into ``rows``."""
     if not table.tiny:
         return
     n_rows, dim = len(tiny), out.shape[1]
