@@ -20,6 +20,7 @@ from .setup import backends_of, listed, why_no_gpu
 #: extra -> (the modules it brings, what for). A test compares it with pyproject.toml.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "parquet": (("pyarrow",), "reading and writing Parquet, faster CSV"),
+    "gpu": (("triton",), "kernels for the GPU"),
     "plot": (("matplotlib",), "curves.png"),
     "onnx": (("onnx", "onnxruntime", "onnxscript"), "export_onnx"),
     "visualization": (("torchview", "graphviz"), "drawings of a model"),

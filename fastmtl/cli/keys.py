@@ -110,7 +110,7 @@ FLAGS: dict[str, Key] = {
 }
 
 #: Defaults that depend on the model. Towers of 32: with 8, two of eight seeds of PLE and of SharedBottom on census had
-#: learnt the income badly after ten epochs (test AUC 0.84 to 0.92, where the others reach 0.945), here as in torch-rechub.
+#: learnt the income badly after ten epochs (test AUC 0.84 to 0.92, where the others reach 0.945), as in torch-rechub.
 OF_MODEL: dict[str, Mapping[str, Any]] = {
     "sharedbottom": {"model.bottom_dims": [117], "model.tower_dims": [32]},
     "mmoe": {},

@@ -79,7 +79,9 @@ def run(census_folder, tmp_path_factory):
     """The folder of a finished run on the made-up census; read only."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     words = ["census", "--data-path", census_folder, "--epochs", "3", "--batch-size", "256", "model.n_expert=3"]
-    assert main(["train", *map(str, words), "--run-dir", str(folder), "--quiet", "--json"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FASTMTL_BACKEND", raising=False)
+        assert main(["train", *map(str, words), "--run-dir", str(folder), "--quiet", "--json"]) == 0
     return folder
 
 
