@@ -1,6 +1,5 @@
 """As a process: exit codes, what is imported, interruption, a reader that goes away."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,12 +8,6 @@ from pathlib import Path
 import pytest
 
 import fastmtl
-
-ROOT = Path(__file__).parents[2]
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def fastmtl_process(*words, **options):
@@ -35,7 +28,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
         "assert main(['trian']) == 2\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model.n_expert" in done.stdout
 
@@ -51,7 +44,7 @@ def test_an_interrupt_keeps_the_best_weights(tmp_path):
     words = ["train", "synthetic", "--rows", "20000", "--epochs", "1000", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmtl", *words, "--patience", "1000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     said = []
     for line in process.stderr:
@@ -74,7 +67,7 @@ def test_a_full_disk_behind_stdout_is_no_success(run, raw_file):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "fastmtl", "predict", str(run), str(raw_file), "--out", "-", "--quiet"],
-            stdout=full, stderr=subprocess.PIPE, text=True, env=environment(),
+            stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert done.returncode == 1
     assert "No space left" in done.stderr
