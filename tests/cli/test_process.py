@@ -12,11 +12,7 @@ import fastmtl
 
 def fastmtl_process(*words, **options):
     return subprocess.run(
-        [sys.executable, "-m", "fastmtl", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        **options,
+        [sys.executable, "-m", "fastmtl", *map(str, words)], capture_output=True, text=True, **options
     )
 
 
