@@ -122,7 +122,7 @@ def statistics(
     own = [field[layer] for field in fields]
     gate = params.gate if layer == 0 else None
     gates = own if gate is None else list(gate[1:])
-    stat = torch.empty(4, pitch, dtype=torch.float32, device=own[0].device)
+    stat = torch.zeros(4, pitch, dtype=torch.float32, device=own[0].device)
     config = configs.GEMM.reduction()
     n_gate_columns = 0 if gate is None else plan.spec.gate_rows
     names = ("Bias", "Gamma", "Beta", "Mean", "Var")
@@ -168,20 +168,23 @@ def expert_gate_sums_kernel(
     Stat_ptr,  # [4, pitch]
     Grad_ptr,  # [SUMS + 1, pitch]: of beta, gamma, alpha (by unit), the head's weight, the bias
     Coef_ptr,  # [2, pitch]: slope and shift
+    Places_ptr,  # [n_columns] int32: which columns; read where LISTED, else the first ones
     n_pieces,
-    first_column,
     n_columns,
     pitch,
     per_row,  # 1 / B with batch statistics, 0 with running ones, which do not depend on z
     LEARNED: tl.constexpr,
     HEAD: tl.constexpr,
+    LISTED: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < n_columns
-    column = first_column + c
+    column = c
+    if LISTED:
+        column = tl.load(Places_ptr + c, mask=inside, other=0)
     d = _total(Part_ptr, 0, column, inside, n_pieces, pitch, SUMS, BLOCK_R, BLOCK_C)
     dz = _total(Part_ptr, 1, column, inside, n_pieces, pitch, SUMS, BLOCK_R, BLOCK_C)
     tl.store(Grad_ptr + column, d, mask=inside)
@@ -200,27 +203,31 @@ def expert_gate_sums_kernel(
 
 
 def add_up(
-    part: Tensor, hidden: Hidden, grads: Tensor, coef: Tensor, first: int, columns: int, batch_statistics: bool,
+    part: Tensor, hidden: Hidden, grads: Tensor, coef: Tensor, columns: int | Tensor, batch_statistics: bool,
     head: bool = False,
 ) -> None:  # fmt: skip
-    """Add the pieces ``part [n, SUMS, pitch]`` of some columns up into ``grads [SUMS + 1, pitch]`` (the gradients of
-    beta, gamma, alpha by unit, the head's weight, the bias) and ``coef [2, pitch]``."""
+    """Add the pieces ``part [n, SUMS, pitch]`` of some columns (the first ones, or those listed) up into
+    ``grads [SUMS + 1, pitch]`` (the gradients of beta, gamma, alpha by unit, the head's weight, the bias) and
+    ``coef [2, pitch]``."""
     config = configs.GEMM.reduction()
+    listed = isinstance(columns, Tensor)
+    n_columns = len(columns) if isinstance(columns, Tensor) else columns
     launch(
         expert_gate_sums_kernel,
-        (cdiv(columns, config.block_c),),
+        (cdiv(n_columns, config.block_c),),
         config.warps,
         Part_ptr=part,
         Stat_ptr=hidden.stat,
         Grad_ptr=grads,
         Coef_ptr=coef,
+        Places_ptr=columns if listed else part,
         n_pieces=len(part),
-        first_column=first,
-        n_columns=columns,
+        n_columns=n_columns,
         pitch=hidden.pitch,
         per_row=1.0 / len(hidden.z) if batch_statistics else 0.0,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
         HEAD=head,
+        LISTED=listed,
         SUMS=SUMS,
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import Warps, power_of_two
+from .launch import Warps, cdiv, power_of_two, round_up
+
+#: Programs that run at a time on the largest machine, one a multiprocessor.
+PROGRAMS = 132
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,24 @@ class GemmConfig:
         k = 64 if precision == "bf16" else 32
         return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
 
+    def dgrad(self, precision: str, n_rows: int, width: int) -> Gemm:
+        """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch."""
+        n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
+        m = 64 if n_rows < 8192 or precision == "ieee" else 128
+        k = 64 if precision == "bf16" else 32
+        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 2)
+
+    def wgrad(self, precision: str, columns: int, width: int) -> Gemm:
+        """Of the gradient of a weight ``[columns, width]``."""
+        most = 64 if precision == "ieee" else 128
+        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), most)
+        return self._gemm(m, n, 64 if precision == "bf16" else 32, 8 if m * n >= 128 * 128 else 4, 2)
+
+    def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
+        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
+        splits = min(max(2 * PROGRAMS // n_tiles, 1), cdiv(n_rows, 4 * block_k))
+        return round_up(cdiv(n_rows, splits), block_k)
+
     def reduction(self) -> Reduction:
         """Of the pieces that the row tiles leave."""
         return Reduction(min(64, self.cap), 16, Warps(4))
@@ -135,7 +156,7 @@ class GemmConfig:
         of an expert."""
         block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
         block_b = min(max(8192 // (gates * block_h), 1), 64, self.cap)
-        return Rows(block_b, block_h, 256, Warps(4))
+        return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))
 
 
 GEMM = GemmConfig()

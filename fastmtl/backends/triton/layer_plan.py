@@ -2,7 +2,7 @@
 
 Layout of a hidden layer's columns, for z, its statistics and everything of their shape: the experts' units one behind
 the other, then, in the first layer, the gates' rows, those of each input from a multiple of 16 on. The row pitch is a
-multiple of 16, so that every row begins on 16 bytes, and what pads the gates may be written.
+multiple of 16, so that every row begins on 16 bytes. What pads the gates is 0 in every buffer that is read.
 
 The tables name, for each tile of a GEMM's output, what it reads and where it goes. They are made on the host, once for
 each tile size.
@@ -94,7 +94,8 @@ class LayerPlan:
         def rows() -> Iterator[tuple[int, ...]]:
             width = self.width_in(layer)
             for source, experts, gates in self._blocks(layer):
-                mixed = (self._gate_column(source, gates.start), gates.start, gates.stop - gates.start)
+                count = gates.stop - gates.start
+                mixed = (self._gate_column(source, gates.start), gates.start, count) if count else (0, 0, 0)
                 for at in range(0, width, block):
                     yield source, experts.start, experts.stop - experts.start, *mixed, at, min(block, width - at)
 
@@ -122,7 +123,7 @@ class LayerPlan:
 
     def _gate_column(self, source: int, row: int) -> int:
         """The column of a row of the gates that read input ``source``."""
-        return self.gate_start[source] + row - self.spec.gate_input_spans[source].start if self.gate_start else 0
+        return self.gate_start[source] + row - self.spec.gate_input_spans[source].start
 
     @cached_property
     def gate_columns(self) -> list[int]:
@@ -146,8 +147,12 @@ class LayerPlan:
 
     @cached_property
     def gate_spans(self) -> Tensor:
-        """``[G, 2]`` int32: each gate's first column and their number."""
-        spans = [(self.gate_columns[span.start], span.stop - span.start) for span in self.spec.gate_spans]
+        """``[G, 3]`` int32: each gate's first column, their number, and the columns of padding behind them."""
+        spans = []
+        for g, span in enumerate(self.spec.gate_spans):
+            follows = self.spec.gate_spans[g + 1 : g + 2]
+            end = self.gate_columns[follows[0].start] if follows else self.pitch[0]
+            spans.append((self.gate_columns[span.start], len(range(*span)), end - self.gate_columns[span.stop - 1] - 1))
         return torch.tensor(spans, dtype=torch.int32, device=self.device)
 
     @cached_property

@@ -53,7 +53,7 @@ def tiny_tables_kernel(
         column = tl.load(Lookups_ptr + lookup * 3)
         start = aligned(tl.load(Lookups_ptr + lookup * 3 + 1), ALIGN)
         bag = tl.load(Lookups_ptr + lookup * 3 + 2)
-        for step in range(0, run_rows, BLOCK_B):
+        for step in range(0, tl.minimum(n_rows - run * run_rows, run_rows).to(tl.int32), BLOCK_B):
             b = run * run_rows + step + tl.arange(0, BLOCK_B)
             live = b < n_rows
             row = tl.load(Tiny_ptr + b * n_columns + column, mask=live, other=-1)

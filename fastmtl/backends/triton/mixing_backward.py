@@ -1,0 +1,311 @@
+"""What follows the last hidden layer, backward: from the gradient of the layer's output to D, that of the BatchNorm's.
+
+expert_gate_tail_kernel: one expert over a run of the batch. Rebuilds its activations h from z; gets their gradient from
+the experts' own output (plain), the head's (times its weight) or the gates' (sum over gates of weight times dy), and
+for the gates leaves <dy, h> in Dg. Writes D and the run's sums for batch_norm.add_up. Activations that look at whole
+rows go through its plain form below the last layer too.
+expert_gate_softmax_kernel: one gate over a run: from Dg through the softmax to the gates' part of D, and its sums.
+
+fp32 arithmetic; z, the output's gradient and the saved softmax are only read; deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams
+from . import configs
+from .activations import activate, activate_bwd, kept, learned_scalar
+from .batch_norm import SUMS
+from .common import normalise
+from .hidden import Hidden
+from .launch import cdiv, launch, power_of_two
+from .layer_plan import LayerPlan
+from .mixing import gate_logits
+
+
+@triton.jit
+def expert_gate_tail_kernel(
+    Dy_ptr,  # by expert (gate where MIX), row, unit; [B, E] where HEAD
+    Z_ptr,  # [B, pitch]
+    Stat_ptr,  # [4, pitch]
+    Alpha_ptr,
+    Seed_ptr,
+    Weight_ptr,  # [E, H]; read where HEAD
+    Zg_ptr,  # [B, pitch_g]; read where MIX, as are those that follow
+    Statg_ptr,  # [4, pitch_g]
+    Members_ptr,  # [E, GATES2] int32
+    Soft_ptr,  # [2, GATES2, B]
+    Dg_ptr,  # [blocks, B, n_gate_columns] fp32
+    D_ptr,  # [B, pitch]
+    Part_ptr,  # [runs, SUMS, pitch] fp32
+    n_rows,
+    run_rows,
+    n_experts,
+    n_gates,
+    n_units,
+    n_gate_columns,
+    first_gate_column,
+    pitch,
+    pitch_g,
+    stride_de,
+    stride_db,
+    drop,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LAYER: tl.constexpr,
+    HEAD: tl.constexpr,
+    MIX: tl.constexpr,
+    LEARNED: tl.constexpr,
+    SUMS: tl.constexpr,
+    GATES2: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    e = tl.program_id(0) % n_experts  # neighbours share the rows of dy
+    n_blocks = tl.cdiv(n_units, BLOCK_H)
+    block = (tl.program_id(0) // n_experts) % n_blocks
+    run = tl.program_id(0) // n_experts // n_blocks
+    m = tl.arange(0, BLOCK_B)
+    g = tl.arange(0, GATES2)
+    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < n_units
+    c = e * n_units + h
+    alpha = learned_scalar(Alpha_ptr, e, ACT)
+    sum_d = tl.zeros([BLOCK_H], tl.float32)
+    sum_dz = tl.zeros([BLOCK_H], tl.float32)
+    sum_alpha = tl.zeros([BLOCK_H], tl.float32)
+    sum_weight = tl.zeros([BLOCK_H], tl.float32)
+    run_row = run.to(tl.int64) * run_rows
+    for start in range(0, tl.minimum(n_rows - run_row, run_rows).to(tl.int32), BLOCK_B):
+        first_row = run_row + start
+        row = first_row + m
+        live = row < n_rows
+        mask = live[:, None] & inside[None, :]
+        centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
+        if DROPOUT:
+            keep = kept(Seed_ptr, row, c, drop, LAYER)
+        if HEAD or MIX:
+            a = activate(y, alpha, inside[None, :], n_units, ACT)
+            if DROPOUT:
+                a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
+        if MIX:
+            logit, column = gate_logits(Zg_ptr, Statg_ptr, Members_ptr, e, row, live, pitch_g, GATES2)
+            at_soft = Soft_ptr + g.to(tl.int64)[:, None] * n_rows + row[None, :]
+            top = tl.load(at_soft, mask=live[None, :], other=0.0)
+            total = tl.load(at_soft + tl.cast(n_rows, tl.int64) * GATES2, mask=live[None, :], other=1.0)
+            weight = tl.exp(logit - top) / total
+            at = (
+                Dy_ptr + g.to(tl.int64)[:, None, None] * stride_de + (row[:, None] * stride_db + h[None, :])[None, :, :]
+            )
+            there = (g < n_gates)[:, None, None] & mask[None, :, :]
+            dy = tl.load(at, mask=there, other=0.0).to(tl.float32)
+            dh = tl.sum(weight[:, :, None] * dy, axis=0)
+            dg = tl.sum(tl.where(there, dy * a[None, :, :], 0.0), axis=2)
+            at_dg = (block.to(tl.int64) * n_rows + row)[None, :] * n_gate_columns + (column - first_gate_column)[
+                :, None
+            ]
+            tl.store(Dg_ptr + at_dg, dg, mask=(column >= 0)[:, None] & live[None, :])
+        elif HEAD:
+            dy = tl.load(Dy_ptr + row * stride_db + e * stride_de, mask=live, other=0.0).to(tl.float32)
+            head = tl.load(Weight_ptr + c, mask=inside, other=0.0)
+            dh = dy[:, None] * head[None, :]
+            sum_weight += tl.sum(tl.where(mask, dy[:, None] * a, 0.0), axis=0)
+        else:
+            at = Dy_ptr + e.to(tl.int64) * stride_de + row[:, None] * stride_db + h[None, :]
+            dh = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
+        d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
+        stored = d.to(D_ptr.dtype.element_ty)
+        tl.store(D_ptr + row[:, None] * pitch + c[None, :], stored, mask=mask)
+        d = tl.where(mask, stored.to(tl.float32), 0.0)
+        sum_d += tl.sum(d, axis=0)
+        sum_dz += tl.sum(d * centred, axis=0)
+        if LEARNED:
+            sum_alpha += tl.sum(tl.where(mask, dalpha, 0.0), axis=0)
+    part = Part_ptr + run.to(tl.int64) * SUMS * pitch + c
+    inv_std = tl.load(Stat_ptr + pitch + c, mask=inside, other=0.0)
+    tl.store(part, sum_d, mask=inside)
+    tl.store(part + pitch, sum_dz * inv_std, mask=inside)
+    if LEARNED:
+        tl.store(part + 2 * pitch, sum_alpha, mask=inside)
+    if HEAD:
+        tl.store(part + 3 * pitch, sum_weight, mask=inside)
+
+
+@triton.jit
+def expert_gate_softmax_kernel(
+    Zg_ptr,
+    Statg_ptr,
+    Soft_ptr,
+    Spans_ptr,  # [G, 3] int32: LayerPlan.gate_spans
+    Dg_ptr,  # [n_blocks, B, n_gate_columns]
+    D_ptr,  # [B, pitch_g]
+    Part_ptr,  # [runs, SUMS, pitch_g]
+    n_rows,
+    run_rows,
+    n_gates,
+    n_blocks,
+    n_gate_columns,
+    first_gate_column,
+    pitch_g,
+    SUMS: tl.constexpr,
+    GATES2: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    g = tl.program_id(0) % n_gates
+    run = tl.program_id(0) // n_gates
+    m = tl.arange(0, BLOCK_B)
+    p = tl.arange(0, BLOCK_C)
+    first_column = tl.load(Spans_ptr + g * 3)
+    n_columns = tl.load(Spans_ptr + g * 3 + 1)
+    column = first_column + p
+    inside = p < n_columns
+    pad = tl.arange(0, 16)
+    padded = pad < tl.load(Spans_ptr + g * 3 + 2)
+    sum_d = tl.zeros([BLOCK_C], tl.float32)
+    sum_dz = tl.zeros([BLOCK_C], tl.float32)
+    run_row = run.to(tl.int64) * run_rows
+    for start in range(0, tl.minimum(n_rows - run_row, run_rows).to(tl.int32), BLOCK_B):
+        first_row = run_row + start
+        row = first_row + m
+        live = row < n_rows
+        mask = live[:, None] & inside[None, :]
+        centred, y = normalise(Zg_ptr, Statg_ptr, first_row, m, live, column, inside, pitch_g)
+        soft = Soft_ptr + g.to(tl.int64) * n_rows + row
+        top = tl.load(soft, mask=live, other=0.0)
+        total = tl.load(soft + tl.cast(n_rows, tl.int64) * GATES2, mask=live, other=1.0)
+        weight = tl.where(mask, tl.exp(y - top[:, None]) / total[:, None], 0.0)
+        dg = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+        for block in range(n_blocks):
+            at = (tl.cast(n_rows, tl.int64) * block + row)[:, None] * n_gate_columns + (column - first_gate_column)[
+                None, :
+            ]
+            dg += tl.load(Dg_ptr + at, mask=mask, other=0.0)
+        d = weight * (dg - tl.sum(weight * dg, axis=1)[:, None])
+        stored = d.to(D_ptr.dtype.element_ty)
+        tl.store(D_ptr + row[:, None] * pitch_g + column[None, :], stored, mask=mask)
+        nothing = tl.zeros([BLOCK_B, 16], D_ptr.dtype.element_ty)
+        behind = D_ptr + row[:, None] * pitch_g + (first_column + n_columns + pad)[None, :]
+        tl.store(behind, nothing, mask=live[:, None] & padded[None, :])
+        d = stored.to(tl.float32)
+        sum_d += tl.sum(d, axis=0)
+        sum_dz += tl.sum(d * centred, axis=0)
+    part = Part_ptr + run.to(tl.int64) * SUMS * pitch_g + column
+    inv_std = tl.load(Statg_ptr + pitch_g + column, mask=inside, other=0.0)
+    tl.store(part, sum_d, mask=inside)
+    tl.store(part + pitch_g, sum_dz * inv_std, mask=inside)
+
+
+def _tail(
+    hidden: Hidden,
+    grad: Tensor,
+    strides: tuple[int, int],
+    d: Tensor,
+    mixed: tuple[Hidden, LayerPlan, Tensor, Tensor] | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Write ``d [B, pitch]``; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the first hidden
+    layer, the plan, the saved softmax, and Dg to write."""
+    n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
+    n_gates2 = 1 if mixed is None else mixed[1].n_gates2
+    config = configs.GEMM.rows(units, hidden.row_wise, n_gates2)
+    n_runs = cdiv(n_rows, config.run)
+    part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
+    first, plan, soft, dg = mixed if mixed is not None else (hidden, None, part, part)
+    launch(
+        expert_gate_tail_kernel,
+        (n_runs * cdiv(units, config.block_h) * n_experts,),
+        config.warps,
+        Dy_ptr=grad,
+        Z_ptr=hidden.z,
+        **hidden.arguments(),
+        Weight_ptr=hidden.stat if weight is None else weight,
+        Zg_ptr=first.z,
+        Statg_ptr=first.stat,
+        Members_ptr=hidden.stat if plan is None else plan.members,
+        Soft_ptr=soft,
+        Dg_ptr=dg,
+        D_ptr=d,
+        Part_ptr=part,
+        n_rows=n_rows,
+        run_rows=config.run,
+        n_experts=n_experts,
+        n_gates=len(hidden.spec.gates),
+        n_units=units,
+        n_gate_columns=dg.shape[2],
+        first_gate_column=0 if plan is None else plan.gate_start[0],
+        pitch=hidden.pitch,
+        pitch_g=first.pitch,
+        stride_de=strides[0],
+        stride_db=strides[1],
+        HEAD=weight is not None,
+        MIX=mixed is not None,
+        LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
+        SUMS=SUMS,
+        GATES2=n_gates2,
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+    )
+    return part
+
+
+def mix_bwd(
+    grad: Tensor, hidden: Hidden, d: Tensor, first: Hidden, first_d: Tensor, plan: LayerPlan, soft: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer and of the gates (in
+    ``first_d``, the first layer's); returns the pieces of the sums of both."""
+    n_rows = len(hidden.z)
+    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, plan.n_gates2)
+    n_blocks = cdiv(hidden.units, rows.block_h)
+    n_gate_columns = first.pitch - plan.gate_start[0]
+    dg = torch.empty(n_blocks, n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
+    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (first, plan, soft, dg), None)
+    block_c = power_of_two(plan.widest_gate)
+    config = configs.GEMM.rows(block_c, True, 1)
+    n_runs = cdiv(n_rows, config.run)
+    gate_part = torch.empty(n_runs, SUMS, first.pitch, dtype=torch.float32, device=grad.device)
+    launch(
+        expert_gate_softmax_kernel,
+        (n_runs * len(plan.spec.gates),),
+        config.warps,
+        Zg_ptr=first.z,
+        Statg_ptr=first.stat,
+        Soft_ptr=soft,
+        Spans_ptr=plan.gate_spans,
+        Dg_ptr=dg,
+        D_ptr=first_d,
+        Part_ptr=gate_part,
+        n_rows=n_rows,
+        run_rows=config.run,
+        n_gates=len(plan.spec.gates),
+        n_blocks=n_blocks,
+        n_gate_columns=n_gate_columns,
+        first_gate_column=plan.gate_start[0],
+        pitch_g=first.pitch,
+        SUMS=SUMS,
+        GATES2=plan.n_gates2,
+        BLOCK_B=config.block_b,
+        BLOCK_C=block_c,
+    )
+    return part, gate_part
+
+
+def head_bwd(grad: Tensor, hidden: Hidden, d: Tensor, params: ExpertGateParams) -> Tensor:
+    """From the gradient ``[B, E]`` of the heads to D; returns the pieces of its sums."""
+    return _tail(hidden, grad, (grad.stride(1), grad.stride(0)), d, None, params.out_weight)
+
+
+def experts_bwd(grad: Tensor, hidden: Hidden, d: Tensor) -> Tensor:
+    """From the gradient ``[E, B, H]`` of the experts' output to D; returns the pieces of its sums."""
+    return _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, None, None)
+
+
+def activations_bwd(grad: Tensor, hidden: Hidden, d: Tensor) -> Tensor:
+    """From the gradient ``[B, pitch]`` of the activations to D; returns the pieces of its sums."""
+    return _tail(hidden, grad, (hidden.units, hidden.pitch), d, None, None)

@@ -1,0 +1,139 @@
+"""The GEMM of a layer's weight gradient: dW = dz^T h, summed over the batch.
+
+Both sides are rebuilt as they are read: dz from D and z (common.gradient_of_z), h from the z of the layer below, where
+there is one. The batch is split over programs so that the machine is full; the splits' products are added in their
+order afterwards. The gates' rows of the first layer are tiles of the same launch, behind the experts'.
+
+Accumulation in fp32; deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .activations import activate, kept, learned_scalar
+from .common import aligned, gradient_of_z, operand
+from .hidden import Hidden, Operand
+from .launch import alignment, cdiv, launch
+from .layer_plan import LayerPlan
+from .precision import Precision
+
+
+@triton.jit
+def expert_gate_wgrad_kernel(
+    A_ptr,  # N matrices [B, n_in]: the input, or a z of the layer below
+    D_ptr,  # [B, pitch]
+    Z_ptr,  # [B, pitch]
+    Statz_ptr,  # [4, pitch]
+    Coef_ptr,  # [2, pitch]
+    Tiles_ptr,  # [n_tiles, 7] int32: LayerPlan.wgrad_tiles
+    Out_ptr,  # [splits, n_weight_rows, n_in] fp32
+    Stat_ptr,  # [4, pitch_a]; read where NORM, as are those that follow
+    Alpha_ptr,
+    Seed_ptr,
+    n_rows,
+    n_tiles,
+    n_in,
+    n_weight_rows,
+    split_rows,
+    stride_as,
+    stride_ab,
+    pitch,
+    pitch_a,
+    drop,
+    NORM: tl.constexpr,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LAYER: tl.constexpr,
+    DOT: tl.constexpr,
+    ALIGN_A: tl.constexpr,
+    ALIGN_TILE: tl.constexpr,
+    ALIGN_IN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 7
+    split = (tl.program_id(0) // n_tiles).to(tl.int64)
+    source = tl.load(tile)
+    column = aligned(tl.load(tile + 1), ALIGN_TILE) + tl.arange(0, BLOCK_M)
+    read = tl.arange(0, BLOCK_M) < aligned(tl.load(tile + 6), ALIGN_TILE)
+    unit = aligned(tl.load(tile + 4), ALIGN_TILE) + tl.arange(0, BLOCK_N)
+    inside = tl.arange(0, BLOCK_N) < aligned(tl.load(tile + 5), ALIGN_TILE)
+    first_row = split * split_rows
+    row_pitch = aligned(stride_ab, ALIGN_A)
+    a_rows = A_ptr + source.to(tl.int64) * aligned(stride_as, ALIGN_A) + first_row * row_pitch
+    d_rows = D_ptr + first_row * pitch
+    z_rows = Z_ptr + first_row * pitch
+    dtype: tl.constexpr = Z_ptr.dtype.element_ty
+    n_live = tl.minimum(n_rows - first_row, split_rows).to(tl.int32)
+    if NORM:
+        c = source * aligned(n_in, ALIGN_IN) + unit
+        mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)
+        scale = tl.load(Stat_ptr + 2 * pitch_a + c, mask=inside, other=0.0)
+        beta = tl.load(Stat_ptr + 3 * pitch_a + c, mask=inside, other=0.0)
+        alpha = learned_scalar(Alpha_ptr, source, ACT)
+    dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, n_live, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live = k < n_live
+        at = k[:, None] * pitch + column[None, :]
+        mask = live[:, None] & read[None, :]
+        dz = gradient_of_z(d_rows, z_rows, Statz_ptr, Coef_ptr, at, column[None, :], pitch, mask, read[None, :])
+        dz = tl.where(mask, dz, 0.0)
+        h = tl.load(a_rows + k[:, None] * row_pitch + unit[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        if NORM:
+            y = (h.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
+            h = activate(y, alpha, inside[None, :], n_in, ACT)
+            if DROPOUT:
+                h = tl.where(kept(Seed_ptr, first_row + k, c, drop, LAYER), h * (1.0 / (1.0 - drop)), 0.0)
+        dw = tl.dot(operand(dz, dtype).T, operand(h, dtype), dw, input_precision=DOT)
+    m = tl.arange(0, BLOCK_M)
+    row = split * n_weight_rows + tl.load(tile + 3) + m
+    written = (m < tl.load(tile + 2))[:, None] & inside[None, :]
+    tl.store(Out_ptr + row[:, None] * aligned(n_in, ALIGN_IN) + unit[None, :], dw, mask=written)
+
+
+def wgrad(
+    a: Operand, d: Tensor, hidden: Hidden, coef: Tensor, plan: LayerPlan, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a layer's weight and, behind them in the first layer, of the gates': ``[E * H, n_in]`` and
+    ``[C, n_in]`` fp32 (no rows where the layer has no gates)."""
+    n_rows, layer = len(d), hidden.layer
+    n_in, n_columns = plan.width_in(layer), plan.columns[layer]
+    n_weight_rows = n_columns + (plan.spec.gate_rows if layer == 0 else 0)
+    config = configs.GEMM.wgrad(precision.name, n_columns if layer == 0 else hidden.units, n_in)
+    tiles, align = plan.wgrad_tiles(layer, config.block_m, config.block_n)
+    split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k)
+    n_splits = cdiv(n_rows, split_rows)
+    out = torch.empty(n_splits, n_weight_rows, n_in, dtype=torch.float32, device=d.device)
+    launch(
+        expert_gate_wgrad_kernel,
+        (n_splits * len(tiles),),
+        config.warps,
+        **a.arguments(hidden.stat),
+        D_ptr=d,
+        Z_ptr=hidden.z,
+        Statz_ptr=hidden.stat,
+        Coef_ptr=coef,
+        Tiles_ptr=tiles,
+        Out_ptr=out,
+        n_rows=n_rows,
+        n_tiles=len(tiles),
+        n_in=n_in,
+        n_weight_rows=n_weight_rows,
+        split_rows=split_rows,
+        pitch=hidden.pitch,
+        DOT=precision.dot,
+        ALIGN_TILE=align,
+        ALIGN_IN=alignment(n_in),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    dw = out[0] if n_splits == 1 else out.sum(0)
+    return dw[:n_columns], dw[n_columns:]
