@@ -105,7 +105,7 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
     Raises:
         BackendError: the forced backend can't run here, or not on these tensors.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return eager
     name = forced()
     if name is not None:

@@ -34,7 +34,7 @@ def test_defaults_of_census_are_those_of_the_published_comparison():
     assert {name: settings[name] for name in expected} == expected
     ple = resolved(model="ple")
     assert [ple[f"model.{k}"] for k in ("n_level", "n_expert_specific", "n_expert_shared")] == [1, 2, 1]
-    assert ple["model.tower_dims"] == resolved(model="sharedbottom")["model.tower_dims"] == [32]
+    assert ple["model.tower_dims"] == resolved(model="sharedbottom")["model.tower_dims"] == [8]
     assert resolved(model="sharedbottom")["model.bottom_dims"] == [117]
     assert resolved(model="aitm")["model.bottom_dims"] == [32, 16]
     assert resolved(data="synthetic", model="esmm")["model.tower_dims"] == [16, 8]

