@@ -28,7 +28,6 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "swanlab": (("swanlab",), "SwanLabLogger"),
     "tensorboardx": (("tensorboardX",), "TensorBoardXLogger"),
     "report": (("rich",), "tables on a terminal"),
-    "gpu": (("triton",), "the triton backend on NVIDIA GPUs"),
 }
 _VERSIONS = ("torch", "numpy", "scikit-learn", "safetensors", "tqdm", "PyYAML")
 _VARIABLES = ("FASTMTL_BACKEND", "FASTMTL_DATA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "NO_COLOR")
