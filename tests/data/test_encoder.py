@@ -1,4 +1,4 @@
-"""The encoder: scikit-learn's ids, an id of its own for the unseen, an exact round trip, and errors that name the cell."""
+"""The encoder: scikit-learn's ids, one more for the unseen, an exact round trip, and errors that name the cell."""
 
 import json
 
