@@ -42,44 +42,28 @@ FASTMTL_INLINE void for_columns(int64_t cols, F&& f) {
 }
 
 struct ColumnConstants {
-  F32 mean, rstd, scale, beta, alpha;
+  F32 mean, scale, shift, alpha;
 };
 FASTMTL_INLINE ColumnConstants constants(const Tile& t, int64_t c, int64_t n) {
-  return {load(t.mean + c, n), load(t.rstd + c, n), load(t.scale + c, n), load(t.beta + c, n),
-          t.alpha ? load(t.alpha + c, n) : F32{}};
+  return {load(t.mean + c, n), load(t.scale + c, n), load(t.shift + c, n), t.alpha ? load(t.alpha + c, n) : F32{}};
 }
 
 inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
   for_columns(cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-    // about a pivot, so that the sums stay small where the mean is large
-    const F32 pivot = load(z + c, n);
-    double total[kLanes] = {};
-    for (int64_t start = 0; start < rows; start += kBlock) {
-      const int64_t stop = std::min(rows, start + kBlock);
-      F32 part{};
-      for (int64_t r = start; r < stop; ++r) part += load(z + r * ld + c, n) - pivot;
-      add_to(total, part, kLanes);
+    F64 total{};
+    for (int64_t r = 0; r < rows; ++r) total += wide(load(z + r * ld + c, n));
+    const F64 exact = total / static_cast<double>(rows);
+    const F32 centre = narrow(exact);
+    F64 squares{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const F32 d = load(z + r * ld + c, n) - centre;
+      squares += wide(d * d);
     }
-    F32 centre;
-    double rest[kLanes];  // what rounding the mean to fp32 leaves
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const double exact = static_cast<double>(pivot[i]) + total[i] / static_cast<double>(rows);
-      centre[i] = static_cast<float>(exact);
-      rest[i] = exact - static_cast<double>(centre[i]);
-      if (i < n) mean[c + i] = exact;
-    }
-    double squares[kLanes] = {};
-    for (int64_t start = 0; start < rows; start += kBlock) {
-      const int64_t stop = std::min(rows, start + kBlock);
-      F32 part{};
-      for (int64_t r = start; r < stop; ++r) {
-        const F32 d = load(z + r * ld + c, n) - centre;
-        part += d * d;
-      }
-      add_to(squares, part, kLanes);
-    }
+    const F64 rest = exact - wide(centre);  // what rounding the mean to fp32 has added
+    squares -= static_cast<double>(rows) * rest * rest;
     for (int64_t i = 0; i < n; ++i) {
-      m2[c + i] = std::max(0.0, squares[i] - static_cast<double>(rows) * rest[i] * rest[i]);
+      mean[c + i] = exact[i];
+      m2[c + i] = std::max(0.0, squares[i]);
     }
   });
 }
@@ -89,7 +73,7 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const ColumnConstants k = constants(t, c, n);
     for (int64_t r = 0; r < t.rows; ++r) {
-      const F32 y = (load(t.z + r * t.ld + c, n) - k.mean) * k.scale + k.beta;
+      const F32 y = (load(t.z + r * t.ld + c, n) - k.mean) * k.scale + k.shift;
       F32 value = Act::forward(y, k.alpha);
       if constexpr (kDropout) {
         value *= dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
@@ -102,50 +86,48 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
 template <class Act, bool kDropout, bool kKeepHidden>
 void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
                              const GradSums& sums, float* h, int64_t ld_h) {
-  for (int64_t start = 0; start < t.rows; start += kBlock) {
-    const int64_t stop = std::min(t.rows, start + kBlock);
-    for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      const ColumnConstants k = constants(t, c, n);
-      F32 sum_dy{}, sum_dy_xhat{}, sum_dalpha{};
-      for (int64_t r = start; r < stop; ++r) {
-        const F32 centred = load(t.z + r * t.ld + c, n) - k.mean;
-        const F32 y = centred * k.scale + k.beta;
-        F32 d = load(dh + r * ld_dh + c, n);
-        F32 mask;
-        if constexpr (kDropout) {
-          mask = dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
-          d *= mask;
-        }
-        const F32 g = Act::backward(y, d, k.alpha);
-        sum_dy += g;
-        sum_dy_xhat += g * (centred * k.rstd);
-        if constexpr (Act::kLearned) sum_dalpha += Act::dalpha(y, d);
-        store(dy + r * ld_dy + c, g, n);
-        if constexpr (kKeepHidden) {
-          F32 value = Act::forward(y, k.alpha);
-          if constexpr (kDropout) value *= mask;
-          store(h + r * ld_h + c, value, n);
-        }
+  for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
+    const ColumnConstants k = constants(t, c, n);
+    F64 sum_dy{}, sum_dy_centred{}, sum_dalpha{};
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const F32 centred = load(t.z + r * t.ld + c, n) - k.mean;
+      const F32 y = centred * k.scale + k.shift;
+      F32 d = load(dh + r * ld_dh + c, n);
+      F32 mask;
+      if constexpr (kDropout) {
+        mask = dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
+        d *= mask;
       }
-      add_to(sums.dy + c, sum_dy, n);
-      add_to(sums.dy_xhat + c, sum_dy_xhat, n);
-      if constexpr (Act::kLearned) add_to(sums.dalpha + c, sum_dalpha, n);
-    });
-  }
+      const F32 g = Act::backward(y, d, k.alpha);
+      sum_dy += wide(g);
+      sum_dy_centred += wide(g) * wide(centred);
+      if constexpr (Act::kLearned) sum_dalpha += wide(Act::dalpha(y, d));
+      store(dy + r * ld_dy + c, g, n);
+      if constexpr (kKeepHidden) {
+        F32 value = Act::forward(y, k.alpha);
+        if constexpr (kDropout) value *= mask;
+        store(h + r * ld_h + c, value, n);
+      }
+    }
+    add_to(sums.dy + c, sum_dy, n);
+    add_to(sums.dy_centred + c, sum_dy_centred, n);
+    if constexpr (Act::kLearned) add_to(sums.dalpha + c, sum_dalpha, n);
+  });
 }
 
-inline void linear_grad(const Tile& t, float* dy, int64_t ld_dy, const float* mean_dy, const float* mean_dy_xhat) {
+inline void linear_grad(const Tile& t, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope) {
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const F32 scale = load(t.scale + c, n);
     if (!mean_dy) {
       for (int64_t r = 0; r < t.rows; ++r) store(dy + r * ld_dy + c, scale * load(dy + r * ld_dy + c, n), n);
       return;
     }
-    const F32 mean = load(t.mean + c, n), rstd = load(t.rstd + c, n);
-    const F32 m1 = load(mean_dy + c, n), m2 = load(mean_dy_xhat + c, n);
+    const F32 mean = load(t.mean + c, n);
+    const F64 m = load(mean_dy + c, n), k = load(slope + c, n);
     for (int64_t r = 0; r < t.rows; ++r) {
-      const F32 xhat = (load(t.z + r * t.ld + c, n) - mean) * rstd;
-      store(dy + r * ld_dy + c, scale * (load(dy + r * ld_dy + c, n) - m1 - xhat * m2), n);
+      const F64 centred = wide(load(t.z + r * t.ld + c, n) - mean);
+      const F64 left = wide(load(dy + r * ld_dy + c, n)) - m - centred * k;
+      store(dy + r * ld_dy + c, scale * narrow(left), n);
     }
   });
 }

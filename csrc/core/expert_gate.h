@@ -76,7 +76,9 @@ struct ExpertGateGrads {
 struct Normalised {
   float* z;  // [B, ld]
   int64_t ld;
-  float *mean, *rstd;  // [columns] of z without bias
+  // [columns] of z without bias. The rests are what rounding to fp32 has taken from them: in a small batch, where
+  // almost all of a gradient cancels, they are what remains.
+  float *mean, *rstd, *mean_rest, *rstd_rest;
 };
 struct ExpertGateSaved {
   std::vector<Normalised> hidden;
@@ -100,8 +102,7 @@ struct Tiles {
   Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
   // Tiles a thread must have to be worth waking, when a row costs `work` multiply-adds.
   int64_t grain(int64_t work) const {
-    constexpr int64_t kWorth = 1 << 20;
-    return std::max<int64_t>(1, kWorth / std::max<int64_t>(1, height * work));
+    return std::max<int64_t>(1, kSmallProduct / std::max<int64_t>(1, height * work));
   }
 };
 
@@ -121,11 +122,19 @@ class Scratch {
 
 // The constants that turn z into y, for all columns of one BatchNorm.
 struct ColumnFactors {
-  std::vector<float> scale, alpha;
-  const float *mean, *rstd, *beta;
+  std::vector<float> scale, shift, alpha;
+  const float *mean, *rstd, *mean_rest, *rstd_rest;
   ColumnFactors(const Normalised& normal, const LinearNorm& params, int64_t columns)
-      : scale(static_cast<size_t>(columns)), mean(normal.mean), rstd(normal.rstd), beta(params.beta) {
-    for (int64_t c = 0; c < columns; ++c) scale[c] = params.gamma[c] * rstd[c];
+      : scale(static_cast<size_t>(columns)),
+        shift(static_cast<size_t>(columns)),
+        mean(normal.mean),
+        rstd(normal.rstd),
+        mean_rest(normal.mean_rest),
+        rstd_rest(normal.rstd_rest) {
+    for (int64_t c = 0; c < columns; ++c) {
+      scale[c] = params.gamma[c] * rstd[c];
+      shift[c] = params.beta[c] - mean_rest[c] * scale[c];
+    }
   }
 };
 
@@ -162,9 +171,8 @@ inline Tile tile_of(const Normalised& normal, const ColumnFactors& factors, Rang
   tile.z = normal.z + rows.start * normal.ld + c;
   tile.ld = normal.ld;
   tile.mean = factors.mean + c;
-  tile.rstd = factors.rstd + c;
   tile.scale = factors.scale.data() + c;
-  tile.beta = factors.beta + c;
+  tile.shift = factors.shift.data() + c;
   tile.alpha = factors.alpha.empty() ? nullptr : factors.alpha.data() + c;
   tile.dropout = dropout;
   tile.first_row = rows.start;

@@ -73,8 +73,8 @@ class ExpertGateBackward {
     int64_t columns, ld, n_sums;
     Scratch dz, h;  // h: input of the next layer, for its weights' gradient
     bool keeps_h;
-    std::vector<double> sums;  // [tiles, n_sums, columns]
-    std::vector<float> mean_dy, mean_dy_xhat;
+    std::vector<double> sums;            // [tiles, n_sums, columns]
+    std::vector<double> mean_dy, slope;  // see Kernels::linear_grad
     LayerGrad(const Tiles& tiles, int64_t n, bool learned, bool keep_h)
         : columns(n),
           ld(row_stride(n)),
@@ -84,7 +84,7 @@ class ExpertGateBackward {
           keeps_h(keep_h),
           sums(static_cast<size_t>(tiles.count * n_sums * n)),
           mean_dy(static_cast<size_t>(n)),
-          mean_dy_xhat(static_cast<size_t>(n)) {}
+          slope(static_cast<size_t>(n)) {}
     float* at(int64_t row, int64_t column) const { return dz.get() + row * ld + column; }
     float* h_at(int64_t row, int64_t column) const { return keeps_h ? h.get() + row * ld + column : nullptr; }
     GradSums sums_of(int64_t tile, int64_t column) {
@@ -196,19 +196,22 @@ class ExpertGateBackward {
   void finish_norm(LayerGrad& grad, const ColumnFactors& factors, const LinearNormGrads& to) {
     constexpr int64_t kGrain = 16384;
     const double n_rows = static_cast<double>(std::max<int64_t>(1, tiles_.rows));
-    runtime_.parallel(grad.columns, std::max<int64_t>(64, kGrain / std::max<int64_t>(1, tiles_.count)),
-                      [&](int64_t begin, int64_t end) {
-                        for (int64_t c = begin; c < end; ++c) {
-                          const double dy = grad.total(0, c, tiles_.count), dy_xhat = grad.total(1, c, tiles_.count);
-                          to.beta[c] = static_cast<float>(dy);
-                          to.gamma[c] = static_cast<float>(dy_xhat);
-                          // the batch mean cancels a bias in front of it
-                          to.bias[c] =
-                              batch_statistics_ ? 0.0f : static_cast<float>(dy * static_cast<double>(factors.scale[c]));
-                          grad.mean_dy[c] = static_cast<float>(dy / n_rows);
-                          grad.mean_dy_xhat[c] = static_cast<float>(dy_xhat / n_rows);
-                        }
-                      });
+    runtime_.parallel(
+        grad.columns, std::max<int64_t>(64, kGrain / std::max<int64_t>(1, tiles_.count)),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            const double dy = grad.total(0, c, tiles_.count),
+                         rstd = static_cast<double>(factors.rstd[c]) + static_cast<double>(factors.rstd_rest[c]);
+            const double rest = static_cast<double>(factors.mean_rest[c]);
+            const double dy_xhat = rstd * (grad.total(1, c, tiles_.count) - rest * dy);
+            to.beta[c] = static_cast<float>(dy);
+            to.gamma[c] = static_cast<float>(dy_xhat);
+            // the batch mean cancels a bias in front of it
+            to.bias[c] = batch_statistics_ ? 0.0f : static_cast<float>(dy * static_cast<double>(factors.scale[c]));
+            grad.slope[c] = rstd * dy_xhat / n_rows;
+            grad.mean_dy[c] = dy / n_rows - rest * grad.slope[c];
+          }
+        });
   }
 
   void finish_alpha(int64_t l) {
@@ -223,7 +226,7 @@ class ExpertGateBackward {
   void finish_dz(const Tile& t, LayerGrad& grad, Range rows, int64_t column) {
     kernels_.linear_grad(t, grad.at(rows.start, column), grad.ld,
                          batch_statistics_ ? grad.mean_dy.data() + column : nullptr,
-                         batch_statistics_ ? grad.mean_dy_xhat.data() + column : nullptr);
+                         batch_statistics_ ? grad.slope.data() + column : nullptr);
   }
 
   // dy of layer l to dz, and on to dy of layer l - 1.
@@ -296,8 +299,7 @@ class ExpertGateBackward {
     int64_t work = 0;
     for (const WeightTask& task : tasks) work += task.rows * task.columns;
     const int64_t count = static_cast<int64_t>(tasks.size());
-    constexpr int64_t kWorth = 1 << 20;
-    const int64_t grain = std::max<int64_t>(1, kWorth * count / std::max<int64_t>(1, work * tiles_.rows));
+    const int64_t grain = std::max<int64_t>(1, kSmallProduct * count / std::max<int64_t>(1, work * tiles_.rows));
     runtime_.parallel(count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const WeightTask& t = tasks[i];

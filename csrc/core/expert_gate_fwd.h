@@ -84,9 +84,17 @@ class ExpertGateForward {
   // With the bias taken into the mean, evaluation and training share everything that follows.
   static void use_running(const LinearNorm& norm, const Normalised& to, int64_t columns) {
     for (int64_t c = 0; c < columns; ++c) {
-      to.mean[c] = norm.running_mean[c] - norm.bias[c];
-      to.rstd[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(norm.running_var[c]) + kBatchNormEpsilon));
+      keep(to, c, static_cast<double>(norm.running_mean[c]) - static_cast<double>(norm.bias[c]),
+           static_cast<double>(norm.running_var[c]));
     }
+  }
+
+  static void keep(const Normalised& to, int64_t c, double mean, double var) {
+    const double rstd = 1 / std::sqrt(var + kBatchNormEpsilon);
+    to.mean[c] = static_cast<float>(mean);
+    to.rstd[c] = static_cast<float>(rstd);
+    to.mean_rest[c] = static_cast<float>(mean - static_cast<double>(to.mean[c]));
+    to.rstd_rest[c] = static_cast<float>(rstd - static_cast<double>(to.rstd[c]));
   }
 
   void linear(int64_t l, Range rows) {
@@ -135,8 +143,7 @@ class ExpertGateForward {
           m2 += partials.m2[tile * partials.columns + c] + delta * delta * count * more / total;
           count = total;
         }
-        to.mean[c] = static_cast<float>(mean);
-        to.rstd[c] = static_cast<float>(1 / std::sqrt(m2 / count + kBatchNormEpsilon));
+        keep(to, c, mean, m2 / count);
         const double with_bias = mean + static_cast<double>(norm.bias[c]), unbiased = m2 / (count - 1);
         blend(norm.running_mean[c], with_bias);
         blend(norm.running_var[c], unbiased);

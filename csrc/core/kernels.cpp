@@ -4,6 +4,7 @@
 #include "core/elementwise.h"
 #include "core/mixing.h"
 #include "core/row_activations.h"
+#include "core/small_gemm.h"
 
 #define FASTMTL_TEXT(x) #x
 #define FASTMTL_NAME(x) FASTMTL_TEXT(x)
@@ -91,6 +92,7 @@ void hidden_grad(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64
 
 const Kernels& kernels() {
   static const Kernels table = {FASTMTL_NAME(FASTMTL_ISA),
+                                small_gemm,
                                 column_stats,
                                 hidden,
                                 hidden_grad,

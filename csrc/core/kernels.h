@@ -3,7 +3,7 @@
 // Layout      every matrix is row-major with a row stride ("ld"); a kernel works on `rows` rows and on the columns
 //             [0, cols) behind the pointers it is given, so that the caller can hand it a tile.
 // Threading   none: the caller gives each thread its own tiles.
-// Accumulation fp32 over kBlock rows, then double, in the order of the rows.
+// Accumulation over rows in double, in their order; over the columns of a row in fp32, sixteen at a time.
 // Determinism a tile's result depends on the tile alone.
 // Aliasing    only where a kernel says "in place".
 #pragma once
@@ -27,8 +27,9 @@ enum Activation : int64_t {
   kActivations
 };
 
-constexpr int64_t kBlock = 32;         // rows summed in fp32 before double takes over
-constexpr float kDiceEpsilon = 1e-3f;  // fastmtl.spec.DICE_EPSILON
+constexpr int64_t kBlock = 32;              // rows whose activations stay in the cache between two kernels
+constexpr int64_t kSmallProduct = 1 << 18;  // multiply-adds that are not worth waking a thread for
+constexpr float kDiceEpsilon = 1e-3f;       // fastmtl.spec.DICE_EPSILON
 
 // Dropout by a counter-based generator: whether element (row, column) of a layer is kept depends on the layer's key,
 // the row and the column only, so it can be asked again in the backward, by any thread.
@@ -39,7 +40,7 @@ struct Dropout {
   bool on = false;
 };
 
-// A tile of one layer: z is the linear layer's result without bias; y = (z - mean) * scale + beta is normalised, with
+// A tile of one layer: z is the linear layer's result without bias; y = (z - mean) * scale + shift is normalised, with
 // scale = gamma * rstd; alpha is the activation's learned scalar, spread over the columns.
 struct Tile {
   int64_t activation;
@@ -47,14 +48,14 @@ struct Tile {
   int64_t width;   // H: columns of one expert; cols is a multiple of it
   const float* z;  // [rows, ld]
   int64_t ld;
-  const float *mean, *rstd, *scale, *beta, *alpha;  // [cols]; alpha may be null
+  const float *mean, *scale, *shift, *alpha;  // [cols]; alpha may be null
   Dropout dropout;
   int64_t first_row, first_column;  // where the tile lies in the layer, for the dropout
 };
 
-// Sums over the rows of a tile, added to [cols] doubles: dy, dy * xhat, and the share of each column in dalpha.
+// Sums over the rows of a tile, added to [cols] doubles: dy, dy * (z - mean), and each column's share in dalpha.
 struct GradSums {
-  double *dy, *dy_xhat, *dalpha;  // dalpha may be null
+  double *dy, *dy_centred, *dalpha;  // dalpha may be null
 };
 
 // One gate: softmax over `fan_in` columns that mixes as many experts.
@@ -67,6 +68,11 @@ struct GateView {
 struct Kernels {
   const char* name;
 
+  // c [m, n] = a [m, k] b [k, n], plus c where it accumulates; a transposed operand is given as its [k, m] or [n, k].
+  // For products of at most kSmallProduct multiply-adds, where calling a library costs more than it gains.
+  void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
+                     int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate);
+
   // Mean and sum of squared deviations of each column of z.
   void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2);
 
@@ -77,8 +83,9 @@ struct Kernels {
   void (*hidden_grad)(const Tile& tile, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
                       float* h, int64_t ld_h);
 
-  // dy -> dz = scale * (dy - mean_dy - xhat * mean_dy_xhat), in place; both means null: dz = scale * dy.
-  void (*linear_grad)(const Tile& tile, float* dy, int64_t ld_dy, const float* mean_dy, const float* mean_dy_xhat);
+  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope), in place; both null: dz = scale * dy. In double, because in
+  // a small batch almost nothing is left of the difference.
+  void (*linear_grad)(const Tile& tile, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope);
 
   // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.
   void (*gate_softmax)(const Tile& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);

@@ -25,7 +25,7 @@ inline void gate_softmax(const Tile& t, const GateView* gates, int64_t n_gates, 
         const int64_t c = first + k;
         F32 z{};
         for (int64_t i = 0; i < lanes; ++i) z[i] = t.z[(start + i) * t.ld + c];
-        const F32 y = (z - t.mean[c]) * t.scale[c] + t.beta[c];
+        const F32 y = (z - t.mean[c]) * t.scale[c] + t.shift[c];
         top = y > top ? y : top;
         store(&scratch[k * kLanes], y);
       }
@@ -35,9 +35,8 @@ inline void gate_softmax(const Tile& t, const GateView* gates, int64_t n_gates, 
         total += e;
         store(&scratch[k * kLanes], e);
       }
-      const F32 scale = 1.0f / total;
       for (int64_t k = 0; k < fan_in; ++k) {
-        const F32 w = load(&scratch[k * kLanes]) * scale;
+        const F32 w = load(&scratch[k * kLanes]) / total;
         for (int64_t i = 0; i < lanes; ++i) weights[(start + i) * ld_w + first + k] = w[i];
       }
     }
@@ -112,16 +111,13 @@ inline void logits_grad(int64_t rows, int64_t width, int64_t n_experts, const fl
     for (int64_t r = 0; r < rows; ++r) dbias[e] += static_cast<double>(dout[r * ld_dout + e]);
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
       const F32 w = load(weight + e * width + c, n);
-      for (int64_t start = 0; start < rows; start += kBlock) {
-        const int64_t stop = std::min(rows, start + kBlock);
-        F32 total{};
-        for (int64_t r = start; r < stop; ++r) {
-          const float d = dout[r * ld_dout + e];
-          total += d * load(h + r * ld_h + e * width + c, n);
-          if (dh) store(dh + r * ld_dh + e * width + c, d * w, n);
-        }
-        add_to(dweight + e * width + c, total, n);
+      F64 total{};
+      for (int64_t r = 0; r < rows; ++r) {
+        const float d = dout[r * ld_dout + e];
+        total += wide(d * load(h + r * ld_h + e * width + c, n));
+        store(dh + r * ld_dh + e * width + c, d * w, n);
       }
+      add_to(dweight + e * width + c, total, n);
     });
   }
 }

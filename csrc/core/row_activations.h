@@ -1,5 +1,5 @@
 // Kernels over tiles whose activation looks at a whole row of an expert: softmax, and dice as torch-rechub has it
-// (h = y * (alpha + (1 - alpha) * sigmoid(c / norm)), c = y - mean of the row, norm = sqrt of the sum of c^2 +
+// (h = y * (p + (1 - p) * alpha), p = sigmoid(c / norm), c = y - mean of the row, norm = sqrt of the sum of c^2 +
 // epsilon).
 //
 // Compiled once for each instruction set, see simd.h; contracts in kernels.h. Row by row, expert by expert; the sums
@@ -27,9 +27,9 @@ struct SoftmaxRow {
       store(h + c, e, n);
       total += load(h + c, n);  // again, so that the lanes behind the row count nothing
     });
-    const float scale = 1.0f / sum(total);
+    const float whole = sum(total);
     for_columns(width,
-                [&](int64_t c, auto n) __attribute__((always_inline)) { store(h + c, load(h + c, n) * scale, n); });
+                [&](int64_t c, auto n) __attribute__((always_inline)) { store(h + c, load(h + c, n) / whole, n); });
   }
 
   // h is forward's result; dy may be dh.
@@ -71,7 +71,7 @@ struct DiceRow {
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
       const F32 value = load(y + c, n), a = load(alpha + c, n);
       const F32 p = sigmoid((value - m.mean) / m.norm);
-      store(h + c, value * (a + (1.0f - a) * p), n);
+      store(h + c, value * (p + (1.0f - p) * a), n);
     });
   }
 
@@ -84,13 +84,13 @@ struct DiceRow {
       const F32 value = load(y + c, n), a = load(alpha + c, n), d = load(dh + c, n);
       centred = value - m.mean;
       const F32 p = sigmoid(centred / m.norm);
-      direct = d * (a + (1.0f - a) * p);
+      direct = d * (p + (1.0f - p) * a);
       du = d * value * (1.0f - a) * p * (1.0f - p);  // zero behind the row, as d is
       return d * value * (1.0f - p);
     };
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
       F32 direct, du, centred;
-      add_to(dalpha + c, parts(c, n, direct, du, centred), n);
+      add_to(dalpha + c, wide(parts(c, n, direct, du, centred)), n);
       sum_du += du;
       sum_du_c += du * centred;
       if (n >= kLanes) {
@@ -114,7 +114,7 @@ struct DiceRow {
 FASTMTL_INLINE void normalise_row(const Tile& t, int64_t r, int64_t first, float* y) {
   for_columns(t.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const ColumnConstants k = constants(t, first + c, n);
-    store(y + c, (load(t.z + r * t.ld + first + c, n) - k.mean) * k.scale + k.beta, n);
+    store(y + c, (load(t.z + r * t.ld + first + c, n) - k.mean) * k.scale + k.shift, n);
   });
 }
 
@@ -156,8 +156,8 @@ void hidden_grad_rows(const Tile& t, const float* dh, int64_t ld_dh, float* dy, 
       for_columns(t.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
         const ColumnConstants k = constants(t, first + c, n);
         const F32 g = load(to + c, n);
-        add_to(sums.dy + first + c, g, n);
-        add_to(sums.dy_xhat + first + c, g * ((load(t.z + r * t.ld + first + c, n) - k.mean) * k.rstd), n);
+        add_to(sums.dy + first + c, wide(g), n);
+        add_to(sums.dy_centred + first + c, wide(g) * wide(load(t.z + r * t.ld + first + c, n) - k.mean), n);
       });
       if (h) {
         drop_row(t, r, first, value.data());

@@ -16,6 +16,7 @@ constexpr int64_t kLanes = 16;
 typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef double F64 __attribute__((vector_size(128)));
 
 FASTMTL_INLINE F32 splat(float value) { return F32{} + value; }
 
@@ -38,11 +39,27 @@ FASTMTL_INLINE void store(float* to, F32 v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
 }
 
-FASTMTL_INLINE void add_to(double* to, F32 v, int64_t n) {
+FASTMTL_INLINE F64 wide(F32 v) { return __builtin_convertvector(v, F64); }
+FASTMTL_INLINE F32 narrow(F64 v) { return __builtin_convertvector(v, F32); }
+
+FASTMTL_INLINE F64 load(const double* from, int64_t n) {
+  F64 v{};
   if (n >= kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) to[i] += static_cast<double>(v[i]);
+    std::memcpy(&v, from, sizeof(v));
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(v[i]);
+    for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  }
+  return v;
+}
+
+FASTMTL_INLINE void add_to(double* to, F64 v, int64_t n) {
+  if (n >= kLanes) {
+    F64 old;
+    std::memcpy(&old, to, sizeof(old));
+    old += v;
+    std::memcpy(to, &old, sizeof(old));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] += v[i];
   }
 }
 
@@ -86,14 +103,18 @@ FASTMTL_INLINE F32 exp(F32 x) {
 
 FASTMTL_INLINE F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
+// 1 - 2 / (e^2|x| + 1), and near zero, where that loses its digits, an odd polynomial fitted at Chebyshev nodes.
 FASTMTL_INLINE F32 tanh(F32 x) {
-  // by e^2x - 1, which keeps small x exact
-  F32 t = 2.0f * x;
-  t = t > 40.0f ? splat(40.0f) : t;
-  t = t < -40.0f ? splat(-40.0f) : t;
-  const ExpParts e = exp_parts(t);
-  const F32 m = e.two_n * e.p + (e.two_n - 1.0f);
-  return m / (m + 2.0f);
+  const F32 a = x < 0.0f ? -x : x;
+  const F32 far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  const F32 s = x * x;
+  F32 q = splat(-0.006276389118283987f);
+  q = q * s + 0.021116215735673904f;
+  q = q * s - 0.053875137120485306f;
+  q = q * s + 0.13332924246788025f;
+  q = q * s - 0.3333333134651184f;
+  const F32 near = q * s * x + x;
+  return a < 0.6f ? near : (x < 0.0f ? -far : far);
 }
 
 // The normal distribution's cumulative function: the tail is e^(-x^2/2) times a polynomial in 1 / (1 + |x| / sqrt 8),

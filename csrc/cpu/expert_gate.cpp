@@ -132,16 +132,17 @@ void read_running(const ExpertGateLayer& spec, std::vector<Tensor>& running, Exp
   reader.done();
 }
 
-// The saved tensors: z and [mean, rstd] of each hidden layer, then z, [mean, rstd] and weights of the gates.
+// The saved tensors: z and the statistics (see Normalised) of each hidden layer, then z, the statistics and the weights
+// of the gates.
 std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows) {
   std::vector<Tensor> saved;
   for (int64_t l = 0; l < spec.depth(); ++l) {
     saved.push_back(empty_f32({n_rows, row_stride(spec.columns(l))}));
-    saved.push_back(empty_f32({2, spec.columns(l)}));
+    saved.push_back(empty_f32({4, spec.columns(l)}));
   }
   if (!spec.gates.empty()) {
     saved.push_back(empty_f32({n_rows, row_stride(spec.gate_columns)}));
-    saved.push_back(empty_f32({2, spec.gate_columns}));
+    saved.push_back(empty_f32({4, spec.gate_columns}));
     saved.push_back(empty_f32({n_rows, spec.gate_columns}));
   }
   return saved;
@@ -155,8 +156,10 @@ ExpertGateSaved read_saved(const ExpertGateLayer& spec, int64_t n_rows, std::vec
     Normalised normal;
     normal.ld = row_stride(columns);
     normal.z = const_cast<float*>(reader.take(n_rows * normal.ld));
-    normal.mean = const_cast<float*>(reader.take(2 * columns));
+    normal.mean = const_cast<float*>(reader.take(4 * columns));
     normal.rstd = normal.mean + columns;
+    normal.mean_rest = normal.rstd + columns;
+    normal.rstd_rest = normal.mean_rest + columns;
     return normal;
   };
   for (int64_t l = 0; l < spec.depth(); ++l) result.hidden.push_back(normalised(spec.columns(l)));

@@ -1,18 +1,46 @@
 // The core's Runtime on torch: its thread pool and its matrix product.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <array>
 
+#include "core/kernels.h"
 #include "cpu/tensors.h"
 
 namespace fastmtl::cpu {
 
+// While it lives, torch's matrix products run on the calling thread alone. torch lets MKL use threads of its own even
+// inside a parallel region, and then MKL sums in an order that depends on their number. Where torch has another library
+// than MKL, this does nothing.
+class SequentialProducts {
+ public:
+  SequentialProducts() : before_(setter() ? setter()(1) : 0) {}
+  ~SequentialProducts() {
+    if (setter()) setter()(before_);
+  }
+  SequentialProducts(const SequentialProducts&) = delete;
+  SequentialProducts& operator=(const SequentialProducts&) = delete;
+
+ private:
+  using Setter = int (*)(int);
+  static Setter setter() {
+    static const Setter found = reinterpret_cast<Setter>(dlsym(RTLD_DEFAULT, "MKL_Set_Num_Threads_Local"));
+    return found;
+  }
+  int before_;
+};
+
 struct TorchRuntime {
   template <class F>
   void parallel(int64_t n, int64_t grain, const F& f) const {
-    if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+    if (n == 0) return;
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+      const SequentialProducts here;
+      f(begin, end);
+    });
   }
 
   // c [m, n] = a [m, k] b [k, n], plus c where it accumulates; a transposed operand is given as its [k, m] or [n, k].
@@ -21,6 +49,10 @@ struct TorchRuntime {
   // it stays on that thread), and costs a third.
   void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
             int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) const {
+    if (m * n * k <= kSmallProduct) {
+      best_kernels().small_gemm(m, n, k, a, ld_a, transpose_a, b, ld_b, transpose_b, c, ld_c, accumulate);
+      return;
+    }
     const Tensor left = matrix(a, m, k, ld_a, transpose_a), right = matrix(b, k, n, ld_b, transpose_b);
     const Tensor result = matrix(c, m, n, ld_c, false);
     if (accumulate) {
