@@ -1,0 +1,171 @@
+"""expert_gate on native against eager: as near to float64 as eager is, on any layer, in any layout."""
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+
+from fastmtl.backend import use_backend
+from fastmtl.ops import expert_gate
+from fastmtl.spec import ACTIVATIONS, ExpertGateSpec, Gate
+
+from .layers import Case, Result, new_params, random_case, random_spec, run
+
+CASES = 240
+ULP = 2.0**-23
+FLOOR = 2e-6
+
+
+def errors(result: Result, reference: Result) -> list[float]:
+    """Each tensor's largest error, in terms of its largest element (of a gradient, 10% of the largest at least)."""
+    n_gradients = 1 + len(reference.gradients)
+    largest = max((g.abs().max().item() for g in [reference.dx, *reference.gradients] if g.numel()), default=0.0)
+    found = []
+    for i, (got, want) in enumerate(zip(result.tensors(), reference.tensors(), strict=True)):
+        if not want.numel():
+            continue
+        scale = want.abs().max().item()
+        if 1 <= i <= n_gradients:
+            scale = max(scale, 0.1 * largest)
+        found.append((got - want).abs().max().item() / max(scale, 1e-30))
+    return found
+
+
+def typical_errors(case: Case, backend: str, seed: int, draws: int = 25) -> list[float]:
+    """The median of :func:`errors` over inputs that differ in their last bits."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(draws):
+        noise = torch.rand(case.x.shape, generator=generator) - 0.5
+        near = Case(case.spec, case.params, case.x * (1 + 8 * ULP * noise), case.grad, case.training)
+        found.append(errors(run(near, backend), run(near, "eager", torch.float64)))
+    return [statistics.median(one) for one in zip(*found, strict=True)]
+
+
+def check(case: Case, seed: int) -> list[float]:
+    """Assert that native is at most twice as far from float64 as eager; returns log(native's error / eager's).
+
+    BN may amplify one rounding to all of an error, in a batch of two rows above all, and then a single comparison says
+    who was luckier. So where it fails, the typical errors decide.
+    """
+    reference = run(case, "eager", torch.float64)
+    native, eager = errors(run(case, "native"), reference), errors(run(case, "eager"), reference)
+    ratios = [math.log(a / b) for a, b in zip(native, eager, strict=True) if a > 1e-9 and b > 1e-9]
+    if any(mine > 2 * theirs + FLOOR for mine, theirs in zip(native, eager, strict=True)):
+        native, eager = typical_errors(case, "native", seed), typical_errors(case, "eager", seed)
+    for i, (mine, theirs) in enumerate(zip(native, eager, strict=True)):
+        assert mine <= 2 * theirs + FLOOR, (
+            f"seed {seed}, tensor {i}: {mine:.1e} against eager's {theirs:.1e}; {case.spec}"
+        )
+    return ratios
+
+
+def test_random_layers(base_seed):
+    ratios = []
+    for i in range(CASES):
+        ratios += check(random_case(base_seed + i), base_seed + i)
+    assert math.exp(sum(ratios) / len(ratios)) < 1.1, "native is less accurate than eager on average"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_activation_through_two_layers(activation, training, base_seed):
+    spec = ExpertGateSpec(24, (0, 0, 0), (20, 16), activation=activation, gates=(Gate(0, (0, 1, 2)), Gate(0, (0, 2))))
+    case = random_case(base_seed, spec, 150)
+    case.training = training
+    check(case, base_seed)
+
+
+def test_large_mean_and_small_spread(base_seed):
+    """Statistics about a far mean: E[z^2] - E[z]^2 would lose everything here."""
+    case = random_case(base_seed, ExpertGateSpec(6, (0, 0), (16,), activation="linear"), 500)
+    case.x = 300 + case.x / case.x.std()
+    case.training = True
+    check(case, base_seed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bias_in_front_of_batch_norm(training, base_seed):
+    """In training its true gradient is zero, and is given as exactly that; the running mean still contains it."""
+    spec = ExpertGateSpec(9, (0, 0), (8, 4), gates=(Gate(0, (0, 1)),))
+    case = random_case(base_seed, spec, 60)
+    case.training = training
+    result = run(case, "native")
+    biases = [*result.gradients[2:4], result.gradients[-3]]
+    assert all(bool((g == 0).all()) is training for g in biases)
+
+
+def test_one_row_uses_and_keeps_the_running_statistics(base_seed):
+    case = random_case(base_seed, ExpertGateSpec(9, (0, 0), (8,), gates=(Gate(0, (0, 1)),)), 1)
+    case.training = True
+    result = run(case, "native")
+    for now, before in zip(result.running, case.params.running(), strict=True):
+        assert torch.equal(now, before)
+    check(case, base_seed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_rows(training, base_seed):
+    for i in range(20):
+        spec = random_spec(random.Random(base_seed + i))
+        case = random_case(base_seed + i, spec, 0)
+        case.training = training
+        result, reference = run(case, "native"), run(case, "eager")
+        assert result.out.shape == reference.out.shape
+        assert result.dx.shape == case.x.shape
+        assert all(bool((g == 0).all()) for g in result.gradients)
+        for now, before in zip(result.running, case.params.running(), strict=True):
+            assert torch.equal(now, before)
+
+
+def test_several_backwards_over_one_graph(base_seed):
+    for i in range(10):
+        case = random_case(base_seed + i)
+        params = case.copy_params()
+        x = case.x.detach().requires_grad_()
+        with use_backend("native"):
+            out = expert_gate(x, params, case.spec, case.training)
+        kept = out.detach().clone()
+        leaves = [x, *params.learned()]
+        first = torch.autograd.grad(out, leaves, case.grad, retain_graph=True, allow_unused=True)
+        other = torch.autograd.grad(out, leaves, 2 * case.grad, retain_graph=True, allow_unused=True)
+        again = torch.autograd.grad(out, leaves, case.grad, allow_unused=True)
+        assert torch.equal(out, kept)
+        for a, b, c in zip(first, again, other, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(2 * a, c)
+
+
+def test_forward_leaves_its_arguments_alone(base_seed):
+    for i in range(10):
+        case = random_case(base_seed + i)
+        x, grad = case.x.clone(), case.grad.clone()
+        params = case.copy_params()
+        before = [p.detach().clone() for p in params.learned()]
+        with use_backend("native"):
+            xs = x.requires_grad_()
+            expert_gate(xs, params, case.spec, case.training).backward(grad)
+        assert torch.equal(x, case.x)
+        assert torch.equal(grad, case.grad)
+        assert all(torch.equal(a, b) for a, b in zip(before, params.learned(), strict=True))
+
+
+def test_gradient_that_autograd_expands(base_seed):
+    """out.sum() sends back a gradient of stride 0."""
+    case = random_case(base_seed, ExpertGateSpec(9, (0, 0), (8,), gates=(Gate(0, (0, 1)),)), 40)
+    case.grad = torch.ones(()).expand(case.grad.shape)
+    check(case, base_seed)
+
+
+def test_nan_stays_visible(base_seed):
+    for activation in ACTIVATIONS:
+        spec = ExpertGateSpec(4, (0,), (5,), activation=activation)
+        params = new_params(spec, torch.Generator().manual_seed(base_seed))
+        x = torch.ones(1, 3, 4)
+        x[0, 1, 2] = float("nan")
+        with use_backend("native"), torch.no_grad():
+            out = expert_gate(x, params, spec, False)
+        assert out[0, 1].isnan().all(), activation
+        assert not out[0, [0, 2]].isnan().any(), activation
