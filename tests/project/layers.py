@@ -17,7 +17,7 @@ RANKS = {
     "__init__": 9.5,
     "trainers": 9,
     "utils": 8,
-    "weighting": 7, "models": 7, "data": 7,
+    "weighting": 7, "models": 7, "data": 7, "optim": 7,
     "basic": 6,
     "ops": 5,
     "backend": 4,

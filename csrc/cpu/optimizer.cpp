@@ -1,0 +1,130 @@
+// The tables' optimizers on torch tensors: check, run. What a step means is in core/optimizer.h.
+#include "core/optimizer.h"
+
+#include <cstring>
+
+#include "core/kernels.h"
+#include "cpu/tensors.h"
+
+namespace fastmtl::cpu {
+namespace {
+
+constexpr int64_t kGrainRows = 512;  // rows a thread must have to be worth waking
+
+const OptimizerKernels& kernels() {
+#ifdef FASTMTL_X86
+  const char* name = best_kernels().name;
+  if (std::strcmp(name, "avx512") == 0) return avx512::optimizer_kernels();
+  if (std::strcmp(name, "avx2") == 0) return avx2::optimizer_kernels();
+#endif
+  return baseline::optimizer_kernels();
+}
+
+Table checked_table(const Tensor& p, const std::vector<Tensor>& states, const Tensor& last, int64_t rule) {
+  check_cpu(p, ScalarType::Float, 2, "table");
+  check_cpu(last, ScalarType::Int, 1, "last");
+  STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
+  STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == states_of(rule), "rule ", rule, " has ", states_of(rule),
+                  " states, not ", states.size());
+  STD_TORCH_CHECK(p.is_contiguous() && last.is_contiguous() && last.size(0) == p.size(0),
+                  "last must have an entry for each row of the table");
+  float* state[2] = {nullptr, nullptr};
+  for (size_t i = 0; i < states.size(); ++i) {
+    check_cpu(states[i], ScalarType::Float, 2, "state");
+    STD_TORCH_CHECK(states[i].is_contiguous() && states[i].size(0) == p.size(0) && states[i].size(1) == p.size(1),
+                    "a state must have the shape of its table");
+    state[i] = states[i].mutable_data_ptr<float>();
+  }
+  return {p.mutable_data_ptr<float>(), state[0], state[1], last.mutable_data_ptr<int32_t>(), p.size(0), p.size(1)};
+}
+
+// steps [n, kStepFields]: row i is step begin + i.
+History checked_history(const Tensor& steps, int64_t begin) {
+  check_cpu(steps, ScalarType::Float, 2, "steps");
+  STD_TORCH_CHECK(steps.is_contiguous() && steps.size(1) == kStepFields, "steps must be [n, ", kStepFields, "]");
+  return {reinterpret_cast<const Step*>(steps.const_data_ptr<float>()), begin, begin + steps.size(0)};
+}
+
+// Ascending and in the table: no two threads write the same row, and none writes elsewhere.
+const int64_t* checked_rows(const Tensor& rows, int64_t height) {
+  check_cpu(rows, ScalarType::Long, 1, "rows");
+  STD_TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous");
+  const int64_t* data = rows.const_data_ptr<int64_t>();
+  const int64_t n = rows.size(0);
+  bool ascending = true;
+  for (int64_t i = 1; i < n; ++i) ascending &= data[i - 1] < data[i];
+  STD_TORCH_CHECK(ascending && (n == 0 || (data[0] >= 0 && data[n - 1] < height)),
+                  "rows must be ascending, unique and in the table");
+  return data;
+}
+
+// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough.
+template <class F>
+void all_reached(int64_t begin, int64_t end, const F& f) {
+  bool reached = true;  // only ever cleared, so that threads may race to do so
+  torch::stable::parallel_for(begin, end, kGrainRows, [&](int64_t from, int64_t to) {
+    if (!f(from, to)) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+  });
+  STD_TORCH_CHECK(reached, "a row missed more steps than were kept");
+}
+
+// Brings the rows (without a list: begin .. end - 1) to step `upto`.
+void table_replay(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
+                  int64_t first_step, std::optional<Tensor> rows, int64_t begin, int64_t end, int64_t upto) {
+  const Table table = checked_table(p, states, last, rule);
+  const History history = checked_history(steps, first_step);
+  STD_TORCH_CHECK(upto < history.end, "the history ends before step ", upto);
+  const int64_t* listed = rows ? checked_rows(*rows, table.rows) : nullptr;
+  if (rows) {
+    begin = 0;
+    end = rows->size(0);
+  }
+  STD_TORCH_CHECK(begin >= 0 && begin <= end && (rows || end <= table.rows), "rows ", begin, " to ", end,
+                  " are not in the table");
+  all_reached(begin, end,
+              [&](int64_t from, int64_t to) { return kernels().replay(rule, table, history, listed, from, to, upto); });
+}
+
+// The last step of `steps`, with the gradients [n, D] of the rows, which are first brought to the step before
+// (`lazily`: are taken as they are); then begin .. end - 1 are brought to this step.
+void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
+                int64_t first_step, const Tensor& rows, const Tensor& grads, bool lazily, int64_t begin, int64_t end) {
+  const Table table = checked_table(p, states, last, rule);
+  const History history = checked_history(steps, first_step);
+  STD_TORCH_CHECK(history.end > history.begin, "there is no step to take");
+  STD_TORCH_CHECK(begin >= 0 && begin <= end && end <= table.rows, "rows ", begin, " to ", end,
+                  " are not in the table");
+  const int64_t* touched = checked_rows(rows, table.rows);
+  check_cpu(grads, ScalarType::Float, 2, "grads");
+  STD_TORCH_CHECK(grads.is_contiguous() && grads.size(0) == rows.size(0) && grads.size(1) == table.dim,
+                  "grads must have a row for each of rows");
+  const int64_t now = history.end - 1, n = rows.size(0);
+  const float* values = grads.const_data_ptr<float>();
+  const Step& step = history.steps[now - history.begin];
+  all_reached(0, n, [&](int64_t from, int64_t to) {
+    if (!lazily && !kernels().replay(rule, table, history, touched, from, to, now - 1)) return false;
+    kernels().apply(rule, table, step, now, touched, values, from, to);
+    return true;
+  });
+  all_reached(begin, end, [&](int64_t from, int64_t to) {
+    return lazily || kernels().replay(rule, table, history, nullptr, from, to, now);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
+  m.def(
+      "table_replay(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
+      "Tensor? rows, int begin, int end, int upto) -> ()");
+  m.def(
+      "table_step(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
+      "Tensor rows, Tensor grads, bool lazily, int begin, int end) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("table_replay", TORCH_BOX(&table_replay));
+  m.impl("table_step", TORCH_BOX(&table_step));
+}
+
+}  // namespace fastmtl::cpu

@@ -1,0 +1,245 @@
+"""Optimizers whose tables are updated where a gradient reached them, with the numbers of dense updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import native
+from ..errors import BackendError, ConfigError
+from .rules import FIELDS, Rule, rule_of, step_numbers, why_not
+
+#: Steps that a row may miss before it is made current: the sweep reads and writes 1 / MOST_MISSED of a table a step.
+MOST_MISSED = 32
+#: Steps whose numbers are kept; when they are used up the old ones are dropped.
+_KEPT = 1024
+
+
+class _Pending:
+    """What one table still owes its rows."""
+
+    def __init__(self, table: nn.Parameter) -> None:
+        self.table = table
+        self.last = torch.zeros(len(table), dtype=torch.int32)  # for each row the step up to which it is current
+        self.steps = torch.zeros(_KEPT, len(FIELDS))
+        self.restart(0)
+
+    def restart(self, now: int) -> None:
+        """Every row is current at step ``now``."""
+        self.now = now
+        self.begin = now + 1  # the step in steps[0]
+        self.next_row = 0  # of the sweep
+        self.is_current = True
+        self.last.fill_(now)
+
+    def record(self, numbers: list[float]) -> None:
+        """Take note of the next step's numbers."""
+        if self.now + 1 - self.begin == _KEPT:
+            # no row misses more than MOST_MISSED, and those need one step more than they missed
+            kept = MOST_MISSED + 1
+            self.steps[:kept] = self.steps[_KEPT - kept :].clone()
+            self.begin = self.now + 1 - kept
+        self.steps[self.now + 1 - self.begin] = torch.tensor(numbers)
+        self.now += 1
+
+    @property
+    def history(self) -> Tensor:
+        """``[n, fields]``: the steps ``begin .. now``."""
+        return self.steps[: self.now + 1 - self.begin]
+
+    def next_rows(self) -> tuple[int, int]:
+        """The rows that the sweep takes in this step."""
+        rows = len(self.table)
+        begin = 0 if self.next_row >= rows else self.next_row
+        self.next_row = min(rows, begin + -(-rows // MOST_MISSED))
+        return begin, self.next_row
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """What :class:`Adam`, :class:`AdamW`, :class:`SGD` and :class:`Adagrad` add to torch's classes of these names.
+
+    A table's sparse gradient updates the rows it names. All other rows, which a dense optimizer would move too (by
+    momentum, by weight decay), wait: :meth:`catch_up` makes them current before they are read, a sweep through the
+    table after :data:`MOST_MISSED` steps, :meth:`flush` at once. ``state`` and ``state_dict`` are torch's.
+
+    Args:
+        params: as in torch; the tables among them.
+        tables: the float32 parameters ``[V, D]`` on the CPU whose gradients come sparse. A dense gradient of theirs
+            works too, at the cost of a dense update.
+        embedding_update: ``"exact"``, torch's numbers; ``"lazy"``: rows without a gradient do not move at all, which
+            trains another model.
+        *args, **settings: torch's.
+
+    Raises:
+        BackendError: there is no native library.
+        ConfigError: settings with no sparse form, or an unknown ``embedding_update``.
+
+    Source: temporal blocking of the update, as stencil codes do it; the order of operations is torch's.
+    """
+
+    _pending: dict[nn.Parameter, _Pending]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *args: Any,
+        tables: Sequence[nn.Parameter] = (),
+        embedding_update: str = "exact",
+        **settings: Any,
+    ) -> None:
+        missing = native.unavailable()
+        if missing:
+            raise BackendError(f"{type(self).__name__}: sparse updates need the native backend: {missing}")
+        if embedding_update not in ("exact", "lazy"):
+            raise ConfigError(f"embedding_update {embedding_update!r} is not known; use 'exact' or 'lazy'")
+        self._pending = {}
+        self._is_lazy = embedding_update == "lazy"
+        super().__init__(params, *args, **settings)
+        for group in self.param_groups:
+            reason = why_not(type(self), group)
+            if reason:
+                raise ConfigError(f"{type(self).__name__}: tables can't be updated sparsely with {reason}")
+        self._pending = {table: _Pending(table) for table in tables}
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step with the gradients in ``.grad``; see torch's optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sparse = [table for table in self._pending if table.grad is not None and table.grad.is_sparse]
+        dense = [table for table in self._pending if table.grad is not None and not table.grad.is_sparse]
+        for table in dense:
+            self._flush(self._pending[table])
+        grads = [table.grad for table in sparse]
+        for table in sparse:
+            table.grad = None
+        try:
+            self._dense_step()
+        finally:
+            for table, grad in zip(sparse, grads, strict=True):
+                table.grad = grad
+        for group in self.param_groups:
+            for table in group["params"]:
+                if table in self._pending and table.grad is not None and table.grad.is_sparse:
+                    self._sparse_step(self._pending[table], group)
+        for table in dense:
+            self._pending[table].restart(self._pending[table].now + 1)
+        return loss
+
+    def _dense_step(self) -> None:
+        # the class's own step, without the hooks that torch puts around every class's: they run around ours
+        step: Any = super().step
+        step = step.__func__
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)
+
+    @torch.no_grad()
+    def _sparse_step(self, pending: _Pending, group: dict[str, Any]) -> None:
+        table, rule = pending.table, rule_of(self, group)
+        rows, values = _rows_of(table.grad)
+        state = self.state[table]
+        is_first = self._prepare_state(table, rule)
+        if "step" in state:
+            state["step"] += 1
+        pending.record(step_numbers(rule, group, float(state.get("step", pending.now + 1)), is_first))
+        # nothing moves without a gradient: neither by memory nor, as far as the kept steps tell, by weight decay
+        is_still = self._is_lazy or (not rule.remembers and pending.is_current and not group["weight_decay"])
+        begin, end = (0, 0) if is_still else pending.next_rows()
+        if not is_still and pending.is_current:
+            pending.last.fill_(pending.now - 1)
+        torch.ops.fastmtl.table_step(
+            table, [state[name] for name in rule.states], pending.last, rule.number,
+            pending.history, pending.begin, rows, values, is_still, begin, end,
+        )  # fmt: skip
+        pending.is_current = is_still
+
+    def _prepare_state(self, table: nn.Parameter, rule: Rule) -> bool:
+        """Make the states that torch makes at a parameter's first step; returns whether there were none."""
+        state = self.state[table]
+        missing = [name for name in rule.states if state.get(name) is None]
+        for name in missing:
+            state[name] = torch.zeros_like(table, memory_format=torch.contiguous_format)
+        if missing and isinstance(self, torch.optim.Adam):
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        return bool(missing)
+
+    # --------------------------------------------------------------------------------------- rows made current
+
+    def catch_up(self, table: Tensor, rows: Tensor) -> None:
+        """Make rows current before they are read.
+
+        Args:
+            table: a parameter; others than this optimizer's tables are left alone.
+            rows: ``[n]`` int64, ascending and unique.
+        """
+        pending = self._pending.get(table)  # type: ignore[call-overload]
+        if pending is not None and not pending.is_current:
+            self._replay(pending, rows, 0)
+
+    def flush(self) -> None:
+        """Make every row of every table current, so that the parameters and the state are what torch's would be."""
+        for pending in self._pending.values():
+            self._flush(pending)
+
+    def _flush(self, pending: _Pending) -> None:
+        if not pending.is_current:
+            self._replay(pending, None, len(pending.table))
+            pending.is_current = True
+
+    @torch.no_grad()
+    def _replay(self, pending: _Pending, rows: Tensor | None, end: int) -> None:
+        table = pending.table
+        group = next(g for g in self.param_groups if any(p is table for p in g["params"]))
+        rule = rule_of(self, group)
+        torch.ops.fastmtl.table_replay(
+            table, [self.state[table][name] for name in rule.states], pending.last, rule.number,
+            pending.history, pending.begin, rows, 0, end, pending.now,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, every row current: torch's optimizer of the same name continues from it."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this optimizer or of torch's of the same name."""
+        self.flush()
+        super().load_state_dict(state_dict)
+        for table, pending in self._pending.items():
+            pending.restart(int(self.state.get(table, {}).get("step", pending.now)))
+
+
+def _rows_of(grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ascending unique rows ``[n]`` and their gradients ``[n, D]`` of a sparse gradient."""
+    assert grad is not None
+    rows, values = grad._indices()[0], grad._values()
+    # one backward's rows are ascending; several are laid one behind the other. torch forgets which it is.
+    if len(rows) > 1 and not bool((rows[1:] > rows[:-1]).all()):
+        grad = grad.coalesce()
+        rows, values = grad._indices()[0], grad._values()
+    return rows.contiguous(), values.contiguous()
+
+
+class Adam(TableOptimizer, torch.optim.Adam):
+    """torch.optim.Adam, tables at sparse cost; coupled weight decay moves (and in time erases) untouched rows too."""
+
+
+class AdamW(TableOptimizer, torch.optim.AdamW):
+    """torch.optim.AdamW, tables at sparse cost."""
+
+
+class SGD(TableOptimizer, torch.optim.SGD):
+    """torch.optim.SGD with or without momentum, tables at sparse cost."""
+
+
+class Adagrad(TableOptimizer, torch.optim.Adagrad):
+    """torch.optim.Adagrad, tables at sparse cost."""
