@@ -41,6 +41,13 @@ FASTMTL_INLINE void for_columns(int64_t cols, F&& f) {
   if (c < cols) f(c, cols - c);
 }
 
+FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
+  F32 total{};
+  for_columns(width,
+              [&](int64_t c, auto n) __attribute__((always_inline)) { total += load(a + c, n) * load(b + c, n); });
+  return sum(total);
+}
+
 struct ColumnConstants {
   F32 mean, scale, shift, alpha;
 };

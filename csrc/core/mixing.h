@@ -59,13 +59,6 @@ inline void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t wi
   }
 }
 
-FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
-  F32 total{};
-  for_columns(width,
-              [&](int64_t c, auto n) __attribute__((always_inline)) { total += load(a + c, n) * load(b + c, n); });
-  return sum(total);
-}
-
 inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
                      const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const float* h,
                      int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,

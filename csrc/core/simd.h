@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define FASTMTL_INLINE [[gnu::always_inline]] inline
 
 namespace fastmtl::FASTMTL_ISA {
@@ -27,16 +31,40 @@ FASTMTL_INLINE F32 load(const float* from) {
 }
 FASTMTL_INLINE void store(float* to, F32 v) { std::memcpy(to, &v, sizeof(v)); }
 
-// The first n lanes; the others are zero (load) or left alone (store).
+#if defined(__AVX2__) && !defined(__AVX512F__)
+FASTMTL_INLINE __m256i lane_mask(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// The first n lanes; the others are zero (load) or left alone (store), and their memory is not touched.
 FASTMTL_INLINE F32 load(const float* from, int64_t n) {
   if (n >= kLanes) return load(from);
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+#elif defined(__AVX2__)
+  const __m256 halves[2] = {_mm256_maskload_ps(from, lane_mask(n)), _mm256_maskload_ps(from + 8, lane_mask(n - 8))};
+  F32 v;
+  std::memcpy(&v, halves, sizeof(v));
+  return v;
+#else
   F32 v{};
   for (int64_t i = 0; i < n; ++i) v[i] = from[i];
   return v;
+#endif
 }
 FASTMTL_INLINE void store(float* to, F32 v, int64_t n) {
   if (n >= kLanes) return store(to, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  _mm256_maskstore_ps(to, lane_mask(n), halves[0]);
+  _mm256_maskstore_ps(to + 8, lane_mask(n - 8), halves[1]);
+#else
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+#endif
 }
 
 FASTMTL_INLINE F64 wide(F32 v) { return __builtin_convertvector(v, F64); }
@@ -63,14 +91,18 @@ FASTMTL_INLINE void add_to(double* to, F64 v, int64_t n) {
   }
 }
 
+// Halves onto halves, always in the same order.
 FASTMTL_INLINE float sum(F32 v) {
-  // pairs, always in the same order
-  float part[kLanes];
-  store(part, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
-  }
-  return part[0];
+#ifdef __clang__
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+#else
+  v += __builtin_shuffle(v, I32{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+  v += __builtin_shuffle(v, I32{4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3});
+  v += __builtin_shuffle(v, I32{2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1});
+#endif
+  return v[0] + v[1];
 }
 
 // e^x = 2^n * (1 + p), n whole, |r| = |x - n ln 2| <= ln 2 / 2, p = e^r - 1 by its Taylor series to r^7.

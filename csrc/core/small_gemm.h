@@ -40,6 +40,15 @@ FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a
 
 inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                        int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) {
+  if (m < 4 && transpose_b && !transpose_a) {  // too few rows to pack b for
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        float& to = c[i * ld_c + j];
+        to = (accumulate ? to : 0.0f) + dot(a + i * ld_a, b + j * ld_b, k);
+      }
+    }
+    return;
+  }
   const int64_t step_row = transpose_a ? 1 : ld_a, step_k = transpose_a ? ld_a : 1;
   std::vector<float> packed;
   for (int64_t j = 0; j < n; j += kLanes) {
