@@ -180,13 +180,13 @@ class Rows(NamedTuple):
         keys: ``[n]`` ascending; ``V_total`` (void) where a lookup counts as nothing.
         order: ``[n]``, where each stood in ``[B, n_sorted]``.
         tiny: ``[B, n_tiny_columns]``, rows of the tiny tables.
-        count: ``[B, n_bags]``, what each bag's gradient is divided by: 1, or the lookups that a mean counts.
+        counted: ``[B, n_bags]``, what each bag's gradient is divided by: 1, or the lookups that a mean counts.
     """
 
     keys: Tensor
     order: Tensor
     tiny: Tensor
-    count: Tensor
+    counted: Tensor
 
 
 def sort_rows(ids: Tensor, table: TablePlan, n_weight_rows: int) -> Rows:
@@ -251,7 +251,7 @@ def _add_segments(
         Order_ptr=rows.order,
         Grad_ptr=grad,
         Columns_ptr=table.sorted_columns,
-        Count_ptr=rows.count,
+        Count_ptr=rows.counted,
         n_columns=table.n_sorted,
         n_bags=table.n_bags,
         void=void,
@@ -293,7 +293,7 @@ def embedding_bag_bwd(
         out = torch.zeros(n_weight_rows, dim, dtype=torch.float32, device=grad.device)
         rows = sort_rows(ids, table, n_weight_rows)
         _add_segments(grad, rows, table, out, n_weight_rows, None, None)
-        add_tiny_tables(grad, rows.tiny, rows.count, table, out, None, n_weight_rows)
+        add_tiny_tables(grad, rows.tiny, rows.counted, table, out, None, n_weight_rows)
         grads.append(out)
     return grads
 
@@ -322,6 +322,6 @@ def embedding_bag_bwd_sparse(
             torch.ne(rows.keys[1:], rows.keys[:-1], out=begins[1:])
             rank = torch.cumsum(begins, 0) - 1
             _add_segments(grad, rows, table, values, n_weight_rows, rank, found)
-        add_tiny_tables(grad, rows.tiny, rows.count, table, values[n_sorted:], found[n_sorted:], n_weight_rows)
+        add_tiny_tables(grad, rows.tiny, rows.counted, table, values[n_sorted:], found[n_sorted:], n_weight_rows)
         grads.append((found, values))
     return grads

@@ -56,7 +56,8 @@ class TablePlan:
         for f in mine:
             bag = spec.bags[f]
             vocabs[bag.offset] = max(vocabs.get(bag.offset, 0), bag.vocab)
-        slots, bags, sorted_columns = [], [], []
+        slots, bags = [], []
+        sorted_columns: list[tuple[int, int]] = []
         lookups: dict[int, list[tuple[int, int, int]]] = {}
         n_tiny = 0
         for at, f in enumerate(mine):
