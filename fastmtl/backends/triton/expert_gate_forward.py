@@ -78,7 +78,8 @@ def below(hidden: Hidden | None, x: Tensor) -> Operand:
 
 def _linear_heads(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec) -> Tensor:
     """Experts without hidden layers: one small product."""
-    assert params.out_weight is not None and params.out_bias is not None
+    assert params.out_weight is not None
+    assert params.out_bias is not None
     h = x[list(spec.expert_input)].transpose(0, 1)
     return (h * params.out_weight).sum(dim=-1) + params.out_bias
 
