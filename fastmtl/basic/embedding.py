@@ -92,10 +92,30 @@ class EmbeddingLayer(BatchedModule):
             self.register_parameter(f"table{index}", nn.Parameter(weight, requires_grad=trained))
         self.views = tuple(views[name] for name in owners)
         self.n_weights = len(made)
+        #: Who updates the tables where they were looked up (a fastmtl.optim.TableOptimizer); None: gradients are dense.
+        self.updater: Any = None
 
     def weights(self) -> list[Tensor]:
         """The stored tables, ``[V_total, D]`` each."""
         return [getattr(self, f"table{index}") for index in range(self.n_weights)]
+
+    def _flush(self) -> None:
+        """Make every row of the tables current."""
+        if self.updater is not None:
+            self.updater.flush()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._flush()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is nobody's yet
+        self._flush()
+        return self.__dict__ | {"updater": None}
 
     # ---------------------------------------------------------------------------------------------- a lookup
 
@@ -224,7 +244,8 @@ class EmbeddingLayer(BatchedModule):
             return dense if dense is not None else torch.empty(0)
         if dense is not None and dense.dtype != weights[0].dtype:
             dense = dense.to(weights[0].dtype)
-        out = ops.embedding_bag(weights, ids, columns, dense, spec)
+        index = None if self.updater is None else self.updater.before_lookup(weights, ids, columns, spec)
+        out = ops.embedding_bag(weights, ids, columns, dense, spec, index)
         return out if squeeze_dim else out.unflatten(1, (-1, spec.bags[0].dim))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..backends import native
 from ..spec import EmbeddingSpec
 
 
@@ -23,9 +24,10 @@ class _EmbeddingBag(torch.autograd.Function):
         columns: tuple[int, ...],
         dense: Tensor | None,
         spec: EmbeddingSpec,
+        index: list[Any] | None,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.module, ctx.columns, ctx.spec = module, columns, spec
+        ctx.module, ctx.columns, ctx.spec, ctx.index = module, columns, spec, index
         ctx.shapes = [weight.shape for weight in weights]
         ctx.save_for_backward(ids)
         return module.embedding_bag_fwd(list(weights), ids, columns, dense, spec)
@@ -35,13 +37,30 @@ class _EmbeddingBag(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grads = ctx.module.embedding_bag_bwd(grad, ids, ctx.columns, ctx.spec, ctx.shapes, list(needs[5:]))
+        if ctx.index is None:
+            grads = ctx.module.embedding_bag_bwd(grad, ids, ctx.columns, ctx.spec, ctx.shapes, list(needs[6:]))
+        else:
+            pairs = ctx.module.embedding_bag_bwd_sparse(grad, ids, ctx.columns, ctx.spec, ctx.shapes, ctx.index)
+            grads = [
+                None if pair is None else _sparse(pair[0], pair[1], shape)
+                for pair, shape in zip(pairs, ctx.shapes, strict=True)
+            ]
         dense = grad[:, grad.shape[1] - ctx.spec.n_dense :] if needs[3] else None
-        return None, None, None, dense, None, *grads
+        return None, None, None, dense, None, None, *grads
+
+
+def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    # rows come from the backend, which has compared each with its table
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, shape, check_invariants=False, is_coalesced=True)
 
 
 def embedding_bag(
-    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    dense: Tensor | None,
+    spec: EmbeddingSpec,
+    index: list[Any] | None = None,
 ) -> Tensor:
     """Look up all features at once.
 
@@ -51,6 +70,8 @@ def embedding_bag(
         columns: F + 1 entries; bag f owns the id columns ``columns[f]:columns[f + 1]``.
         dense: ``[B, spec.n_dense]`` floats copied behind the bags, or None where there are none.
         spec: how each bag is looked up.
+        index: for each weight the native backend's index of these ids, or None where it needs no gradient: the
+            gradients then are sparse tensors of the rows that were looked up. Other backends do not look at it.
 
     Returns:
         ``[B, spec.width(columns)]``: the pooled bags in the spec's order, then the dense columns.
@@ -64,5 +85,5 @@ def embedding_bag(
     if torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or (dense is not None and dense.requires_grad)
     ):
-        return _EmbeddingBag.apply(module, ids, columns, dense, spec, *weights)
+        return _EmbeddingBag.apply(module, ids, columns, dense, spec, index if module is native else None, *weights)
     return module.embedding_bag_fwd(weights, ids, columns, dense, spec)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import native
 from ..errors import BackendError, ConfigError
+from ..spec import EmbeddingSpec
 from .rules import FIELDS, Rule, rule_of, step_numbers, why_not
 
 #: Steps that a row may miss before it is made current: the sweep reads and writes 1 / MOST_MISSED of a table a step.
@@ -171,6 +172,28 @@ class TableOptimizer(torch.optim.Optimizer):
         return bool(missing)
 
     # --------------------------------------------------------------------------------------- rows made current
+
+    def before_lookup(
+        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+    ) -> list[native.RowIndex | None] | None:
+        """Make the rows current that a lookup is about to read; without gradients, all rows.
+
+        Args:
+            weights, ids, columns, spec: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+
+        Returns:
+            What the lookup needs for sparse gradients of the weights that are tables of this optimizer.
+        """
+        mine = [weight in self._pending for weight in weights]
+        if not any(mine) or not torch.is_grad_enabled():
+            self.flush()
+            return None
+        shapes = [weight.shape for weight in weights]
+        index = native.embedding_bag_index(ids, columns, spec, shapes, mine)
+        for weight, found in zip(weights, index, strict=True):
+            if found is not None:
+                self.catch_up(weight, found.rows)
+        return index if mine == [weight.requires_grad for weight in weights] else None
 
     def catch_up(self, table: Tensor, rows: Tensor) -> None:
         """Make rows current before they are read.

@@ -22,7 +22,7 @@ from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy, make_strategy
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
-from .optimizer import TaskLearningRates, make_optimizer
+from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .progress import Progress
 
 DEFAULT_OPTIMIZER_PARAMS = {"lr": 1e-3, "weight_decay": 1e-5}
@@ -52,6 +52,9 @@ class MTLTrainer:
         task_names: names of the tasks in logs and scores; None: the data's.
         amp: ``"bf16"`` for automatic mixed precision; None: fp32.
         progress: show a bar; None: where stderr is a terminal.
+        embedding_update: how the tables are trained: ``"exact"``, torch's numbers at the cost of the rows looked up;
+            ``"lazy"``: rows that are not looked up do not move, which trains another model; ``"dense"``: torch's own
+            optimizer; None: exact where the tables are large and it is possible, see docs/optimizers.md.
         n_epochs, optimizer, task_weights_strategy, gradnorm_alpha, task_weights, task_specific_lr: the tutorial's
             keywords: ``n_epoch``; a MetaBalance (or an optimizer of torch); the adaptive method; its alpha; fixed loss
             weights; learning rates of tasks by name.
@@ -82,6 +85,7 @@ class MTLTrainer:
         task_names: Sequence[str] | None = None,
         amp: str | None = None,
         progress: bool | None = None,
+        embedding_update: str | None = None,
         n_epochs: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         task_weights_strategy: str | None = None,
@@ -110,7 +114,9 @@ class MTLTrainer:
         self.evaluate_fns = [get_metric_func(kind) for kind in self.task_types]
         self.reg_loss_fn = RegularizationLoss(**(regularization_params or {}))
         self.model_logger: Any = model_logger
-        self.amp, self.progress = amp, progress
+        if embedding_update not in (None, "exact", "lazy", "dense"):
+            raise ConfigError(f"embedding_update {embedding_update!r} is not known; use 'exact', 'lazy' or 'dense'")
+        self.amp, self.progress, self.embedding_update = amp, progress, embedding_update
         self.strategy = _strategy(adaptive_params, optimizer, task_weights_strategy, gradnorm_alpha, task_weights)
         self.adaptive_method = None if adaptive_params is None else adaptive_params.get("method")
         self.task_specific_lr = dict(task_specific_lr or {})
@@ -149,11 +155,29 @@ class MTLTrainer:
         self.model.to(self.device)
         if self.optimizer is None:
             params = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = make_optimizer(self.optimizer_fn, params, self.optimizer_params)
+            self.optimizer = self._table_optimizer(params) or make_optimizer(
+                self.optimizer_fn, params, self.optimizer_params
+            )
         if self.scheduler_fn is not None:
             self.scheduler = self.scheduler_fn(self.optimizer, **self.scheduler_params)
         self._task_rates: TaskLearningRates | None = None
         self._is_ready = True
+
+    def _table_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """An optimizer that updates the tables where they were looked up; None: a dense one is to do it."""
+        inner, asked = unwrap(self.model), self.embedding_update
+        if asked == "dense":
+            return None
+        several = type(self.strategy).backward is not Strategy.backward
+        if several or self.model is not inner or self.reg_loss_fn.embedding_l1 or self.reg_loss_fn.embedding_l2:
+            if asked is not None:
+                raise ConfigError(
+                    f"embedding_update {asked!r} needs a bare model, one backward a step and no penalty of the tables "
+                    f"(regularization_params); leave it out, or use 'dense'"
+                )
+            return None
+        tables = [table for table in inner.embedding.parameters() if table.requires_grad]
+        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked)
 
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
@@ -208,15 +232,16 @@ class MTLTrainer:
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
         bar = Progress(data_loader, "train", self.progress)
-        for batch in bar:
-            x, y = split_batch(batch)
-            if y is None:
-                raise BadDataError("the training loader has no labels; give one that yields (x, y)")
-            losses = self._step(x, y)
-            total += losses
-            batches += 1
-            rows += len(y)
-            bar.update(len(y), losses.mean())
+        with sparse_updates(unwrap(self.model), self.optimizer):
+            for batch in bar:
+                x, y = split_batch(batch)
+                if y is None:
+                    raise BadDataError("the training loader has no labels; give one that yields (x, y)")
+                losses = self._step(x, y)
+                total += losses
+                batches += 1
+                rows += len(y)
+                bar.update(len(y), losses.mean())
         if not batches:
             raise BadDataError("the training loader has no rows")
         self._rows_seen = rows

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import backend, optim
+from ..backends import native
 from ..errors import ConfigError
 from ..models.multi_task import MTLModel
+from ..optim.rules import why_not
 
 #: torch's optimizers with a fused CPU and CUDA implementation: one pass over the parameters, the same rule.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+#: torch's optimizers that can train tables where they were looked up.
+SPARSE: dict[Any, type[optim.TableOptimizer]] = {
+    torch.optim.Adam: optim.Adam,
+    torch.optim.AdamW: optim.AdamW,
+    torch.optim.SGD: optim.SGD,
+    torch.optim.Adagrad: optim.Adagrad,
+}
+#: Embedding parameters from which sparse updates are cheaper than dense ones.
+LARGE_TABLES = 1_000_000
 
 
 def make_optimizer(
@@ -28,6 +42,72 @@ def make_optimizer(
     except TypeError as error:
         name = getattr(optimizer_fn, "__name__", repr(optimizer_fn))
         raise ConfigError(f"optimizer_params: {name} does not take {dict(settings)}: {error}") from None
+
+
+def make_table_optimizer(
+    optimizer_fn: Callable[..., torch.optim.Optimizer],
+    params: Sequence[nn.Parameter],
+    settings: Mapping[str, Any],
+    tables: Sequence[nn.Parameter],
+    embedding_update: str | None,
+) -> torch.optim.Optimizer | None:
+    """``optimizer_fn``'s counterpart in :mod:`fastmtl.optim`, where it can train the tables sparsely and that pays.
+
+    Args:
+        optimizer_fn, params, settings: as for :func:`make_optimizer`.
+        tables: the embedding tables among the parameters.
+        embedding_update: ``"exact"`` or ``"lazy"``; None: ``"exact"`` where the tables are large.
+
+    Returns:
+        The optimizer; None where the tables are small and nothing was asked for.
+
+    Raises:
+        ConfigError: ``embedding_update`` was asked for and is not possible; the message says why.
+    """
+    reason = _why_dense(optimizer_fn, settings, tables)
+    if reason and embedding_update is not None:
+        raise ConfigError(f"embedding_update {embedding_update!r} is not possible: {reason}")
+    is_large = sum(table.numel() for table in tables) >= LARGE_TABLES
+    if reason or (embedding_update is None and not is_large):
+        return None
+    made: Any = partial(SPARSE[optimizer_fn], tables=tables, embedding_update=embedding_update or "exact")
+    made.__name__ = SPARSE[optimizer_fn].__name__
+    fused = {} if {"fused", "foreach"} & set(settings) else {"fused": True}
+    return make_optimizer(made, params, fused | dict(settings))
+
+
+@contextlib.contextmanager
+def sparse_updates(model: MTLModel, optimizer: Any) -> Iterator[None]:
+    """While this lasts the tables' gradients are sparse, where the optimizer takes them so; then every row is current.
+
+    Args:
+        model: a built model.
+        optimizer: any; only a :class:`fastmtl.optim.TableOptimizer` changes anything.
+    """
+    if not isinstance(optimizer, optim.TableOptimizer):
+        yield
+        return
+    model.embedding.updater = optimizer
+    try:
+        yield
+    finally:
+        model.embedding.updater = None
+        optimizer.flush()
+
+
+def _why_dense(
+    optimizer_fn: Callable[..., torch.optim.Optimizer], settings: Mapping[str, Any], tables: Sequence[nn.Parameter]
+) -> str | None:
+    """Why the tables can't be updated sparsely; None: they can."""
+    if optimizer_fn not in SPARSE:
+        return f"only {', '.join(sorted(fn.__name__ for fn in SPARSE))} of torch.optim have a sparse form"
+    if not tables:
+        return "no table is trained"
+    if any(table.dtype != torch.float32 or table.device.type != "cpu" for table in tables):
+        return "the tables are not float32 on the CPU"
+    if backend.resolve("embedding_bag", *tables) is not native:
+        return f"embedding_bag does not run on the native backend here ({native.unavailable() or 'another is forced'})"
+    return why_not(optimizer_fn, settings)
 
 
 class TaskLearningRates:

@@ -39,7 +39,7 @@ TUTORIAL = {
 #: MTLTrainer's keywords of the tutorial, and those of fastmtl alone.
 TRAINER_KEYWORDS = {
     "n_epochs", "optimizer", "task_weights_strategy", "gradnorm_alpha", "task_weights", "task_specific_lr",
-    "task_names", "amp", "progress",
+    "task_names", "amp", "progress", "embedding_update",
 }  # fmt: skip
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

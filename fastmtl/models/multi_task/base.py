@@ -185,11 +185,14 @@ class MTLModel(nn.Module):
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """``(torch-rechub's name, gradient)`` of every parameter that has one, after ``backward``.
 
-        The gradients are views: scaling one in place (clipping) scales what the optimizer sees.
+        The gradients are views: scaling one in place (clipping) scales what the optimizer sees. A sparse gradient of
+        tables (``MTLTrainer(embedding_update=...)``) is made dense first, at the cost of its memory.
         """
         for _, outside, module in self._batched():
             for name, stored, view in module.named_views(outside):
                 if isinstance(stored, nn.Parameter) and stored.grad is not None:
+                    if stored.grad.is_sparse:
+                        stored.grad = stored.grad.to_dense()
                     yield name, view.of(stored.grad)
 
     def task_of(self, name: str) -> int | None:
