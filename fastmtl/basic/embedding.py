@@ -73,6 +73,12 @@ class EmbeddingLayer(BatchedModule):
                     f"feature {feature.name!r} (embed_dim {feature.embed_dim}) is shared_with {shared!r} "
                     f"(embed_dim {owners[shared].embed_dim}); give both the same embed_dim"
                 )
+            own, owner = getattr(feature, "padding_idx", None), shared and owners[shared].padding_idx
+            if own is not None and owner is not None and own != owner:
+                raise ConfigError(
+                    f"feature {feature.name!r} (padding_idx {own}) is shared_with {shared!r} (padding_idx {owner}); "
+                    f"a table has one padding row: give both the same"
+                )
         # frozen tables lie apart: a parameter is trained as a whole or not at all
         made: dict[tuple[int, bool], list[tuple[str, nn.Embedding]]] = {}
         for name, feature in owners.items():
@@ -133,7 +139,10 @@ class EmbeddingLayer(BatchedModule):
 
     def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
-        padding = () if feature.padding_idx is None else (feature.padding_idx,)
+        # the table's padding row stays zero whoever reads it
+        owner = next(f for f in self.features if f.name == (feature.shared_with or feature.name))
+        paddings = {p for p in (feature.padding_idx, owner.padding_idx) if p is not None}
+        padding = tuple(paddings)
         is_sequence = isinstance(feature, SequenceFeature)
         return Bag(
             feature.name,

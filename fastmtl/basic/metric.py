@@ -11,7 +11,8 @@ from sklearn import metrics
 
 from .layers import check_task_type
 
-Metric = Callable[[np.ndarray, np.ndarray], float]
+#: ``metric(labels, predictions, task=None)``
+Metric = Callable[..., float]
 
 
 def _known(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -21,20 +22,26 @@ def _known(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.
     return (labels, predictions) if keep.all() else (labels[keep], predictions[keep])
 
 
-def auc(labels: np.ndarray, predictions: np.ndarray) -> float:
+def auc(labels: np.ndarray, predictions: np.ndarray, task: str | None = None) -> float:
     """Area under the ROC curve over the rows with a label.
+
+    Args:
+        labels: ``[N]``, 0, 1 or NaN.
+        predictions: ``[N]``.
+        task: the task's name, for the warning.
 
     Returns:
         NaN, with a warning that says why, where it is undefined: one class only, or predictions that are NaN.
     """
     labels, predictions = _known(labels, predictions)
     classes = np.unique(labels)
+    undefined = "AUC is undefined" if task is None else f"task {task!r}: AUC is undefined"
     if len(classes) < 2:
         found = f"only the class {classes[0]:g}" if len(classes) else "no labels"
-        warnings.warn(f"AUC is undefined: {found} among {len(labels)} rows; the score is NaN", stacklevel=2)
+        warnings.warn(f"{undefined}: {found} among {len(labels)} rows; the score is NaN", stacklevel=2)
         return math.nan
     if np.isnan(predictions).any():
-        warnings.warn("AUC is undefined: some predictions are NaN; the score is NaN", stacklevel=2)
+        warnings.warn(f"{undefined}: some predictions are NaN; the score is NaN", stacklevel=2)
         return math.nan
     return float(metrics.roc_auc_score(labels, predictions))
 
@@ -48,7 +55,7 @@ def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
 
 
-def mean_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float:
+def mean_squared_error(labels: np.ndarray, predictions: np.ndarray, task: str | None = None) -> float:
     """Mean squared error over the rows with a label; NaN without any."""
     labels, predictions = _known(labels, predictions)
     return float(np.mean((labels - predictions) ** 2)) if len(labels) else math.nan

@@ -113,7 +113,7 @@ def evaluate_multi_task(model: nn.Module, loader: Iterable) -> dict[str, dict[st
     for task, (name, kind) in enumerate(zip(inner.task_names, inner.task_types, strict=True)):
         y, p = labels[:, task], outputs[:, task]
         if kind == "classification":
-            scores[name] = {"auc": auc(y, p), "logloss": log_loss(y, p)}
+            scores[name] = {"auc": auc(y, p, name), "logloss": log_loss(y, p)}
         else:
             scores[name] = {"mse": mean_squared_error(y, p)}
     return scores

@@ -383,7 +383,8 @@ class MTLTrainer:
             outputs, labels = collect(model, data_loader, self.device)
         if labels is None:
             raise BadDataError("evaluate: the loader has no labels; give one that yields (x, y)")
-        return [fn(labels[:, task], outputs[:, task]) for task, fn in enumerate(self.evaluate_fns)]
+        names = self.task_names
+        return [fn(labels[:, task], outputs[:, task], names[task]) for task, fn in enumerate(self.evaluate_fns)]
 
     def predict(self, model: nn.Module, data_loader: Iterable) -> list[list[float]]:
         """Predictions as N lists of T numbers.

@@ -39,8 +39,8 @@ class ESMM(MTLModel):
         embedding_dim: int | None = None,
     ) -> None:
         config = {
-            "cvr_params": mlp_config(cvr_params, "cvr_params", may_be_empty=True),
-            "ctr_params": mlp_config(ctr_params, "ctr_params", may_be_empty=True),
+            "cvr_params": mlp_config(cvr_params, "cvr_params", may_be_empty=True, output_layer=True),
+            "ctr_params": mlp_config(ctr_params, "ctr_params", may_be_empty=True, output_layer=True),
         }
         features = {"user_features": user_features, "item_features": item_features}
         super().__init__(features, ["classification"] * 3, config, embedding_dim)
