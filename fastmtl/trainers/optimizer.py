@@ -26,7 +26,7 @@ SPARSE: dict[Any, type[optim.TableOptimizer]] = {
     torch.optim.Adagrad: optim.Adagrad,
 }
 #: Embedding parameters from which sparse updates are cheaper than dense ones.
-LARGE_TABLES = 1_000_000
+LARGE_TABLES = 4_000_000
 
 
 def make_optimizer(
