@@ -62,7 +62,8 @@ class MetaBalance(torch.optim.Optimizer):
                     before = sums[k]
                     sums[k] = grad if before is None else before + grad
         for p, total in zip(params, sums, strict=True):
-            p.grad = total
+            # a fused optimizer reads the gradient in the parameter's own layout
+            p.grad = None if total is None else total.contiguous()
 
     def _balance(self, p: nn.Parameter, group: dict[str, Any], grad: Tensor, task: int, n_task: int) -> Tensor:
         rows = self.blocks.get(p, [len(p)] if p.ndim else [])

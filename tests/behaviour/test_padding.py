@@ -61,6 +61,25 @@ def test_padding_rows_stay_zero(optimizer, backend, tmp_path):
     assert (table[1:] != 0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("kind", ["sparse", "sum", "mean"])
+def test_padding_rows_stay_zero_whoever_shares_the_table(kind, backend, tmp_path):
+    """The second feature reads the padded table and names no padding of its own."""
+    x, y = data(256)
+    x["item"][::7] = 0
+    if kind == "sparse":
+        sharing, x["history"] = SparseFeature("history", ITEMS, 4, shared_with="item"), x["history"][:, 4]
+    else:
+        sharing = SequenceFeature("history", ITEMS, 4, pooling=kind, shared_with="item")
+    assert (x["history"] == 0).any()
+    trained = model(features=[SparseFeature("item", ITEMS, 4, padding_idx=0, initializer=INIT), sharing])
+    runner = trainer(trained, tmp_path)
+    for _ in range(3):
+        runner.train_one_epoch(loader(x, y))
+    table = trained.state_dict()["embedding.embed_dict.item.weight"]
+    assert (table[0] == 0).all()
+    assert (table[1:] != 0).any(dim=1).all()
+
+
 def test_padding_gets_no_gradient(backend):
     x, y = data(64)
     trained = model()
