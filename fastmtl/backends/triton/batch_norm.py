@@ -3,7 +3,7 @@
 expert_gate_statistics_kernel (forward): means and M2 of tiles, merged (Chan et al., 1979) without the cancellation of
 E[z^2] - E[z]^2, into what the consumers of z read; the running statistics are updated.
 expert_gate_sums_kernel (backward): sums of the gradient D of the BatchNorm's output and of D times the normalised z,
-which are the gradients of beta and gamma, and what dz = scale * D + slope * (z - mean) + shift needs.
+which are the gradients of beta and gamma, and what dz = scale * (D - shift - slope * (z - mean)) needs.
 
 One program owns BLOCK_C columns and reads their pieces in order: deterministic. fp32.
 """
@@ -198,8 +198,8 @@ def expert_gate_sums_kernel(
     inv_std = tl.load(Stat_ptr + pitch + column, mask=inside, other=0.0)
     scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
     tl.store(Grad_ptr + SUMS * pitch + column, tl.where(per_row > 0, 0.0, scale * d), mask=inside)
-    tl.store(Coef_ptr + column, -scale * inv_std * dz * per_row, mask=inside)
-    tl.store(Coef_ptr + pitch + column, -scale * d * per_row, mask=inside)
+    tl.store(Coef_ptr + column, inv_std * dz * per_row, mask=inside)
+    tl.store(Coef_ptr + pitch + column, d * per_row, mask=inside)
 
 
 def add_up(

@@ -16,9 +16,20 @@ def aligned(value, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead.)"""
+    if INTERPRET and dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
 def operand(value, dtype: tl.constexpr):
     """A block as ``tl.dot`` takes it: rounded to ``dtype``."""
-    rounded = value.to(dtype)
+    rounded = narrow(value, dtype)
     if INTERPRET:
         rounded = rounded.to(tl.float32)
     return rounded
@@ -46,4 +57,4 @@ def gradient_of_z(D_ptr, Z_ptr, Stat_ptr, Coef_ptr, at, column, pitch, mask, ins
     scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
     slope = tl.load(Coef_ptr + column, mask=inside, other=0.0)
     shift = tl.load(Coef_ptr + pitch + column, mask=inside, other=0.0)
-    return d * scale + (z - mean) * slope + shift
+    return ((d - shift) - (z - mean) * slope) * scale  # in this order: the two differences cancel where B is small

@@ -40,7 +40,6 @@ class Tiny:
     block_b: int
     block_d: int
     rows: int
-    warps: Warps
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,17 @@ class EmbeddingConfig:
     """Choices of embedding_bag.
 
     Args:
-        tiny_vocab: tables of at most so many rows are summed without a sort; a class's upper end of ``tiny_classes``.
-        tiny_classes: sizes of the block of table rows; a table takes the smallest that holds it.
+        tiny_vocab: tables of at most so many rows are summed without a sort.
+        tiny_classes: rows of the block that holds such a table, and the program's warps; a table takes the first that
+            holds it.
         elements: elements of a block of batch rows times columns.
         max_block_d: columns of a block; wider tables take several.
         stitched: chunks looked at in one step when a long segment's partial sums are added.
     """
 
     tiny_vocab: int = 128
-    tiny_classes: tuple[int, ...] = (16, 128)
-    elements: int = 2048
+    tiny_classes: tuple[tuple[int, Warps], ...] = ((16, Warps(4)), (128, Warps(8)))
+    elements: int = 1024
     max_block_d: int = 256
     stitched: int = 32
 
@@ -74,7 +74,7 @@ class EmbeddingConfig:
 
     def tiny(self, n_rows: int, dim: int) -> Tiny:
         """Of the backward of tiny tables over a batch of ``n_rows``."""
-        return Tiny(64, min(power_of_two(dim, 16), 64), max(256, n_rows // 64), Warps(4))
+        return Tiny(32, min(power_of_two(dim, 16), 64), max(self.elements // 4, n_rows // 64))
 
 
 EMBEDDING = EmbeddingConfig()
@@ -122,25 +122,27 @@ class GemmConfig:
     def _gemm(self, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Gemm:
         return Gemm(min(m, self.cap), min(n, self.cap), min(k, self.cap), Warps(num_warps, num_stages))
 
-    def linear(self, precision: str, n_rows: int, width: int) -> Gemm:
-        """Of the forward, for a layer ``width`` wide over ``n_rows`` of the batch."""
+    def linear(self, precision: str, n_rows: int, width: int, rebuilt: bool) -> Gemm:
+        """Of the forward, for a layer ``width`` wide over ``n_rows`` of the batch; ``rebuilt``: its operand is, from a
+        z, which takes registers."""
         n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
         m = 64 if n_rows < 8192 or precision == "ieee" else 128
-        k = 64 if precision == "bf16" else 32
+        k = 64 if precision == "bf16" and not rebuilt else 32
         return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
 
-    def dgrad(self, precision: str, n_rows: int, width: int) -> Gemm:
-        """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch."""
+    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool) -> Gemm:
+        """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch; ``dropped``: through a
+        dropout, which takes registers."""
         n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
-        m = 64 if n_rows < 8192 or precision == "ieee" else 128
-        k = 64 if precision == "bf16" else 32
-        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 2)
+        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not dropped else 64
+        return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
 
-    def wgrad(self, precision: str, columns: int, width: int) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``."""
+    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool) -> Gemm:
+        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z."""
         most = 64 if precision == "ieee" else 128
         m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), most)
-        return self._gemm(m, n, 64 if precision == "bf16" else 32, 8 if m * n >= 128 * 128 else 4, 2)
+        k = 64 if precision == "bf16" and not rebuilt else 32
+        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 2)
 
     def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
         """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
@@ -151,11 +153,16 @@ class GemmConfig:
         """Of the pieces that the row tiles leave."""
         return Reduction(min(64, self.cap), 16, Warps(4))
 
-    def rows(self, units: int, whole: bool, gates: int) -> Rows:
+    def softmax(self, columns: int) -> Rows:
+        """Of the backward of a gate over ``columns`` (a power of two) experts."""
+        return Rows(min(max(1024 // columns, 1), 64, self.cap), columns, min(256, 2 * self.cap), Warps(4))
+
+    def rows(self, units: int, whole: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
         of an expert."""
         block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
-        block_b = min(max(8192 // (gates * block_h), 1), 64, self.cap)
+        elements = 4096 if backward else 8192
+        block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
         return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))
 
 

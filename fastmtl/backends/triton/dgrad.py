@@ -19,7 +19,7 @@ from ...spec import LEARNED_ACTIVATIONS
 from . import configs
 from .activations import activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
-from .common import aligned, gradient_of_z, normalise, operand
+from .common import aligned, gradient_of_z, narrow, normalise, operand
 from .hidden import Hidden
 from .launch import alignment, cdiv, launch, round_up
 from .layer_plan import LayerPlan
@@ -34,7 +34,7 @@ def expert_gate_dgrad_kernel(
     Coef_ptr,  # [2, pitch]
     W_ptr,  # [E * H, n_out]
     Wg_ptr,  # [C, n_out]; read where GATES
-    Tiles_ptr,  # [n_tiles, 8] int32: LayerPlan.dgrad_tiles
+    Tiles_ptr,  # [n_tiles, 7] int32: LayerPlan.dgrad_tiles
     Out_ptr,  # N matrices [B, n_out]: the gradient of what was read, or D of the layer below
     Zb_ptr,  # [B, pitch_b], of the layer below; read where BELOW, as are those that follow
     Statb_ptr,  # [4, pitch_b]
@@ -43,7 +43,7 @@ def expert_gate_dgrad_kernel(
     Part_ptr,  # [row tiles, SUMS, pitch_b]
     n_rows,
     n_tiles,
-    n_out,
+    n_out,  # units that are written: those there are, or more where rows are padded and W ends in zeros
     pitch,
     pitch_b,
     stride_w,
@@ -62,18 +62,18 @@ def expert_gate_dgrad_kernel(
     ALIGN_TILE: tl.constexpr,
     ALIGN_W: tl.constexpr,
     ALIGN_OUT: tl.constexpr,
+    ALIGN_UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 8
+    tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 7
     row_tile = tl.program_id(0) // n_tiles
     source = tl.load(tile)
     first = aligned(tl.load(tile + 1), ALIGN_TILE)
     n_columns = aligned(tl.load(tile + 2), ALIGN_TILE)
     unit = aligned(tl.load(tile + 6), ALIGN_TILE) + tl.arange(0, BLOCK_N)
-    last_unit = aligned(tl.load(tile + 6), ALIGN_TILE) + aligned(tl.load(tile + 7), ALIGN_TILE)
-    inside = unit < last_unit
+    inside = unit < aligned(n_out, ALIGN_UNITS)
     m = tl.arange(0, BLOCK_M)
     first_row = row_tile.to(tl.int64) * BLOCK_M
     live = m < n_rows - first_row
@@ -109,13 +109,13 @@ def expert_gate_dgrad_kernel(
     out_rows = Out_ptr + source.to(tl.int64) * aligned(stride_os, ALIGN_OUT) + first_row * aligned(stride_ob, ALIGN_OUT)
     out = out_rows + m[:, None] * aligned(stride_ob, ALIGN_OUT) + unit[None, :]
     if BELOW:
-        c = source * aligned(n_out, ALIGN_TILE) + unit
+        c = source * aligned(n_out, ALIGN_UNITS) + unit
         alpha = learned_scalar(Alphab_ptr, source, ACT)
         centred, y = normalise(Zb_ptr, Statb_ptr, first_row, m, live, c, inside, pitch_b)
         if DROPOUT:
             dh = tl.where(kept(Seedb_ptr, first_row + m, c, drop, LAYER), dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_out, ACT)
-        stored = d.to(Out_ptr.dtype.element_ty)
+        stored = narrow(d, Out_ptr.dtype.element_ty)
         tl.store(out, stored, mask=mask)
         d = tl.where(mask, stored.to(tl.float32), 0.0)
         part = Part_ptr + row_tile.to(tl.int64) * SUMS * pitch_b + c
@@ -125,7 +125,7 @@ def expert_gate_dgrad_kernel(
         if LEARNED:
             tl.store(part + 2 * pitch_b, tl.sum(tl.where(mask, dalpha, 0.0), axis=0), mask=inside)
     else:
-        tl.store(out, dh.to(Out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, narrow(dh, Out_ptr.dtype.element_ty), mask=mask)
 
 
 def dgrad(
@@ -143,8 +143,8 @@ def dgrad(
     """Write the gradient of what ``hidden`` reads to ``out``, whose matrices and rows are ``strides`` apart; where
     ``below`` is given, go on to that layer's D and return the pieces of its sums (else nothing of use)."""
     n_rows, layer = len(d), hidden.layer
-    n_out = plan.width_in(layer)
-    config = configs.GEMM.dgrad(precision.name, n_rows, n_out)
+    n_out = plan.width_in(layer) if layer else min(weight.stride(0), strides[1])
+    config = configs.GEMM.dgrad(precision.name, n_rows, n_out, hidden.seed is not None)
     tiles, align = plan.dgrad_tiles(layer, config.block_n)
     n_row_tiles = cdiv(n_rows, config.block_m)
     part = coef
@@ -191,6 +191,7 @@ def dgrad(
         ALIGN_TILE=align,
         ALIGN_W=alignment(weight.stride(0), stride_wg),
         ALIGN_OUT=alignment(*strides),
+        ALIGN_UNITS=alignment(n_out),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import BadIdError
 from ...spec import EmbeddingSpec
 from . import configs
-from .common import aligned
+from .common import aligned, narrow
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch, round_up
 from .precision import autocast_dtype
@@ -80,7 +80,7 @@ def embedding_bag_fwd_kernel(
             for start in range(0, n_dense, BLOCK_DENSE):
                 inside = live[:, None] & (start + c < n_dense)[None, :]
                 values = tl.load(Dense_ptr + b[:, None] * stride_db + (start + c)[None, :] * stride_dc, mask=inside)
-                tl.store(out + (dense_out + start + c)[None, :], values.to(Out_ptr.dtype.element_ty), mask=inside)
+                tl.store(out + (dense_out + start + c)[None, :], narrow(values, Out_ptr.dtype.element_ty), mask=inside)
     else:
         first, length, vocab, offset, mean, n_pads, pad0, pad1, oov, column = load_slot(Slots_ptr, slot, 10)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -100,7 +100,7 @@ def embedding_bag_fwd_kernel(
         if mean != 0:
             total = total / tl.maximum(counted, 1.0)[:, None]
         target = out + aligned(column, ALIGN_OUT) + d[None, :]
-        tl.store(target, total.to(Out_ptr.dtype.element_ty), mask=live[:, None] & (d < DIM)[None, :])
+        tl.store(target, narrow(total, Out_ptr.dtype.element_ty), mask=live[:, None] & (d < DIM)[None, :])
 
 
 def embedding_bag_fwd(

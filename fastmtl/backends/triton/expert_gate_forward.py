@@ -59,12 +59,14 @@ def drops(spec: ExpertGateSpec, training: bool) -> bool:
 
 
 def as_operand(weight: Tensor, precision: Precision) -> Tensor:
-    """A weight as the products read it: in their dtype, and with rows that begin on 16 bytes."""
+    """A weight as the products read it: in their dtype, and with rows that begin on 16 bytes, zeros behind them."""
     rows, width = weight.shape
     pitch = round_up(width, 16 // precision.dtype.itemsize)
     if weight.dtype is precision.dtype and pitch == width:
         return weight.contiguous()
-    return torch.empty(rows, pitch, dtype=precision.dtype, device=weight.device)[:, :width].copy_(weight)
+    if pitch == width:
+        return weight.to(precision.dtype, memory_format=torch.contiguous_format)
+    return torch.zeros(rows, pitch, dtype=precision.dtype, device=weight.device)[:, :width].copy_(weight)
 
 
 def below(hidden: Hidden | None, x: Tensor) -> Operand:

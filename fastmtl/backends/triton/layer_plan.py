@@ -88,8 +88,8 @@ class LayerPlan:
         return self._tiles(("linear", layer, block), (2, 5), rows)
 
     def dgrad_tiles(self, layer: int, block: int) -> Tiles:
-        """``[tiles, 8]``: what is written, the experts' first column of dz and their number, the gates' first column,
-        first row and their number, first unit written, units."""
+        """``[tiles, 7]``: what is written, the experts' first column of dz and their number, the gates' first column,
+        first row and their number, first unit written."""
 
         def rows() -> Iterator[tuple[int, ...]]:
             width = self.width_in(layer)
@@ -97,14 +97,14 @@ class LayerPlan:
                 count = gates.stop - gates.start
                 mixed = (self._gate_column(source, gates.start), gates.start, count) if count else (0, 0, 0)
                 for at in range(0, width, block):
-                    yield source, experts.start, experts.stop - experts.start, *mixed, at, min(block, width - at)
+                    yield source, experts.start, experts.stop - experts.start, *mixed, at
 
-        return self._tiles(("dgrad", layer, block), (1, 2, 6, 7), rows)
+        return self._tiles(("dgrad", layer, block), (1, 2, 6), rows)
 
     def wgrad_tiles(self, layer: int, block_m: int, block_n: int) -> Tiles:
-        """``[tiles, 7]``: what is read, first column of dz, rows of the gradient, its first row, first unit read,
-        units, columns of dz that may be read (rows, or more where the gates are padded). The gates' rows of the
-        gradient follow the experts'."""
+        """``[tiles, 6]``: what is read, first column of dz, rows of the gradient, its first row, first unit read,
+        columns of dz that may be read (rows, or more where the gates are padded). The gates' rows of the gradient
+        follow the experts'."""
 
         def rows() -> Iterator[tuple[int, ...]]:
             width = self.width_in(layer)
@@ -112,14 +112,13 @@ class LayerPlan:
                 for at in range(*experts, block_m):
                     size = min(block_m, experts.stop - at)
                     for n in range(0, width, block_n):
-                        yield source, at, size, at, n, min(block_n, width - n), size
+                        yield source, at, size, at, n, size
                 for at in range(*gates, block_m):
                     size, row = min(block_m, gates.stop - at), self.columns[layer] + at
                     for n in range(0, width, block_n):
-                        units = min(block_n, width - n)
-                        yield source, self._gate_column(source, at), size, row, n, units, round_up(size, 16)
+                        yield source, self._gate_column(source, at), size, row, n, round_up(size, 16)
 
-        return self._tiles(("wgrad", layer, block_m, block_n), (1, 4, 5, 6), rows)
+        return self._tiles(("wgrad", layer, block_m, block_n), (1, 4, 5), rows)
 
     def _gate_column(self, source: int, row: int) -> int:
         """The column of a row of the gates that read input ``source``."""

@@ -20,7 +20,7 @@ from ...spec import ExpertGateParams
 from . import configs
 from .activations import activate, kept, learned_scalar
 from .batch_norm import statistics
-from .common import aligned, operand
+from .common import aligned, narrow, operand
 from .hidden import Operand
 from .launch import alignment, cdiv, launch
 from .layer_plan import LayerPlan
@@ -30,8 +30,8 @@ from .precision import Precision
 @triton.jit
 def expert_gate_linear_kernel(
     A_ptr,  # N matrices [B, n_in]: the input, or a z of the layer below
-    W_ptr,  # [E * H, n_in]
-    Wg_ptr,  # [C, n_in]; read where GATES
+    W_ptr,  # [E * H, n_in], zeros behind its rows where PADDED
+    Wg_ptr,  # [C, n_in], likewise; read where GATES
     Tiles_ptr,  # [n_tiles, 6] int32: LayerPlan.linear_tiles
     Z_ptr,  # [B, pitch_z]
     Part_ptr,  # [row tiles, 2, pitch_z] fp32: mean and M2; written where STATS
@@ -41,6 +41,7 @@ def expert_gate_linear_kernel(
     n_rows,
     n_tiles,
     n_in,
+    n_read,
     stride_as,
     stride_ab,
     stride_w,
@@ -58,7 +59,8 @@ def expert_gate_linear_kernel(
     ALIGN_A: tl.constexpr,
     ALIGN_W: tl.constexpr,
     ALIGN_Z: tl.constexpr,
-    ALIGN_IN: tl.constexpr,
+    ALIGN_READ: tl.constexpr,
+    PADDED: tl.constexpr,  # whether n_read, up to which rows are read, lies behind n_in
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +72,7 @@ def expert_gate_linear_kernel(
     column = aligned(tl.load(tile + 2), ALIGN_Z)
     width = tl.load(tile + 3)
     stored_width = tl.load(tile + 5)
-    units_in = aligned(n_in, ALIGN_IN)
+    last = aligned(n_read, ALIGN_READ)
     w = W_ptr
     stride = stride_w
     if GATES:  # noqa: SIM102 (a constant and a value: in one condition both would be values)
@@ -90,12 +92,12 @@ def expert_gate_linear_kernel(
     alpha = learned_scalar(Alpha_ptr, source, ACT)
     dtype: tl.constexpr = Z_ptr.dtype.element_ty
     z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, units_in, BLOCK_K):
+    for start in range(0, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        known = k < units_in
+        known = k < last
         a = tl.load(a_rows + k[None, :], mask=live[:, None] & known[None, :], other=0.0)
         if NORM:
-            c = source * units_in + k
+            c = source * last + k
             mean = tl.load(Stat_ptr + c, mask=known, other=0.0)
             scale = tl.load(Stat_ptr + 2 * pitch_a + c, mask=known, other=0.0)
             beta = tl.load(Stat_ptr + 3 * pitch_a + c, mask=known, other=0.0)
@@ -103,9 +105,11 @@ def expert_gate_linear_kernel(
             a = activate(y, alpha, known[None, :], n_in, ACT)
             if DROPOUT:
                 a = tl.where(kept(Seed_ptr, first_row + m, c, drop, LAYER), a * (1.0 / (1.0 - drop)), 0.0)
+        if PADDED:  # nobody said what lies behind a row
+            a = tl.where((k < n_in)[None, :], a, 0.0)
         weight = tl.load(w_rows + k[None, :], mask=inside[:, None] & known[None, :], other=0.0)
         z = tl.dot(operand(a, dtype), operand(weight, dtype).T, z, input_precision=DOT)
-    stored = z.to(dtype)
+    stored = narrow(z, dtype)
     target = Z_ptr + first_row * pitch_z + m[:, None] * pitch_z + column + n[None, :]
     tl.store(target, stored, mask=live[:, None] & written[None, :])
     if STATS:
@@ -130,9 +134,10 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """One layer's z ``[B, pitch]`` and its statistics ``[3, pitch]``."""
     pitch = plan.pitch[layer]
-    config = configs.GEMM.linear(precision.name, n_rows, plan.spec.dims[layer] if layer else plan.columns[0])
+    config = configs.GEMM.linear(
+        precision.name, n_rows, plan.spec.dims[layer] if layer else plan.columns[0], a.hidden is not None
+    )
     tiles, align = plan.linear_tiles(layer, config.block_n)
-    n_in = plan.width_in(layer)
     n_row_tiles = cdiv(n_rows, config.block_m)
     z = torch.empty(n_rows, pitch, dtype=precision.dtype, device=weight.device)
     part = None
@@ -151,7 +156,6 @@ def linear(
         Part_ptr=params.beta[0] if part is None else part,
         n_rows=n_rows,
         n_tiles=len(tiles),
-        n_in=n_in,
         stride_w=weight.stride(0),
         stride_wg=stride_wg,
         pitch_z=pitch,
@@ -160,7 +164,6 @@ def linear(
         DOT=precision.dot,
         ALIGN_W=alignment(weight.stride(0), stride_wg),
         ALIGN_Z=align,
-        ALIGN_IN=alignment(n_in),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...spec import ExpertGateParams
 from . import configs
 from .activations import activate, kept, learned_scalar
-from .common import normalise
+from .common import narrow, normalise
 from .hidden import Hidden
 from .launch import cdiv, launch
 from .layer_plan import LayerPlan
@@ -101,7 +101,7 @@ def expert_gate_mix_kernel(
         y += weight[:, :, None] * a[None, :, :]
     at = Y_ptr + g.to(tl.int64)[:, None, None] * stride_yg + (row[:, None] * n_units + h[None, :])[None, :, :]
     mask = (g < n_gates)[:, None, None] & (live[:, None] & inside[None, :])[None, :, :]
-    tl.store(at, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    tl.store(at, narrow(y, Y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def expert_gate_rows_kernel(
             total += tl.sum(tl.where(inside[None, :], a * weight[None, :], 0.0), axis=1)
         else:
             mask = live[:, None] & inside[None, :]
-            tl.store(out[:, None] + h[None, :], a.to(Y_ptr.dtype.element_ty), mask=mask)
+            tl.store(out[:, None] + h[None, :], narrow(a, Y_ptr.dtype.element_ty), mask=mask)
     if HEAD:
         tl.store(out, total + tl.load(Bias_ptr + e), mask=live)
 

@@ -20,7 +20,7 @@ from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams
 from . import configs
 from .activations import activate, activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
-from .common import normalise
+from .common import narrow, normalise
 from .hidden import Hidden
 from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
@@ -120,7 +120,7 @@ def expert_gate_tail_kernel(
         if DROPOUT:
             dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
-        stored = d.to(D_ptr.dtype.element_ty)
+        stored = narrow(d, D_ptr.dtype.element_ty)
         tl.store(D_ptr + row[:, None] * pitch + c[None, :], stored, mask=mask)
         d = tl.where(mask, stored.to(tl.float32), 0.0)
         sum_d += tl.sum(d, axis=0)
@@ -188,7 +188,7 @@ def expert_gate_softmax_kernel(
             ]
             dg += tl.load(Dg_ptr + at, mask=mask, other=0.0)
         d = weight * (dg - tl.sum(weight * dg, axis=1)[:, None])
-        stored = d.to(D_ptr.dtype.element_ty)
+        stored = narrow(d, D_ptr.dtype.element_ty)
         tl.store(D_ptr + row[:, None] * pitch_g + column[None, :], stored, mask=mask)
         nothing = tl.zeros([BLOCK_B, 16], D_ptr.dtype.element_ty)
         behind = D_ptr + row[:, None] * pitch_g + (first_column + n_columns + pad)[None, :]
@@ -214,7 +214,7 @@ def _tail(
     layer, the plan, the saved softmax, and Dg to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     n_gates2 = 1 if mixed is None else mixed[1].n_gates2
-    config = configs.GEMM.rows(units, hidden.row_wise, n_gates2)
+    config = configs.GEMM.rows(units, hidden.row_wise, n_gates2, backward=True)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
     first, plan, soft, dg = mixed if mixed is not None else (hidden, None, part, part)
@@ -261,13 +261,13 @@ def mix_bwd(
     """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer and of the gates (in
     ``first_d``, the first layer's); returns the pieces of the sums of both."""
     n_rows = len(hidden.z)
-    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, plan.n_gates2)
+    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, plan.n_gates2, backward=True)
     n_blocks = cdiv(hidden.units, rows.block_h)
     n_gate_columns = first.pitch - plan.gate_start[0]
     dg = torch.empty(n_blocks, n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
     part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (first, plan, soft, dg), None)
     block_c = power_of_two(plan.widest_gate)
-    config = configs.GEMM.rows(block_c, True, 1)
+    config = configs.GEMM.softmax(block_c)
     n_runs = cdiv(n_rows, config.run)
     gate_part = torch.empty(n_runs, SUMS, first.pitch, dtype=torch.float32, device=grad.device)
     launch(

@@ -43,6 +43,7 @@ def tiny_tables_kernel(
 ):
     table = Tables_ptr + (tl.program_id(0) % n_tables) * 4
     run = (tl.program_id(0) // n_tables).to(tl.int64)
+    n_live = tl.minimum(n_rows - run * run_rows, run_rows).to(tl.int32)
     vocab = tl.load(table)
     first_row = tl.load(table + 1)
     v = tl.arange(0, BLOCK_V)
@@ -53,9 +54,9 @@ def tiny_tables_kernel(
         column = tl.load(Lookups_ptr + lookup * 3)
         start = aligned(tl.load(Lookups_ptr + lookup * 3 + 1), ALIGN)
         bag = tl.load(Lookups_ptr + lookup * 3 + 2)
-        for step in range(0, tl.minimum(n_rows - run * run_rows, run_rows).to(tl.int32), BLOCK_B):
+        for step in range(0, n_live, BLOCK_B):
             b = run * run_rows + step + tl.arange(0, BLOCK_B)
-            live = b < n_rows
+            live = step + tl.arange(0, BLOCK_B) < n_live
             row = tl.load(Tiny_ptr + b * n_columns + column, mask=live, other=-1)
             source = b[:, None] * aligned(stride_gb, ALIGN) + start + d[None, :]
             value = tl.load(Grad_ptr + source, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
@@ -118,7 +119,7 @@ def add_tiny_tables(
     hits = torch.empty(n_runs, table.n_tiny_rows, dtype=torch.float32, device=grad.device)
     n_blocks = cdiv(dim, config.block_d)
     least = 0
-    for block_v in configs.EMBEDDING.tiny_classes:
+    for block_v, warps in configs.EMBEDDING.tiny_classes:
         group = table.tiny_group(least, block_v)
         least = block_v
         if group is None:
@@ -126,7 +127,7 @@ def add_tiny_tables(
         launch(
             tiny_tables_kernel,
             (n_runs * len(group[0]), n_blocks),
-            config.warps,
+            warps,
             Tiny_ptr=tiny,
             Grad_ptr=grad,
             Tables_ptr=group[0],

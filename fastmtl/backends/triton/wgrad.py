@@ -18,7 +18,7 @@ from . import configs
 from .activations import activate, kept, learned_scalar
 from .common import aligned, gradient_of_z, operand
 from .hidden import Hidden, Operand
-from .launch import alignment, cdiv, launch
+from .launch import cdiv, launch
 from .layer_plan import LayerPlan
 from .precision import Precision
 
@@ -30,7 +30,7 @@ def expert_gate_wgrad_kernel(
     Z_ptr,  # [B, pitch]
     Statz_ptr,  # [4, pitch]
     Coef_ptr,  # [2, pitch]
-    Tiles_ptr,  # [n_tiles, 7] int32: LayerPlan.wgrad_tiles
+    Tiles_ptr,  # [n_tiles, 6] int32: LayerPlan.wgrad_tiles
     Out_ptr,  # [splits, n_weight_rows, n_in] fp32
     Stat_ptr,  # [4, pitch_a]; read where NORM, as are those that follow
     Alpha_ptr,
@@ -38,6 +38,7 @@ def expert_gate_wgrad_kernel(
     n_rows,
     n_tiles,
     n_in,
+    n_read,
     n_weight_rows,
     split_rows,
     stride_as,
@@ -52,18 +53,19 @@ def expert_gate_wgrad_kernel(
     DOT: tl.constexpr,
     ALIGN_A: tl.constexpr,
     ALIGN_TILE: tl.constexpr,
-    ALIGN_IN: tl.constexpr,
+    ALIGN_READ: tl.constexpr,
+    PADDED: tl.constexpr,  # whether n_read, up to which rows are read, lies behind n_in
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 7
+    tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 6
     split = (tl.program_id(0) // n_tiles).to(tl.int64)
     source = tl.load(tile)
     column = aligned(tl.load(tile + 1), ALIGN_TILE) + tl.arange(0, BLOCK_M)
-    read = tl.arange(0, BLOCK_M) < aligned(tl.load(tile + 6), ALIGN_TILE)
+    read = tl.arange(0, BLOCK_M) < aligned(tl.load(tile + 5), ALIGN_TILE)
     unit = aligned(tl.load(tile + 4), ALIGN_TILE) + tl.arange(0, BLOCK_N)
-    inside = tl.arange(0, BLOCK_N) < aligned(tl.load(tile + 5), ALIGN_TILE)
+    inside = unit < aligned(n_read, ALIGN_READ)
     first_row = split * split_rows
     row_pitch = aligned(stride_ab, ALIGN_A)
     a_rows = A_ptr + source.to(tl.int64) * aligned(stride_as, ALIGN_A) + first_row * row_pitch
@@ -72,7 +74,7 @@ def expert_gate_wgrad_kernel(
     dtype: tl.constexpr = Z_ptr.dtype.element_ty
     n_live = tl.minimum(n_rows - first_row, split_rows).to(tl.int32)
     if NORM:
-        c = source * aligned(n_in, ALIGN_IN) + unit
+        c = source * aligned(n_read, ALIGN_READ) + unit
         mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)
         scale = tl.load(Stat_ptr + 2 * pitch_a + c, mask=inside, other=0.0)
         beta = tl.load(Stat_ptr + 3 * pitch_a + c, mask=inside, other=0.0)
@@ -94,8 +96,9 @@ def expert_gate_wgrad_kernel(
         dw = tl.dot(operand(dz, dtype).T, operand(h, dtype), dw, input_precision=DOT)
     m = tl.arange(0, BLOCK_M)
     row = split * n_weight_rows + tl.load(tile + 3) + m
-    written = (m < tl.load(tile + 2))[:, None] & inside[None, :]
-    tl.store(Out_ptr + row[:, None] * aligned(n_in, ALIGN_IN) + unit[None, :], dw, mask=written)
+    n_units = n_in if PADDED else aligned(n_read, ALIGN_READ)
+    written = (m < tl.load(tile + 2))[:, None] & (unit < n_units)[None, :]
+    tl.store(Out_ptr + row[:, None] * n_units + unit[None, :], dw, mask=written)
 
 
 def wgrad(
@@ -106,7 +109,7 @@ def wgrad(
     n_rows, layer = len(d), hidden.layer
     n_in, n_columns = plan.width_in(layer), plan.columns[layer]
     n_weight_rows = n_columns + (plan.spec.gate_rows if layer == 0 else 0)
-    config = configs.GEMM.wgrad(precision.name, n_columns if layer == 0 else hidden.units, n_in)
+    config = configs.GEMM.wgrad(precision.name, n_columns if layer == 0 else hidden.units, n_in, a.hidden is not None)
     tiles, align = plan.wgrad_tiles(layer, config.block_m, config.block_n)
     split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k)
     n_splits = cdiv(n_rows, split_rows)
@@ -124,13 +127,11 @@ def wgrad(
         Out_ptr=out,
         n_rows=n_rows,
         n_tiles=len(tiles),
-        n_in=n_in,
         n_weight_rows=n_weight_rows,
         split_rows=split_rows,
         pitch=hidden.pitch,
         DOT=precision.dot,
         ALIGN_TILE=align,
-        ALIGN_IN=alignment(n_in),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

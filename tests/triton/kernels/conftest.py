@@ -1,0 +1,46 @@
+"""The kernels' numbers, on a GPU or through Triton's interpreter: collected where one of them is there.
+
+Where there is no GPU, ../test_on_interpreter.py runs this folder in processes of its own, since Triton decides for the
+interpreter once and for all when it is imported.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from fastmtl import backend as backends
+
+RUNS = importlib.util.find_spec("triton") is not None and (
+    os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+)
+collect_ignore_glob = [] if RUNS else ["*"]
+
+#: Where the kernels' tensors live.
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture
+def device():
+    """The device whose tensors the backend takes."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def triton_backend():
+    """Every op on the triton backend, whatever the table would choose."""
+    with backends.use_backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks so small that tiny shapes have several of each, with parts left over. On a GPU the real ones are used."""
+    if DEVICE == "cpu":
+        from fastmtl.backends.triton import configs
+
+        monkeypatch.setattr(configs, "GEMM", configs.GemmConfig(cap=16))
+        monkeypatch.setattr(
+            configs, "EMBEDDING", configs.EmbeddingConfig(tiny_vocab=8, elements=32, max_block_d=4, stitched=2)
+        )

@@ -1,0 +1,92 @@
+"""Dropout without stored masks: the generator's statistics, and that forward and backward agree on every element."""
+
+# ruff: noqa: N803 (the names of a kernel's arguments)
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton_cases import check, eager_step, out_shape, random_layer
+
+from fastmtl.backends import triton as backend
+from fastmtl.backends.triton.activations import kept
+
+
+@triton.jit
+def mask_kernel(Seed_ptr, Out_ptr, first, n_columns, drop, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
+    for start in range(0, n_columns, BLOCK):
+        keep = kept(Seed_ptr, row, start + column, drop, LAYER)
+        at = Out_ptr + row[:, None] * n_columns + (start + column)[None, :]
+        tl.store(at, keep.to(tl.float32), mask=(start + column < n_columns)[None, :])
+
+
+def masks(seed: torch.Tensor, n_rows: int, n_columns: int, drop: float, layer: int) -> torch.Tensor:
+    """1 where an element is kept, ``[n_rows, n_columns]``."""
+    padded = -(-n_rows // 16) * 16
+    out = torch.empty(padded, n_columns, device=seed.device)
+    for first in range(0, padded, 16):
+        mask_kernel[(1,)](seed, out, first, n_columns, drop, LAYER=layer, BLOCK=16)
+    return out[:n_rows].cpu()
+
+
+def test_the_generator(device, seed):
+    """Rate within 5 sigma; neighbours in rows, columns and layers, and other seeds, are uncorrelated."""
+    n, drop = 192, 0.3
+    one, other = (torch.tensor(s, dtype=torch.int64, device=device) for s in (seed, -seed - 1))
+    mask = masks(one, n, n, drop, 0)
+    sigma = (drop * (1 - drop)) ** 0.5
+    assert abs(float(mask.mean()) - (1 - drop)) < 5 * sigma / n
+    assert torch.equal(mask, masks(one, n, n, drop, 0))
+    centred = mask - mask.mean()
+    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.T, masks(one, n, n, drop, 1), masks(other, n, n, drop, 0)):
+        assert abs(float((centred * (shifted - shifted.mean())).mean())) < 5 * sigma**2 / n
+
+
+@pytest.mark.parametrize("kind", ["gates", "experts", "heads"])
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_forward_and_backward_drop_the_same(activation, kind, seed, device, monkeypatch):
+    """Against eager given the masks that the kernels' generator says, layer by layer."""
+    layer = random_layer(seed, kind=kind, batch=21, activation=activation, dropout=0.4)
+    if not layer.spec.dims:
+        pytest.skip("nothing to drop")
+    mine = layer.cast(torch.float32, device)
+    out, saved = backend.expert_gate_fwd(mine.x, mine.params, mine.spec, True)
+    drawn = saved[-1]
+    assert drawn.dtype is torch.int64
+
+    def eager_dropped(dtype):
+        depth = iter(range(len(layer.spec.dims)))
+
+        def dropout(h, p, training):
+            keep = masks(drawn, len(h), h[0].numel(), p, next(depth)).view(h.shape)
+            return h * keep.to(h.dtype) / (1 - p)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "dropout", dropout)
+            return eager_step(layer.cast(dtype), True, grad)
+
+    grad = torch.randn(out_shape(layer), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (ref, ref_grads), (out32, grads32) = eager_dropped(torch.float64), eager_dropped(torch.float32)
+    check([out], [out32], [ref])
+    dx, grads = backend.expert_gate_bwd(
+        grad.float().to(device), mine.x, mine.params, mine.spec, True, list(saved), True
+    )
+    check([dx, *grads], grads32, ref_grads)
+
+
+def test_the_seed_comes_from_torch(seed, device):
+    layer = random_layer(seed, kind="experts", batch=17, activation="linear", dropout=0.5)
+
+    def run():
+        mine = layer.cast(torch.float32, device)
+        return backend.expert_gate_fwd(mine.x, mine.params, mine.spec, True)[0]
+
+    torch.manual_seed(seed)
+    first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(seed)
+    assert torch.equal(run(), first)
+    mine = layer.cast(torch.float32, device)
+    assert len(backend.expert_gate_fwd(mine.x, mine.params, mine.spec, False)[1]) == 3 * len(layer.spec.dims)

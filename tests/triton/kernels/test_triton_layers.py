@@ -1,0 +1,153 @@
+"""expert_gate as Triton kernels: forward, backward and running statistics against float64, in each precision."""
+
+import pytest
+import torch
+from triton_cases import Layer, check, eager_step, out_shape, random_layer
+
+from fastmtl import ops
+from fastmtl.backends import eager
+from fastmtl.backends import triton as backend
+from fastmtl.spec import ACTIVATIONS, ExpertGateParams
+
+
+def triton_step(layer: Layer, training: bool, grad: torch.Tensor, device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output, gradients of x and of the parameters; what was saved is proved untouched."""
+    x, params, spec = layer.x, layer.params, layer.spec
+    out, saved = backend.expert_gate_fwd(x, params, spec, training)
+    before = [tensor.clone() for tensor in saved]
+    dx, grads = backend.expert_gate_bwd(grad.to(device, out.dtype), x, params, spec, training, list(saved), True)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, saved, strict=True))
+    assert backend.expert_gate_bwd(grad.to(device, out.dtype), x, params, spec, training, list(saved), False)[0] is None
+    return out, [dx, *grads]
+
+
+def compare(layer: Layer, device, factor: float = 2.0) -> None:
+    """Everything the op returns or changes, in training and in evaluation."""
+    shape = out_shape(layer)
+    grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):
+        reference, eager32, mine = (
+            layer.cast(torch.float64),
+            layer.cast(torch.float32),
+            layer.cast(torch.float32, device),
+        )
+        ref, ref_grads = eager_step(reference, training, grad)
+        out32, grads32 = eager_step(eager32, training, grad)
+        out, grads = triton_step(mine, training, grad, device)
+        check([out], [out32], [ref], factor=factor)
+        check(grads, grads32, ref_grads, factor=factor)
+        check(mine.params.running(), eager32.params.running(), reference.params.running(), factor=factor)
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_random_layers(case, seed, device):
+    compare(random_layer(seed + case), device)
+
+
+@pytest.mark.parametrize("kind", ["gates", "experts", "heads"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, kind, seed, device):
+    compare(random_layer(seed, activation=activation, kind=kind, batch=17, depth=2), device)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_batches_of_a_few_rows(batch, seed, device):
+    """Columns whose two or three values are nearly equal amplify each one's round-off: theirs may be tenfold."""
+    compare(random_layer(seed, batch=batch, kind="gates", activation="silu"), device, factor=10)
+
+
+@pytest.mark.parametrize("kind", ["gates", "experts", "heads"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_no_row_and_one(batch, kind, seed, device):
+    """One row is normalised by the running statistics and leaves them; no row gives no output and zero gradients."""
+    layer = random_layer(seed, kind=kind, batch=batch)
+    if batch:
+        compare(layer, device)
+        return
+    mine = layer.cast(torch.float32, device)
+    before = [tensor.clone() for tensor in mine.params.running()]
+    grad = torch.zeros(out_shape(layer))
+    out, grads = triton_step(mine, True, grad, device)
+    assert out.shape == out_shape(layer)
+    assert [g.shape for g in grads] == [t.shape for t in (mine.x, *mine.params.learned())]
+    assert all(not g.any() for g in grads)
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.params.running(), strict=True))
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_bf16_under_autocast(case, seed, device):
+    """At most twice eager's own error under autocast, and a floor of bf16's spacing."""
+    layer = random_layer(seed + case, batch=35, activation=("relu", "silu", "prelu", "softmax")[case])
+    grad = torch.randn(out_shape(layer), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ref, ref_grads = eager_step(layer.cast(torch.float64), True, grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out16, grads16 = eager_step(layer.cast(torch.float32), True, grad)
+    mine = layer.cast(torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out, saved = backend.expert_gate_fwd(mine.x, mine.params, mine.spec, True)
+    assert out.dtype is (torch.float32 if layer.spec.output_layer else torch.bfloat16)
+    dx, grads = backend.expert_gate_bwd(  # autograd runs it outside autocast
+        grad.to(device, out.dtype), mine.x, mine.params, mine.spec, True, list(saved), True
+    )
+    assert all(g.dtype is torch.float32 for g in (dx, *grads))
+    check([out], [out16], [ref], relative=2**-8)
+    check([dx, *grads], grads16, ref_grads, relative=2**-6)
+
+
+def test_bf16_inputs(seed, device):
+    """Inputs in bf16 choose bf16 products without autocast; their gradient has their dtype."""
+    layer = random_layer(seed, kind="gates", batch=19)
+    mine = layer.cast(torch.float32, device)
+    x = mine.x.bfloat16()
+    out, saved = backend.expert_gate_fwd(x, mine.params, mine.spec, True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        again, _ = backend.expert_gate_fwd(x, layer.cast(torch.float32, device).params, mine.spec, True)
+    assert torch.equal(out, again)
+    dx, _ = backend.expert_gate_bwd(torch.ones_like(out), x, mine.params, mine.spec, True, list(saved), True)
+    assert dx.dtype is torch.bfloat16
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_several_backwards_over_one_graph(seed, device):
+    """GradNorm and MetaBalance walk a retained graph once a task: the same gradient gives the same bits, and gradients
+    of parts add up to that of the whole."""
+    layer = random_layer(seed, kind="gates", batch=17, dropout=0.3).cast(torch.float32, device)
+    leaves = [layer.x.requires_grad_(), *(tensor.requires_grad_() for tensor in layer.params.learned())]
+    params = ExpertGateParams.of(leaves[1:], layer.params.running(), layer.spec)
+    out = ops.expert_gate(leaves[0], params, layer.spec, True)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    parts = torch.arange(len(out), device=device)[:, None, None] % 2 * weight
+
+    def gradients(grad):
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    whole, first, second = gradients(weight), gradients(parts), gradients(weight - parts)
+    assert all(torch.equal(a, b) for a, b in zip(whole, gradients(weight), strict=True))
+    for a, b, c in zip(whole, first, second, strict=True):
+        torch.testing.assert_close(b + c, a, rtol=1e-4, atol=1e-4 * float(a.abs().max()) + 1e-6)
+
+
+def test_strided_inputs_and_gradients(seed, device):
+    """An input that is a slice, one whose units are not contiguous, and a gradient that was expanded."""
+    layer = random_layer(seed, kind="gates", batch=17, activation="relu").cast(torch.float32, device)
+    x, params, spec = layer.x, layer.params, layer.spec
+    ref, saved = backend.expert_gate_fwd(x, layer.cast(torch.float32, device).params, spec, True)
+    wide = torch.cat([x, x + 1], dim=2)[..., : x.shape[2]]
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    dx, _ = backend.expert_gate_bwd(torch.ones_like(ref), x, params, spec, True, list(saved), True)
+    for other in (wide, turned):
+        out, kept = backend.expert_gate_fwd(other, layer.cast(torch.float32, device).params, spec, True)
+        assert torch.equal(out, ref)
+        ones = torch.ones((), device=device).expand(out.shape)
+        assert torch.equal(backend.expert_gate_bwd(ones, other, params, spec, True, list(kept), True)[0], dx)
+
+
+def test_not_a_number_goes_through(seed, device):
+    """A NaN in the input must be seen in the output, not turned into a number by an activation."""
+    layer = random_layer(seed, kind="experts", batch=17, activation="relu").cast(torch.float32, device)
+    layer.x[0, 3, 0] = float("nan")
+    out, _ = backend.expert_gate_fwd(layer.x, layer.params, layer.spec, False)
+    readers = [e for e, n in enumerate(layer.spec.expert_input) if n == 0]
+    assert out[readers, 3].isnan().all()
+    ref = eager.expert_gate(layer.x.cpu(), layer.cast(torch.float32).params, layer.spec, False)
+    assert torch.equal(out.isnan().cpu(), ref.isnan())

@@ -1,0 +1,118 @@
+"""embedding_bag as Triton kernels: values, gradients in both forms, refused ids."""
+
+import pytest
+import torch
+from triton_cases import check, random_lookup
+
+from fastmtl import ops
+from fastmtl.backends import eager
+from fastmtl.backends import triton as backend
+from fastmtl.backends.triton import configs
+from fastmtl.errors import BadIdError
+from fastmtl.spec import Bag, EmbeddingSpec
+
+
+def eager_step(lookup, dtype, grad):
+    """Output and weight gradients on eager."""
+    weights = [weight.to(dtype).requires_grad_() for weight in lookup.weights]
+    dense = None if lookup.dense is None else lookup.dense.to(dtype)
+    out = eager.embedding_bag(weights, lookup.ids, lookup.columns, dense, lookup.spec)
+    return out.detach(), list(torch.autograd.grad(out, weights, grad.to(dtype)))
+
+
+@pytest.mark.parametrize("tiny_vocab", [0, 8, 128])
+@pytest.mark.parametrize("case", range(6))
+def test_values_and_gradients(case, tiny_vocab, seed, device, monkeypatch):
+    """Against float64, with all tables sorted, some, and none; and the sparse form holds exactly the dense one."""
+    options = {**vars(configs.EMBEDDING), "tiny_vocab": tiny_vocab}
+    monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(**options))
+    lookup = random_lookup(seed + case)
+    shape = (len(lookup.ids), lookup.spec.width(lookup.columns))
+    grad = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ref, ref_grads = eager_step(lookup, torch.float64, grad)
+    out32, grads32 = eager_step(lookup, torch.float32, grad)
+    weights = [weight.float().to(device) for weight in lookup.weights]
+    dense = None if lookup.dense is None else lookup.dense.float().to(device)
+    ids = lookup.ids.to(device, torch.int32 if case % 2 else torch.int64)
+    out = backend.embedding_bag_fwd(weights, ids, lookup.columns, dense, lookup.spec)
+    check([out], [out32], [ref])
+    arguments = (grad.float().to(device), ids, lookup.columns, lookup.spec, [weight.shape for weight in weights])
+    grads = backend.embedding_bag_bwd(*arguments, [True] * len(weights))
+    check(grads, grads32, ref_grads)
+    sparse = backend.embedding_bag_bwd_sparse(*arguments, [True] * len(weights))
+    for dense_grad, (rows, values) in zip(grads, sparse, strict=True):
+        held = rows < len(dense_grad)
+        assert rows[held].unique().numel() == int(held.sum()), "a row is listed twice"
+        assert set(dense_grad.abs().sum(1).nonzero().flatten().tolist()) <= set(rows[held].tolist())
+        again = torch.zeros_like(dense_grad)
+        again[rows[held]] = values[held]
+        assert torch.equal(again, dense_grad)
+    assert backend.embedding_bag_bwd(*arguments, [False] * len(weights)) == [None] * len(weights)
+
+
+def test_a_row_with_many_lookups_is_stitched_from_many_chunks(device):
+    """300 lookups of one row among others: more chunks than one step of the stitching takes."""
+    ids = torch.arange(300, device=device).unsqueeze(1) % 3 % 2 * 7
+    spec = EmbeddingSpec((Bag("f", 0, 0, 50, 3),))
+    grad = torch.ones(300, 3, device=device)
+    (got,) = backend.embedding_bag_bwd(grad, ids, (0, 1), spec, [torch.Size((50, 3))], [True])
+    want = torch.zeros(50, 3)
+    want[0], want[7] = 200.0, 100.0
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_tables_are_summed_in_fp32(dtype, device):
+    weight = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(1)).to(device)
+    out = backend.embedding_bag_fwd([weight], ids, (0, 9), None, EmbeddingSpec((Bag("f", 0, 0, 20, 5),)))
+    assert out.dtype is dtype
+    assert torch.equal(out, weight.float()[ids].sum(1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("bad", [-1, -(2**31), 5, 2**31 - 1, 2**63 - 1])
+@pytest.mark.usefixtures("triton_backend")
+def test_bad_ids(bad, dtype, device):
+    """The first one in the batch is named; nothing outside the table is read; 'zero' and a row swallow it."""
+    if bad > 2**31 - 1 and dtype is torch.int32:
+        pytest.skip("no such id in int32")
+    weight = torch.arange(10, dtype=torch.float32, device=device).view(5, 2)
+    ids = torch.tensor([[1, 2], [3, bad], [bad, 0]], dtype=dtype, device=device)
+
+    def look_up(oov):
+        bags = (Bag("user", 0, 0, 5, 2), Bag("item", 0, 0, 5, 2, oov=oov))
+        return ops.embedding_bag([weight], ids[:2], (0, 1, 2), None, EmbeddingSpec(bags))
+
+    with pytest.raises(BadIdError, match=rf"feature 'item': id {bad} in row 1 .* vocabulary of 5"):
+        look_up("raise")
+    assert look_up("zero").tolist() == [[2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 0.0, 0.0]]
+    assert look_up(4).tolist() == [[2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0]]
+    bags = (Bag("user", 0, 0, 5, 2), Bag("item", 0, 0, 5, 2))
+    with pytest.raises(BadIdError) as mine:
+        ops.embedding_bag([weight], ids, (0, 1, 2), None, EmbeddingSpec(bags))
+    with pytest.raises(BadIdError) as theirs:
+        eager.embedding_bag([weight], ids.long(), (0, 1, 2), None, EmbeddingSpec(bags))
+    assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_autograd_and_autocast(device):
+    """Through the op: the gradients of weights and dense values, and bf16 rows under autocast."""
+    rng = torch.Generator().manual_seed(3)
+    weight = torch.randn(30, 4, generator=rng).to(device).requires_grad_()
+    dense = torch.randn(6, 3, generator=rng).to(device).requires_grad_()
+    ids = torch.randint(0, 30, (6, 2), generator=rng).to(device)
+    spec = EmbeddingSpec((Bag("a", 0, 0, 30, 4), Bag("b", 0, 0, 30, 4)), 3)
+    out = ops.embedding_bag([weight], ids, (0, 1, 2), dense, spec)
+    d_weight, d_dense = torch.autograd.grad(out.square().sum(), [weight, dense])
+    counts = torch.bincount(ids.flatten().cpu(), minlength=30).unsqueeze(1).to(device)
+    torch.testing.assert_close(d_weight, 2 * weight.detach() * counts)
+    torch.testing.assert_close(d_dense, 2 * dense.detach())
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        rounded = ops.embedding_bag([weight], ids, (0, 1, 2), dense, spec)
+    assert rounded.dtype is torch.bfloat16
+    assert torch.equal(rounded, out.bfloat16())
+    (d_rounded,) = torch.autograd.grad(rounded.sum(), [weight])
+    assert d_rounded.dtype is torch.float32
+    assert torch.equal(d_rounded, counts.expand(30, 4).float())

@@ -1,0 +1,97 @@
+"""Every kernel at its real configurations, compiled for GPUs that are not here: no spills, tensor cores, limits."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"
+)
+
+#: kernel -> the most registers a thread and the most shared memory a program may take, at any configuration.
+LIMITS = {
+    "embedding_bag_fwd_kernel": (96, 8),
+    "embedding_rows_kernel": (64, 1),
+    "embedding_segments_kernel": (128, 8),
+    "embedding_stitch_kernel": (96, 1),
+    "tiny_tables_kernel": (168, 40),
+    "tiny_tables_sum_kernel": (64, 1),
+    "expert_gate_linear_kernel": (255, 99),
+    "expert_gate_statistics_kernel": (128, 1),
+    "expert_gate_mix_kernel": (255, 17),
+    "expert_gate_rows_kernel": (255, 1),
+    "expert_gate_tail_kernel": (255, 5),
+    "expert_gate_softmax_kernel": (128, 1),
+    "expert_gate_sums_kernel": (64, 1),
+    "expert_gate_dgrad_kernel": (248, 68),
+    "expert_gate_wgrad_kernel": (248, 84),
+}
+PRODUCTS = ("expert_gate_linear_kernel", "expert_gate_dgrad_kernel", "expert_gate_wgrad_kernel")
+#: The instruction of the architecture's fastest path.
+BEST = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """One row for each kernel, configuration and architecture. Two processes: compiling takes a core each."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    program = [sys.executable, str(Path(__file__).parent / "ahead_of_time.py"), "--arch"]
+    processes = [
+        subprocess.Popen(
+            [*program, *arches], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for arches in (["90"], ["80", "100"])
+    ]
+    rows = []
+    for process in processes:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors[-6000:]
+        rows += json.loads(out)
+    return rows
+
+
+def name(row) -> str:
+    return f"{row['kernel']} sm_{row['arch']} ({row['workload']}; {row['constants']})"
+
+
+def test_every_kernel_is_compiled_for_every_architecture(reports):
+    for arch in (80, 90, 100):
+        assert {row["kernel"] for row in reports if row["arch"] == arch} == set(LIMITS)
+
+
+def test_no_register_is_spilled(reports):
+    assert [f"{name(row)}: {row['spills']}" for row in reports if row["spills"]] == []
+
+
+def test_registers_and_shared_memory(reports):
+    over = []
+    for row in reports:
+        registers, shared = LIMITS[row["kernel"]]
+        if row["registers"] > registers or row["shared"] > shared * 1024:
+            over.append(f"{name(row)}: {row['registers']} registers, {row['shared']} bytes")
+        assert row["registers"] * row["warps"] * 32 <= 65536
+    assert over == []
+
+
+def test_products_run_on_tensor_cores(reports):
+    """In bf16 and tf32, by the architecture's fastest instruction unless a tile is too small for it."""
+    slow = []
+    for row in reports:
+        constants = dict(part.split("=") for part in row["constants"].split(", "))
+        if row["kernel"] not in PRODUCTS or (constants["DOT"] == "ieee" and row["dtype"] == "fp32"):
+            continue
+        small = min(int(constants["BLOCK_M"]), int(constants["BLOCK_N"])) < 64
+        if row["matrix"] != BEST[row["arch"]] and not (small and row["matrix"]):
+            slow.append(f"{name(row)}: {row['matrix'] or 'none'}")
+    assert slow == []
+
+
+def test_products_load_sixteen_bytes_at_a_time(reports):
+    """At widths that are no multiple of anything too (aliexpress reads 319, census 139)."""
+    narrow = [f"{name(row)}: {row['wide']}" for row in reports if row["kernel"] in PRODUCTS and row["wide"] < 0.04]
+    assert narrow == []

@@ -1,0 +1,122 @@
+"""The real configurations whose kernels are compiled ahead of time: shapes of the data sets, on meta tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastmtl.backends import triton as backend
+from fastmtl.spec import (
+    LEARNED_ACTIVATIONS,
+    Bag,
+    EmbeddingSpec,
+    ExpertGateParams,
+    ExpertGateSpec,
+    Gate,
+    GateParams,
+)
+
+#: Vocabularies of the reference data set Ali-CCP, whose features have width 16 and 8 dense columns beside them.
+ALI_CCP = (
+    238635, 98, 14, 3, 8, 4, 4, 3, 5, 467298, 6929, 263942, 80232, 106399, 5888, 104830, 51878, 37148, 4, 5853, 105622,
+    53843, 31858,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    """torch.autocast("cuda", torch.bfloat16), which switches itself off where there is no GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def _embedding(vocabularies: tuple[int, ...], dim: int, n_dense: int, batch: int, dtype: torch.dtype) -> None:
+    offset, bags = 0, []
+    for f, vocab in enumerate(vocabularies):
+        bags.append(Bag(f"f{f}", 0, offset, vocab, dim))
+        offset += vocab
+    spec = EmbeddingSpec(tuple(bags), n_dense)
+    columns = tuple(range(len(bags) + 1))
+    weight = torch.empty(offset, dim, device="meta")
+    ids = torch.empty(batch, len(bags), dtype=torch.int64, device="meta")
+    dense = torch.empty(batch, n_dense, device="meta")
+    with _autocast(dtype is torch.bfloat16):
+        out = backend.embedding_bag_fwd([weight], ids, columns, dense, spec)
+    assert out.dtype is dtype
+    for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
+        backward(out, ids, columns, spec, [weight.shape], [True])
+
+
+def _parameters(spec: ExpertGateSpec) -> ExpertGateParams:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    n_experts, widths = spec.n_experts, (spec.in_features, *spec.dims)
+    weight = tuple(empty(n_experts * h, i) for i, h in itertools.pairwise(widths))
+    columns = [tuple(empty(n_experts * h) for h in spec.dims) for _ in range(5)]
+    alpha = tuple(empty(n_experts) for _ in spec.dims) if spec.activation in LEARNED_ACTIVATIONS else ()
+    out = (empty(n_experts, widths[-1]), empty(n_experts)) if spec.output_layer else (None, None)
+    gate = None
+    if spec.gates:
+        gate = GateParams(empty(spec.gate_rows, spec.in_features), *(empty(spec.gate_rows) for _ in range(5)))
+    return ExpertGateParams(weight, *columns, alpha, *out, gate)
+
+
+def _layer(spec: ExpertGateSpec, batch: int, precision: str) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    pitch = -(-spec.in_features // 8) * 8  # as embedding_bag lays its output
+    x = torch.empty(spec.n_inputs, batch, pitch, dtype=dtype, device="meta")[..., : spec.in_features]
+    params = _parameters(spec)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        out, saved = backend.expert_gate_fwd(x, params, spec, True)
+        backend.expert_gate_bwd(torch.empty_like(out), x, params, spec, True, list(saved), True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _mmoe(width: int, n_experts: int, dims: tuple[int, ...], n_tasks: int, **options: Any) -> ExpertGateSpec:
+    gates = tuple(Gate(0, tuple(range(n_experts))) for _ in range(n_tasks))
+    return ExpertGateSpec(width, (0,) * n_experts, dims, gates=gates, **options)
+
+
+def _towers(width: int, dims: tuple[int, ...], n_tasks: int) -> ExpertGateSpec:
+    return ExpertGateSpec(width, tuple(range(n_tasks)), dims, output_layer=True)
+
+
+def _ple(level: int, width: int, dims: tuple[int, ...], specific: int, shared: int, n_tasks: int) -> ExpertGateSpec:
+    """A level of PLE: task-major specific experts, then the shared ones; above the first, each group has an input."""
+    groups = [t for t in range(n_tasks) for _ in range(specific)] + [n_tasks] * shared
+    mine = [tuple(e for e, group in enumerate(groups) if group in (t, n_tasks)) for t in range(n_tasks)]
+    gates = [Gate(t if level else 0, members) for t, members in enumerate(mine)]
+    gates.append(Gate(n_tasks if level else 0, tuple(range(len(groups)))))
+    return ExpertGateSpec(width, tuple(groups) if level else (0,) * len(groups), dims, gates=tuple(gates))
+
+
+#: name -> (its calls, the architectures it is compiled for besides 90)
+WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
+    "embedding ali-ccp fp32": (partial(_embedding, ALI_CCP, 16, 8, 65536, torch.float32), (80, 100)),
+    "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16), ()),
+    "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32), ()),
+    "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32), ()),
+    **{
+        f"mmoe ali-ccp {precision}": (partial(_layer, _mmoe(376, 8, (256, 128), 2), 65536, precision), (80, 100))
+        for precision in ("bf16", "tf32", "ieee")
+    },
+    "mmoe ali-ccp small batch": (partial(_layer, _mmoe(376, 8, (256, 128), 2), 4096, "bf16"), ()),
+    "mmoe ali-ccp dropout": (partial(_layer, _mmoe(376, 8, (256, 128), 2, dropout=0.2), 65536, "bf16"), ()),
+    "mmoe aliexpress": (partial(_layer, _mmoe(319, 8, (512, 256), 2), 2048, "bf16"), (80,)),
+    "mmoe census": (partial(_layer, _mmoe(139, 8, (16,), 2), 1024, "ieee"), ()),
+    "mmoe dice": (partial(_layer, _mmoe(376, 4, (256, 128), 2, activation="dice"), 4096, "bf16"), ()),
+    "ple level 2": (partial(_layer, _ple(1, 128, (256, 128), 4, 2, 2), 65536, "bf16"), (80, 100)),
+    "towers ali-ccp": (partial(_layer, _towers(128, (64, 32), 2), 65536, "bf16"), (80, 100)),
+}
