@@ -58,7 +58,7 @@ def test_losses_of_a_loop_written_by_hand(kind, backend):
     regression = kind in ("SharedBottom", "PLE")
     theirs = _their_steps(kind, regression)
     ours = losses_by_step(problem(kind, regression, smooth=True), OURS, STEPS)
-    assert theirs[-1] < theirs[0]
+    assert np.ptp(theirs) > 1e-2
     assert (_distance(ours, theirs, 1) <= 1).all(), _distance(ours, theirs, 1)
 
 
