@@ -68,13 +68,16 @@ inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64
     float* s = ds + r * ld_ds;
     for (int64_t g = 0; g < n_gates; ++g) {
       const int64_t first = gates[g].column, fan_in = gates[g].fan_in;
-      float pull = 0;
+      int64_t top = 0;
       for (int64_t k = 0; k < fan_in; ++k) {
-        const float d = dot(dout[g] + r * ld_dout, h + r * ld_h + gates[g].experts[k] * width, width);
-        s[first + k] = d;
-        pull += w[first + k] * d;
+        s[first + k] = dot(dout[g] + r * ld_dout, h + r * ld_h + gates[g].experts[k] * width, width);
+        if (w[first + k] > w[first + top]) top = k;
       }
-      for (int64_t k = 0; k < fan_in; ++k) s[first + k] = w[first + k] * (s[first + k] - pull);
+      // about the heaviest expert's: a gate that is almost sure of it leaves nothing else of its gradient
+      const float about = s[first + top];
+      float pull = 0;
+      for (int64_t k = 0; k < fan_in; ++k) pull += w[first + k] * (s[first + k] - about);
+      for (int64_t k = 0; k < fan_in; ++k) s[first + k] = w[first + k] * (s[first + k] - about - pull);
     }
     for (int64_t e = 0; e < n_experts; ++e) {
       for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {

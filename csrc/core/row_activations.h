@@ -34,12 +34,15 @@ struct SoftmaxRow {
 
   // h is forward's result; dy may be dh.
   static void backward(const float*, const float* h, const float* dh, const float*, int64_t width, float* dy, double*) {
+    // about the gradient of the largest: a row that is almost one-hot leaves nothing else
+    const float about = dh[std::max_element(h, h + width) - h];
     F32 dots{};
-    for_columns(width,
-                [&](int64_t c, auto n) __attribute__((always_inline)) { dots += load(h + c, n) * load(dh + c, n); });
+    for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      dots += load(h + c, n) * (load(dh + c, n) - about);  // h is zero behind the row
+    });
     const float dot = sum(dots);
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      store(dy + c, load(h + c, n) * (load(dh + c, n) - dot), n);
+      store(dy + c, load(h + c, n) * (load(dh + c, n) - about - dot), n);
     });
   }
 };

@@ -25,7 +25,7 @@ def _load() -> str | None:
     # found as a module is: that holds for a wheel and for an editable install, whose library lies elsewhere
     found = importlib.util.find_spec("fastmtl._native")
     if found is None or found.origin is None:
-        return "the native library was not built: no C++20 compiler was found when fastmtl was installed"
+        return "the native library was not built: no working C++20 compiler was found when fastmtl was installed"
     try:
         torch.ops.load_library(found.origin)
     except (OSError, RuntimeError) as error:
