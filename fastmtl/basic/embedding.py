@@ -140,7 +140,7 @@ class EmbeddingLayer(BatchedModule):
     def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
         # the table's padding row stays zero whoever reads it
-        owner = next(f for f in self.features if f.name == (feature.shared_with or feature.name))
+        owner: Any = next(f for f in self.features if f.name == (feature.shared_with or feature.name))
         paddings = {p for p in (feature.padding_idx, owner.padding_idx) if p is not None}
         padding = tuple(paddings)
         is_sequence = isinstance(feature, SequenceFeature)
