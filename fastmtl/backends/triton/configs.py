@@ -155,7 +155,7 @@ class GemmConfig:
 
     def softmax(self, columns: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts."""
-        return Rows(min(max(1024 // columns, 1), 64, self.cap), columns, min(256, 2 * self.cap), Warps(4))
+        return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
 
     def rows(self, units: int, whole: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units

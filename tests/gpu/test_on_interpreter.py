@@ -12,7 +12,7 @@ import torch
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/triton/kernels runs on it itself"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/kernels runs on it itself"),
 ]
 FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
 
@@ -40,4 +40,4 @@ def test_on_the_interpreter(file, runs):
     assert runs[file].returncode == 0, output[-6000:]
     passed = re.search(r"(\d+) passed", output)
     assert passed, output[-2000:]
-    assert int(passed[1]) >= {"test_triton_layers": 50, "test_triton_lookups": 30}.get(file.stem, 3)
+    assert int(passed[1]) >= {"test_triton_layers": 40, "test_triton_lookups": 30}.get(file.stem, 3)

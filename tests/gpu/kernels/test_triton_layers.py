@@ -44,9 +44,10 @@ def test_random_layers(case, seed, device):
     compare(random_layer(seed + case), device)
 
 
-@pytest.mark.parametrize("kind", ["gates", "experts", "heads"])
+@pytest.mark.parametrize("kind", ["gates", "heads"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, kind, seed, device):
+    """(A layer without gates or heads differs from these in one line; the random layers have it.)"""
     compare(random_layer(seed, activation=activation, kind=kind, batch=17, depth=2), device)
 
 

@@ -33,7 +33,7 @@ def masks(seed: torch.Tensor, n_rows: int, n_columns: int, drop: float, layer: i
 
 def test_the_generator(device, seed):
     """Rate within 5 sigma; neighbours in rows, columns and layers, and other seeds, are uncorrelated."""
-    n, drop = 192, 0.3
+    n, drop = 112, 0.3
     one, other = (torch.tensor(s, dtype=torch.int64, device=device) for s in (seed, -seed - 1))
     mask = masks(one, n, n, drop, 0)
     sigma = (drop * (1 - drop)) ** 0.5
