@@ -62,7 +62,7 @@ def test_one_class_gives_null_and_a_warning_that_says_why(cli, run, tmp_path, ra
     code, out, err = cli("evaluate", run, file, "--json", "--quiet")
     assert code == 0
     assert json.loads(out)["metrics"]["file"]["income"]["auc"] is None
-    assert err.startswith("fastmtl: warning: AUC is undefined: only the class 0")
+    assert err.startswith("fastmtl: warning: task 'income': AUC is undefined: only the class 0")
     assert err.count("\n") == 1
     assert "undefined" in cli("evaluate", run, file).out
 
