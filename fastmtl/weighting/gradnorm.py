@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .base import Strategy
 
+#: A step may take a weight below zero, where its norm would no longer be linear in it.
+LEAST_WEIGHT = 1e-6
+
 
 @torch.no_grad()
 def weight_gradients(w: Tensor, norms: Tensor, rates: Tensor, alpha: float) -> Tensor:
@@ -52,16 +55,22 @@ class GradNorm(Strategy):
         self.w = model.loss_weights(1.0)
 
     def backward(self, losses: Tensor, penalty: Tensor | float) -> None:
-        if self.initial is None:
-            self.initial = losses.detach().clamp(min=1e-12)
+        now = losses.detach()
+        # a task without labels in a batch has loss 0: its first value is that of the first batch with labels
+        self.initial = now.clone() if self.initial is None else torch.where(self.initial > 0, self.initial, now)
+        known = now > 0
         norms = torch.stack(
             [torch.autograd.grad(loss, self.shared, retain_graph=True)[0].norm() for loss in losses.unbind()]
         )
         ((self.w.detach() * losses).sum() + penalty).backward()
-        self.w.grad = weight_gradients(self.w, norms, losses / self.initial, self.alpha)
+        gradient = torch.zeros_like(self.w)
+        rates = now[known] / self.initial[known]
+        gradient[known] = weight_gradients(self.w.detach()[known], norms[known], rates, self.alpha)
+        self.w.grad = gradient
 
     @torch.no_grad()
     def after_step(self) -> None:
+        self.w.clamp_(min=LEAST_WEIGHT)
         self.w.mul_(len(self.w) / self.w.sum())
 
     def weights(self) -> nn.Parameter:

@@ -93,3 +93,20 @@ def test_regularisation_loss_is_part_of_the_step(tmp_path):
     torch.testing.assert_close(
         regularised.state_dict()[name], plain.state_dict()[name] - LR * start, rtol=1e-4, atol=1e-6
     )
+
+
+def test_a_task_without_labels_in_the_first_batch_starts_when_it_has_some(tmp_path):
+    """Two tasks with the same labels stay close, though the second has none in the first batch."""
+    x, y = data(256)
+    y = y.astype("float32")
+    y[:, 1] = y[:, 0]
+    y[:64, 1] = float("nan")
+    batches = [
+        ({name: torch.as_tensor(column[i : i + 64]) for name, column in x.items()}, y[i : i + 64])
+        for i in range(0, 256, 64)
+    ]
+    runner = trainer(model(), tmp_path, adaptive_params={"method": "gradnorm", "alpha": 1.5})
+    runner.train_one_epoch(batches)
+    assert runner.strategy.initial[1] > 0.1
+    assert (runner.loss_weight > 0).all()
+    assert float(runner.loss_weight.detach().sum()) == pytest.approx(2, rel=1e-5)
