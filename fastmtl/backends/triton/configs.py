@@ -157,11 +157,11 @@ class GemmConfig:
         """Of the backward of a gate over ``columns`` (a power of two) experts."""
         return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
 
-    def rows(self, units: int, whole: bool, gates: int, backward: bool = False) -> Rows:
+    def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
-        of an expert."""
+        of an expert; ``dropped``: some are dropped. Both take registers, and so does the backward."""
         block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
-        elements = 4096 if backward else 8192
+        elements = 8192 // (1 + backward) // (1 + (whole or dropped))
         block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
         return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))
 

@@ -144,7 +144,7 @@ def dgrad(
     ``below`` is given, go on to that layer's D and return the pieces of its sums (else nothing of use)."""
     n_rows, layer = len(d), hidden.layer
     n_out = plan.width_in(layer) if layer else min(weight.stride(0), strides[1])
-    config = configs.GEMM.dgrad(precision.name, n_rows, n_out, hidden.seed is not None)
+    config = configs.GEMM.dgrad(precision.name, n_rows, n_out, hidden.dropped)
     tiles, align = plan.dgrad_tiles(layer, config.block_n)
     n_row_tiles = cdiv(n_rows, config.block_m)
     part = coef

@@ -96,9 +96,7 @@ def embedding_segments_kernel(
     at = chunk * CHUNK
     key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
     before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
-    own = key != before  # whether the row began in this chunk
     total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
-    goes_on = key != key
     for _ in range(CHUNK):
         live = (at < n) & (key != void)
         following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
@@ -113,20 +111,21 @@ def embedding_segments_kernel(
             value = value / tl.load(Count_ptr + b * n_bags + bag, mask=live, other=1.0)[:, None]
         total += value
         ends = live & (following != key)
+        own = key != before  # the row began in this chunk
         whole = ends & own
         if RANKED:
             target = tl.load(Rank_ptr + at, mask=whole, other=0)
-            if tl.program_id(1) == 0:
-                tl.store(Rows_ptr + target, key, mask=whole)
+            tl.store(Rows_ptr + target, key, mask=whole & (tl.program_id(1) == 0))
         else:
             target = key
         tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
         tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(ends & ~own)[:, None] & inside)
         total = tl.where(ends[:, None], 0.0, total)
-        own = own | ends
-        goes_on = live & (following == key)
         key = following
         at += 1
+    last = tl.load(Keys_ptr + at - 1, mask=at < n, other=void).to(tl.int64)
+    goes_on = (key == last) & (last != void)
+    own = last != before
     tl.store(Tail_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & own)[:, None] & inside)
     tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & ~own)[:, None] & inside)
     if tl.program_id(1) == 0:

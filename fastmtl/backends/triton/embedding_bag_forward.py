@@ -86,17 +86,20 @@ def embedding_bag_fwd_kernel(
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         counted = tl.zeros([BLOCK_B], tl.float32)
+        position = tl.full([BLOCK_B], 0x7FFFFFFFFFFFFFFF, tl.int64)
         for i in range(length):
             ids = tl.load(Ids_ptr + b * stride_ib + (first + i) * stride_ic, mask=live, other=0).to(tl.int64)
             row, refused = resolve(ids, vocab, n_pads, pad0, pad1, oov)
             found = live & (row >= 0)
             if CHECK:
-                position = tl.min(tl.where(live & refused, b * n_ids + first + i, 0x7FFFFFFFFFFFFFFF), axis=0)
-                if position != 0x7FFFFFFFFFFFFFFF:
-                    tl.atomic_min(Bad_ptr, position)
+                position = tl.minimum(position, tl.where(live & refused, b * n_ids + first + i, 0x7FFFFFFFFFFFFFFF))
             at = (offset + row)[:, None] * DIM + d[None, :]
             total += tl.load(Weight_ptr + at, mask=found[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
             counted += tl.where(found, 1.0, 0.0)
+        if CHECK:
+            smallest = tl.min(position, axis=0)
+            if smallest != 0x7FFFFFFFFFFFFFFF:
+                tl.atomic_min(Bad_ptr, smallest)
         if mean != 0:
             total = total / tl.maximum(counted, 1.0)[:, None]
         target = out + aligned(column, ALIGN_OUT) + d[None, :]

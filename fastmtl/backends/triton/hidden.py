@@ -50,6 +50,11 @@ class Hidden:
         """Whether the activation needs all units of an expert in one block."""
         return self.spec.activation in ROW_WISE
 
+    @property
+    def dropped(self) -> bool:
+        """Whether dropout zeroes some of its activations."""
+        return self.seed is not None
+
     def arguments(self) -> dict[str, Any]:
         """What every kernel that rebuilds activations takes by these names."""
         return {
@@ -58,7 +63,7 @@ class Hidden:
             "Seed_ptr": self.stat if self.seed is None else self.seed,
             "drop": float(self.spec.dropout),
             "ACT": self.spec.activation,
-            "DROPOUT": self.seed is not None,
+            "DROPOUT": self.dropped,
             "LAYER": self.layer,
         }
 

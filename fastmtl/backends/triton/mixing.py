@@ -158,7 +158,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
     spec, n_rows, units = plan.spec, len(hidden.z), hidden.units
     y = torch.empty(len(spec.gates), n_rows, units, dtype=hidden.z.dtype, device=hidden.z.device)
     soft = torch.empty(2, plan.n_gates2, n_rows, dtype=torch.float32, device=hidden.z.device)
-    config = configs.GEMM.rows(units, hidden.row_wise, plan.n_gates2)
+    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, plan.n_gates2)
     launch(
         expert_gate_mix_kernel,
         (cdiv(n_rows, config.block_b) * cdiv(units, config.block_h),),
@@ -186,7 +186,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
 
 def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Tensor, bias: Tensor, head: bool) -> None:
     n_rows, n_experts, units = len(hidden.z), hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.rows(units, hidden.row_wise, 1)
+    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, 1)
     launch(
         expert_gate_rows_kernel,
         (cdiv(n_rows, config.block_b) * n_experts,),

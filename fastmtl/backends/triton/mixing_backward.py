@@ -187,6 +187,9 @@ def expert_gate_softmax_kernel(
                 None, :
             ]
             dg += tl.load(Dg_ptr + at, mask=mask, other=0.0)
+        # relative to the heaviest expert, so that a gate that is almost sure of it keeps a gradient
+        heaviest = (weight == tl.max(weight, axis=1)[:, None]).to(tl.float32)
+        dg = dg - (tl.sum(heaviest * dg, axis=1) / tl.sum(heaviest, axis=1))[:, None]
         d = weight * (dg - tl.sum(weight * dg, axis=1)[:, None])
         stored = narrow(d, D_ptr.dtype.element_ty)
         tl.store(D_ptr + row[:, None] * pitch_g + column[None, :], stored, mask=mask)
@@ -214,7 +217,7 @@ def _tail(
     layer, the plan, the saved softmax, and Dg to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     n_gates2 = 1 if mixed is None else mixed[1].n_gates2
-    config = configs.GEMM.rows(units, hidden.row_wise, n_gates2, backward=True)
+    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, n_gates2, backward=True)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
     first, plan, soft, dg = mixed if mixed is not None else (hidden, None, part, part)
@@ -261,7 +264,7 @@ def mix_bwd(
     """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer and of the gates (in
     ``first_d``, the first layer's); returns the pieces of the sums of both."""
     n_rows = len(hidden.z)
-    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, plan.n_gates2, backward=True)
+    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, hidden.dropped, plan.n_gates2, backward=True)
     n_blocks = cdiv(hidden.units, rows.block_h)
     n_gate_columns = first.pitch - plan.gate_start[0]
     dg = torch.empty(n_blocks, n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
