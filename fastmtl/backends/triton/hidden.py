@@ -43,6 +43,7 @@ class Hidden:
 
     @property
     def pitch(self) -> int:
+        """Elements from one row of z to the next."""
         return self.z.shape[1]
 
     @property
