@@ -25,16 +25,19 @@ endif
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format wheel bench clean
+.PHONY: help train test gpu-check lint format wheel bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.package  ## install, build, train MMoE and print each task's AUC; ARGS="--model ple" for more
 	$(BIN)/fastmtl train $(ARGS)
 
 test: $(VENV)/.dev  ## install the development tools and run the tests; ARGS="-k census" for some
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu-check: $(VENV)/.gpu  ## install Triton and check the GPU kernels without a GPU: interpreter and compilers
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
@@ -93,4 +96,10 @@ $(VENV)/.package: $(VENV)/.tools $(NATIVE_SOURCES)
 $(VENV)/.dev: pyproject.toml | $(VENV)/.package
 	@echo "installing the development tools into $(VENV) (once)"
 	$(PIP) install -qq $(BUILD) --editable '.[dev]'
+	@touch $@
+
+# apart from the development tools: Triton takes no part in anything that runs on a CPU
+$(VENV)/.gpu: pyproject.toml | $(VENV)/.dev
+	@echo "installing Triton into $(VENV) (once)"
+	$(PIP) install -qq $(BUILD) --editable '.[gpu]'
 	@touch $@

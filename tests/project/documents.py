@@ -34,4 +34,4 @@ def paths(path: Path) -> set[str]:
 
 def make_targets(path: Path) -> set[str]:
     """Targets of `make` that the document tells its reader to use."""
-    return set(re.findall(r"(?:^|`)make ([a-z]+)\b", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return set(re.findall(r"(?:^|`)make ([a-z-]+)\b", path.read_text(encoding="utf-8"), re.MULTILINE))
