@@ -63,6 +63,7 @@ class Report:
         dtype: of what it writes, or of what its products read.
         matrix: the instruction by which it multiplies matrices on tensor cores, if it does.
         wide: loads of 16 bytes over all loads from global memory.
+        approximate: whether it rounds anything otherwise than IEEE 754 says.
     """
 
     workload: str
@@ -76,6 +77,7 @@ class Report:
     dtype: str
     matrix: str
     wide: float
+    approximate: bool
     constants: str
     seconds: float
 
@@ -103,11 +105,17 @@ def _describe(kernel: Any, grid: tuple[int, ...], warps: launching.Warps, argume
         if isinstance(value, Tensor):
             signature.append((name, _TYPES[value.dtype]))
             aligned.append(name)  # torch's allocations are, and the views that are passed begin at multiples of 16
-        elif parameter.is_constexpr or (value == 1 and not isinstance(value, float)) or isinstance(value, bool):
+        elif (
+            parameter.is_constexpr
+            or (value == 1 and not (isinstance(value, float) or parameter.do_not_specialize))
+            or isinstance(value, bool)
+        ):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, float):
             signature.append((name, "fp32"))
+        elif parameter.do_not_specialize:
+            signature.append((name, "i32"))
         else:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0:
@@ -128,7 +136,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=asdict(launch.warps))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.warps.options())
     seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -152,6 +160,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "Out_ptr")), ""),
         "/".join(sorted(set(_TENSOR_CORES.findall(sass)))),
         round(wide, 2),
+        bool(re.search(r"\.(approx|ftz)\b", compiled.asm["ptx"])),
         ", ".join(f"{key}={value}" for key, value in launch.constants if key.isupper()),
         round(seconds, 2),
     )

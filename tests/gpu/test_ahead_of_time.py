@@ -21,6 +21,7 @@ LIMITS = {
     "embedding_stitch_kernel": (96, 1),
     "tiny_tables_kernel": (168, 40),
     "tiny_tables_sum_kernel": (64, 1),
+    "table_rows_kernel": (128, 3),
     "expert_gate_linear_kernel": (255, 99),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (255, 17),
@@ -48,10 +49,15 @@ def reports():
         for arches in (["90"], ["80", "100"])
     ]
     rows = []
-    for process in processes:
-        out, errors = process.communicate()
-        assert process.returncode == 0, errors[-6000:]
-        rows += json.loads(out)
+    try:
+        for process in processes:
+            out, errors = process.communicate()
+            assert process.returncode == 0, errors[-6000:]
+            rows += json.loads(out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     return rows
 
 
@@ -76,6 +82,13 @@ def test_registers_and_shared_memory(reports):
             over.append(f"{name(row)}: {row['registers']} registers, {row['shared']} bytes")
         assert row["registers"] * row["warps"] * 32 <= 65536
     assert over == []
+
+
+def test_updates_round_as_torch_does(reports):
+    """No approximate quotient or square root, nothing small taken for zero."""
+    rows = [row for row in reports if row["kernel"] == "table_rows_kernel"]
+    assert len(rows) > 40
+    assert [name(row) for row in rows if row["approximate"]] == []
 
 
 def test_products_run_on_tensor_cores(reports):

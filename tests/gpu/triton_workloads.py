@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from fastmtl.backends import triton as backend
+from fastmtl.backends.triton import optimizer
+from fastmtl.backends.triton.optimizer_rules import FIELDS, RULES, STATES
 from fastmtl.spec import (
     LEARNED_ACTIVATIONS,
     Bag,
@@ -54,6 +56,25 @@ def _embedding(vocabularies: tuple[int, ...], dim: int, n_dense: int, batch: int
     assert out.dtype is dtype
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
+
+
+def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
+    """Of a table: rows caught up, a step with its sweep, the same by the clock of a captured step, and lazily."""
+    p = torch.empty(rows, dim, device="meta")
+    last = torch.empty(rows, dtype=torch.int32, device="meta")
+    steps = torch.empty(1024, FIELDS, device="meta")
+    listed = torch.empty(touched, dtype=torch.int64, device="meta")
+    grads = torch.empty(touched, dim, device="meta")
+    clock = torch.empty(1, dtype=torch.int32, device="meta")
+    for name in rules:
+        rule = RULES.index(name)
+        states = [torch.empty_like(p[:, 0] if name == "rowwise_adagrad" else p) for _ in range(STATES[rule])]
+        table = (p, states, last, rule, steps, 1)
+        optimizer.table_replay(*table, listed, 0, 0, 1023)
+        optimizer.table_step(*table, listed, grads, False, 0, rows // 32)
+        optimizer.table_replay(*table, listed, 0, 0, 0, clock)
+        optimizer.table_step(*table, listed, grads, False, 0, rows // 32, clock)
+        optimizer.table_step(*table, listed, grads, True, 0, 0)
 
 
 def _parameters(spec: ExpertGateSpec) -> ExpertGateParams:
@@ -108,6 +129,10 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16), ()),
     "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32), ()),
     "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32), ()),
+    "updates ali-ccp": (partial(_updates, ("adam",), sum(ALI_CCP), 16, 65536), (80, 100)),
+    "updates of every rule": (partial(_updates, RULES, sum(ALI_CCP), 16, 65536), ()),
+    "updates wide": (partial(_updates, ("adamw", "rowwise_adagrad"), 1 << 26, 128, 65536), ()),
+    "updates narrow": (partial(_updates, ("adam",), 5000, 4, 8192), ()),
     **{
         f"mmoe ali-ccp {precision}": (partial(_layer, _mmoe(376, 8, (256, 128), 2), 65536, precision), (80, 100))
         for precision in ("bf16", "tf32", "ieee")

@@ -72,6 +72,11 @@ class EmbeddingConfig:
         chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
         return Segments(chunk, max(self.elements // block_d, 1), block_d, Warps(4))
 
+    def update(self, dim: int, whole: bool) -> Lookup:
+        """Of an optimizer step of rows ``dim`` wide; ``whole``: a block must hold whole rows."""
+        block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
+        return Lookup(max(self.elements // block_d, 1), block_d, Warps(4, contract=False))
+
     def tiny(self, n_rows: int, dim: int) -> Tiny:
         """Of the backward of tiny tables over a batch of ``n_rows``."""
         return Tiny(32, min(power_of_two(dim, 16), 64), max(self.elements // 4, n_rows // 64))

@@ -23,10 +23,20 @@ recorder: Callable[[Any, tuple[int, ...], Warps, dict[str, Any]], None] | None =
 
 @dataclass(frozen=True)
 class Warps:
-    """How a program is laid out on the machine: its warps, and the depth of its software pipeline."""
+    """How a program is laid out on the machine: its warps, the depth of its software pipeline, and whether the compiler
+    may fuse a product and a sum that stand apart."""
 
     num_warps: int = 4
     num_stages: int = 1
+    contract: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """As Triton's compiler takes them."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.contract,
+        }
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -> None:
@@ -36,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -
     if recorder is not None:
         recorder(kernel, grid, warps, arguments)
     else:
-        kernel[grid](**arguments, num_warps=warps.num_warps, num_stages=warps.num_stages)
+        kernel[grid](**arguments, **warps.options())
 
 
 def cdiv(a: int, b: int) -> int:

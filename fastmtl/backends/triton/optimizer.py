@@ -1,0 +1,249 @@
+"""Tables' optimizers: rows with a gradient take their step, all others make up for the steps they missed.
+
+Temporal blocking, as in csrc/core/optimizer.h: a row is read once, replays every step it missed in registers, and is
+written once. A program owns BLOCK_R whole rows. No two programs may be given the same row. Deterministic; nothing
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import BackendError
+from . import configs
+from .launch import cdiv, launch
+from .optimizer_rules import FIELDS, ROWWISE_ADAGRAD, RULES, STATES, load_rows, load_step, move, store_rows
+
+
+@triton.jit(do_not_specialize=["start", "first_step", "n_kept", "upto"])
+def table_rows_kernel(
+    P_ptr,  # [V, DIM]
+    First_ptr,  # [V, DIM], [V], or anything where the rule has no such state
+    Second_ptr,
+    Last_ptr,  # [V] int32: the step up to which each row is current
+    Rows_ptr,  # [n] int64, unique but for void ones (outside 0 .. V - 1); read where LISTED
+    Grads_ptr,  # [n, DIM]; read where GIVEN
+    Steps_ptr,  # [n_kept, 9]: step s is row (s - first_step) % n_kept
+    Clock_ptr,  # [1] int32; read where CLOCKED
+    Behind_ptr,  # [1] int32: set where a row lags further than the kept steps reach; such a row is left alone
+    n,
+    n_table_rows,
+    start,
+    first_step,
+    n_kept,
+    upto,
+    DIM: tl.constexpr,
+    RULE: tl.constexpr,
+    LISTED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    LAZY: tl.constexpr,
+    CLOCKED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    now = upto
+    first_row = start.to(tl.int64)
+    if CLOCKED:
+        now += tl.load(Clock_ptr)
+        first_row += (now % cdiv_(n_table_rows, n)).to(tl.int64) * n
+    i = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = i < n
+    row = tl.load(Rows_ptr + i, mask=live, other=-1) if LISTED else first_row + i
+    live = live & (row >= 0) & (row < n_table_rows)
+    last = tl.load(Last_ptr + row, mask=live, other=now)
+    if not LAZY:
+        reached = (last + 1 >= first_step) & (now - last <= n_kept)
+        tl.store(Behind_ptr + tl.zeros([BLOCK_R], tl.int32), 1, mask=live & ~reached)
+        live = live & reached
+        if not GIVEN:
+            live = live & (last < now)
+        last = tl.where(live, last, now)
+        oldest = tl.min(last, axis=0)
+    for begin in range(0, DIM, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
+        if not LAZY:
+            for step in range(oldest + 1, now if GIVEN else now + 1):
+                numbers = load_step(Steps_ptr + (step - first_step) % n_kept * 9)
+                q, one, two = move(numbers, tl.zeros_like(p), p, first, second, DIM, RULE)
+                due = last < step
+                p = tl.where(due[:, None], q, p)
+                first = tl.where(due if RULE == ROWWISE_ADAGRAD else due[:, None], one, first)
+                second = tl.where(due[:, None], two, second)
+        if GIVEN:
+            inside = live[:, None] & (d < DIM)[None, :]
+            grad = tl.load(Grads_ptr + i[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+            numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
+            p, first, second = move(numbers, grad, p, first, second, DIM, RULE)
+        store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)
+    tl.debug_barrier()  # threads that share a row have all read `last`
+    tl.store(Last_ptr + row, tl.zeros_like(last) + now, mask=live)
+
+
+@triton.jit
+def cdiv_(a, b):
+    """a / b rounded up; tl.cdiv does not take an argument that is a constant 1."""
+    return (a + b - 1) // b
+
+
+_behind: dict[torch.device, Tensor] = {}
+
+
+def _behind_on(device: torch.device) -> Tensor:
+    if device not in _behind:
+        _behind[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _behind[device]
+
+
+def check_reached(device: torch.device) -> None:
+    """Ask whether every row was caught up that should have been; waits for the device.
+
+    Raises:
+        BackendError: a row missed more steps than were kept, and was left as it was.
+    """
+    flag = _behind_on(device)
+    if int(flag) != 0:
+        flag.zero_()
+        raise BackendError("a table's row missed more steps than were kept: flush() before so many steps without one")
+
+
+def _check(p: Tensor, states: Sequence[Tensor], last: Tensor, rule: int, steps: Tensor) -> None:
+    if not 0 <= rule < len(RULES):
+        raise BackendError(f"table update: there is no rule {rule}; the rules are 0 to {len(RULES) - 1}")
+    if len(states) != STATES[rule]:
+        raise BackendError(f"table update: rule {RULES[rule]!r} has {STATES[rule]} states, not {len(states)}")
+    shape = p.shape[:1] if rule == ROWWISE_ADAGRAD.value else p.shape
+    for what, tensor, want, dtype in (
+        ("the table", p, p.shape, torch.float32),
+        *(("a state", state, shape, torch.float32) for state in states),
+        ("last", last, p.shape[:1], torch.int32),
+        ("steps", steps, (len(steps), FIELDS), torch.float32),
+    ):
+        if p.ndim != 2 or tensor.shape != want or tensor.dtype is not dtype or not tensor.is_contiguous():
+            found = f"{list(tensor.shape)} {tensor.dtype}"
+            raise BackendError(f"table update: {what} must be {list(want)} {dtype}, contiguous, not {found}")
+
+
+def _run(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    rows: Tensor | None,
+    grads: Tensor | None,
+    n: int,
+    start: int,
+    upto: int,
+    lazily: bool = False,
+    clock: Tensor | None = None,
+) -> None:
+    dim = p.shape[1]
+    config = configs.EMBEDDING.update(dim, rule == ROWWISE_ADAGRAD.value)
+    launch(
+        table_rows_kernel,
+        (cdiv(n, config.block_b),),
+        config.warps,
+        P_ptr=p,
+        First_ptr=states[0] if states else p,
+        Second_ptr=states[1] if len(states) > 1 else p,
+        Last_ptr=last,
+        Rows_ptr=last if rows is None else rows,
+        Grads_ptr=p if grads is None else grads,
+        Steps_ptr=steps,
+        Clock_ptr=last if clock is None else clock,
+        Behind_ptr=_behind_on(p.device),
+        n=n,
+        n_table_rows=len(p),
+        start=start,
+        first_step=first_step,
+        n_kept=len(steps),
+        upto=upto,
+        DIM=dim,
+        RULE=rule,
+        LISTED=rows is not None,
+        GIVEN=grads is not None,
+        LAZY=lazily,
+        CLOCKED=clock is not None,
+        BLOCK_R=config.block_b,
+        BLOCK_D=config.block_d,
+    )
+
+
+def table_replay(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    rows: Tensor | None,
+    begin: int,
+    end: int,
+    upto: int,
+    clock: Tensor | None = None,
+) -> None:
+    """Bring rows to step ``upto`` with gradients of zero, in place.
+
+    Args:
+        p: ``[V, D]`` float32.
+        states: as many as the rule has, of p's shape (``[V]`` for a row-wise rule).
+        last: ``[V]`` int32, for each row the step up to which it is current.
+        rule: place in :data:`RULES`.
+        steps: ``[n, 9]`` float32; step s is in row ``(s - first_step) % n``.
+        first_step: see there.
+        rows: ``[n]`` int64, unique; those outside ``0 .. V - 1`` are void. None: rows ``begin .. end - 1``.
+        begin, end: the rows where there is no list.
+        upto: the step, or what is added to the clock.
+        clock: ``[1]`` int32 on the device: the step is read there when the kernel runs (for CUDA graphs). Without a
+            list, ``end - begin`` rows are then taken from the place in the table that the step says, round and round.
+
+    Raises:
+        BackendError: shapes, dtypes or the number of states do not fit.
+    """
+    _check(p, states, last, rule, steps)
+    if rows is None and not 0 <= begin <= end <= len(p):
+        raise BackendError(f"table update: rows {begin} to {end} are not in a table of {len(p)}")
+    n = end - begin if rows is None else len(rows)
+    start = 0 if rows is not None or clock is not None else begin
+    _run(p, states, last, rule, steps, first_step, rows, None, n, start, upto, clock=clock)
+
+
+def table_step(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    rows: Tensor,
+    grads: Tensor,
+    lazily: bool,
+    begin: int,
+    end: int,
+    clock: Tensor | None = None,
+) -> None:
+    """Take the last of ``steps`` with the gradients of ``rows``, then bring the rows ``begin .. end - 1`` to it.
+
+    Args:
+        p, states, last, rule, steps, first_step, rows, begin, end, clock: as for :func:`table_replay`; with a clock
+            the step to take is the clock's.
+        grads: ``[n, D]`` float32, of ``rows``.
+        lazily: the rows are not brought to the step before, and no others are.
+
+    Raises:
+        BackendError: as for :func:`table_replay`.
+    """
+    _check(p, states, last, rule, steps)
+    if grads.shape != (len(rows), p.shape[1]) or grads.dtype is not torch.float32 or not grads.is_contiguous():
+        raise BackendError(f"table update: gradients of {len(rows)} rows can't be {list(grads.shape)} {grads.dtype}")
+    upto = first_step + len(steps) - 1 if clock is None else 0
+    _run(p, states, last, rule, steps, first_step, rows, grads, len(rows), 0, upto, lazily, clock)
+    if not lazily:
+        table_replay(p, states, last, rule, steps, first_step, None, begin, end, upto, clock)

@@ -1,0 +1,114 @@
+"""What one optimizer step does to a block of table rows: the rules of csrc/core/optimizer.h, operation by operation.
+
+The order of operations, the roundings and which products are fused are torch's single-tensor implementation's, so that
+the numbers are the native backend's to the last bit, except that numbers below 1.2e-38 are not taken for zero here.
+Kernels that call these functions must be launched with ``Warps(contract=False)``: a product that the compiler fuses on
+its own would change the last bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRET
+
+#: The rules in the order of ``fastmtl.optim.rules.RULES``, and one that torch does not have: one number of state a row.
+RULES = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rowwise_adagrad")
+#: Numbers of one step, in the order of ``fastmtl.optim.rules.FIELDS``.
+FIELDS = 9
+#: For each rule its states: ``[V, D]``, but ``[V]`` where the rule is row-wise.
+STATES = (0, 1, 1, 2, 2, 1, 1)
+
+#: In place of a rule: there is no step to take, the gradient is written out.
+NO_RULE = tl.constexpr(-1)
+_SGD = tl.constexpr(0)
+_NESTEROV = tl.constexpr(2)
+_ADAM = tl.constexpr(3)
+_ADAMW = tl.constexpr(4)
+_ADAGRAD = tl.constexpr(5)
+ROWWISE_ADAGRAD = tl.constexpr(6)
+
+
+@triton.jit
+def fused(a, b, c):
+    """a * b + c, rounded once. (The interpreter would round twice; in float64 the product is exact.)"""
+    if INTERPRET:
+        found = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        found = tl.fma(a, b, c)
+    return found
+
+
+@triton.jit
+def load_step(Step_ptr):
+    """A step's numbers: l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr."""
+    how = tl.load(Step_ptr), tl.load(Step_ptr + 1), tl.load(Step_ptr + 2), tl.load(Step_ptr + 3), tl.load(Step_ptr + 4)
+    much = tl.load(Step_ptr + 5), tl.load(Step_ptr + 6), tl.load(Step_ptr + 7), tl.load(Step_ptr + 8)
+    return how[0], how[1], how[2], how[3], how[4], much[0], much[1], much[2], much[3]
+
+
+@triton.jit
+def move(step, grad, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
+    """One step of a block ``[rows, columns]``: the new p and states.
+
+    ``first`` is ``[rows]`` where the rule is row-wise; the block must hold whole rows then, zero beyond them.
+    """
+    l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr = step
+    g = fused(p, l2, grad)
+    if RULE == _SGD:
+        p = fused(g, neg_lr, p)
+    elif RULE == _ADAGRAD:
+        first = fused(g, g, first)
+        p = p + tl.div_rn(neg_lr * g, tl.sqrt_rn(first) + eps)
+    elif RULE == ROWWISE_ADAGRAD:
+        first = first + tl.div_rn(tl.sum(g * g, axis=1), DIM * 1.0)
+        p = p + tl.div_rn(neg_lr * g, (tl.sqrt_rn(first) + eps)[:, None])
+    elif RULE == _ADAM or RULE == _ADAMW:
+        if RULE == _ADAMW:
+            p = p * shrink
+        first = fused(fresh, g - first, first)
+        second = fused(fresh_square * g, g, second * keep)
+        p = p + tl.div_rn(neg_lr * first, tl.div_rn(tl.sqrt_rn(second), root) + eps)
+    else:
+        first = fused(g, fresh, first * keep)
+        p = fused(fused(first, ahead, g) if RULE == _NESTEROV else first, neg_lr, p)
+    return p, first, second
+
+
+@triton.jit
+def load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM: tl.constexpr, RULE: tl.constexpr):
+    """p and the states of a block: columns ``d`` of ``row``."""
+    at = row[:, None] * DIM + d[None, :]
+    inside = live[:, None] & (d < DIM)[None, :]
+    p = tl.load(P_ptr + at, mask=inside, other=0.0)
+    first, second = p, p  # where the rule has no such state
+    if RULE == ROWWISE_ADAGRAD:
+        first = tl.load(First_ptr + row, mask=live, other=0.0)
+    elif RULE != _SGD:
+        first = tl.load(First_ptr + at, mask=inside, other=0.0)
+    if RULE == _ADAM or RULE == _ADAMW:
+        second = tl.load(Second_ptr + at, mask=inside, other=0.0)
+    return p, first, second
+
+
+@triton.jit
+def store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
+    """What :func:`load_rows` read, back to its place."""
+    at = row[:, None] * DIM + d[None, :]
+    inside = live[:, None] & (d < DIM)[None, :]
+    tl.store(P_ptr + at, p, mask=inside)
+    if RULE == ROWWISE_ADAGRAD:
+        tl.store(First_ptr + row, first, mask=live)
+    elif RULE != _SGD:
+        tl.store(First_ptr + at, first, mask=inside)
+    if RULE == _ADAM or RULE == _ADAMW:
+        tl.store(Second_ptr + at, second, mask=inside)
+
+
+@triton.jit
+def take_step(P_ptr, First_ptr, Second_ptr, Step_ptr, row, live, d, grad, DIM: tl.constexpr, RULE: tl.constexpr):
+    """One step of rows whose gradient is at hand, in place."""
+    p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
+    p, first, second = move(load_step(Step_ptr), grad, p, first, second, DIM, RULE)
+    store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)
