@@ -1,0 +1,43 @@
+// The products with packed weights for ONE instruction set: built once for each, with FASTMTL_ISA naming it.
+#include "core/packed_gemm.h"
+
+#include "core/packed_gemm_amx.h"
+#include "core/packed_gemm_bf16.h"
+
+#define FASTMTL_TEXT(x) #x
+#define FASTMTL_NAME(x) FASTMTL_TEXT(x)
+
+namespace fastmtl::FASTMTL_ISA {
+namespace {
+
+void wgrad_bf16(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, const Bf16* h, int64_t ld_h, float* dw,
+                int64_t ld_dw, bool accumulate, Bf16* scratch) {
+  const int64_t depth = round_up(m, kPairDepth);
+  Bf16* packed = scratch + round_up(n * depth, kPairDepth);
+  transpose_bf16(m, n, dz, ld_dz, scratch, depth);
+  repack_bf16(k, m, h, ld_h, true, packed);
+  gemm_bf16(n, k, m, scratch, depth, packed, dw, ld_dw, accumulate);
+}
+
+}  // namespace
+
+const PackedGemm& packed_gemm() {
+#ifdef __AVX512BF16__
+  constexpr bool kHasBf16 = true;
+#else
+  constexpr bool kHasBf16 = false;
+#endif
+  static const PackedGemm table = {FASTMTL_NAME(FASTMTL_ISA),
+                                   kHasBf16,
+                                   pack_f32,
+                                   pack_bf16,
+                                   repack_bf16,
+                                   gemm_f32,
+                                   gemm_bf16,
+                                   wgrad_bf16,
+                                   transpose_bf16,
+                                   round_bf16};
+  return table;
+}
+
+}  // namespace fastmtl::FASTMTL_ISA

@@ -1,0 +1,108 @@
+// The fp32 product with a packed weight: some rows of some panels at a time in registers, the whole of k.
+//
+// Compiled once for each instruction set, see simd.h; contract in packed_gemm.h. Each element of the result is one
+// chain of multiply-adds over k in its order.
+#pragma once
+
+#include "core/packed_gemm_pack.h"
+
+namespace fastmtl::FASTMTL_ISA {
+
+// A register, and what fits into them: kRows * kPanels * kRegs sums, a panel's row of each weight, one number of `a`.
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kPanels = 3;
+constexpr int64_t kRegLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kPanels = 1;
+constexpr int64_t kRegLanes = 8;
+#elif defined(__aarch64__)
+constexpr int kRows = 4, kPanels = 1;
+constexpr int64_t kRegLanes = 4;
+#else
+constexpr int kRows = 2, kPanels = 1;
+constexpr int64_t kRegLanes = 4;
+#endif
+constexpr int kRegs = kPanel / kRegLanes;  // of a panel
+typedef float Reg __attribute__((vector_size(kRegLanes * sizeof(float))));
+typedef uint32_t RegBits __attribute__((vector_size(kRegLanes * sizeof(float))));
+
+FASTMTL_INLINE Reg load_reg(const void* from) {
+  Reg v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// Loops over what lies in registers must be unrolled early, or gcc keeps it in memory.
+#define FASTMTL_UNROLL _Pragma("GCC unroll 16")
+
+template <int kR, int kQ>
+FASTMTL_INLINE void clear_block(Reg (&total)[kR][kQ]) {
+  FASTMTL_UNROLL for (int r = 0; r < kR; ++r) { FASTMTL_UNROLL for (int q = 0; q < kQ; ++q) total[r][q] = Reg{}; }
+}
+
+// The last panel has `lanes` columns.
+template <int kR, int kQ>
+FASTMTL_INLINE void store_block(const Reg (&total)[kR][kQ], int64_t lanes, float* c, int64_t ld_c, bool accumulate) {
+  FASTMTL_UNROLL for (int r = 0; r < kR; ++r) {
+    FASTMTL_UNROLL for (int q = 0; q < kQ; ++q) {
+      float* to = c + r * ld_c + q * kRegLanes;
+      const int64_t n = q + kRegs < kQ ? kRegLanes : lanes - (q + kRegs - kQ) * kRegLanes;
+      if (n >= kRegLanes) {
+        const Reg sum = accumulate ? load_reg(to) + total[r][q] : total[r][q];
+        std::memcpy(to, &sum, sizeof(sum));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = accumulate ? to[i] + total[r][q][i] : total[r][q][i];
+      }
+    }
+  }
+}
+
+// kR rows times kP panels.
+template <int kR, int kP>
+void block_f32(int64_t lanes, int64_t k, const float* a, int64_t ld_a, const float* panels, float* c, int64_t ld_c,
+               bool accumulate) {
+  Reg total[kR][kP * kRegs], w[kP * kRegs];
+  clear_block(total);
+  const int64_t step = k * kPanel;
+  for (int64_t p = 0; p < k; ++p) {
+    FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) {
+      w[q] = load_reg(panels + q / kRegs * step + p * kPanel + q % kRegs * kRegLanes);
+    }
+    FASTMTL_UNROLL for (int r = 0; r < kR; ++r) {
+      const float x = a[r * ld_a + p];
+      FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) total[r][q] += x * w[q];
+    }
+  }
+  store_block(total, lanes, c, ld_c, accumulate);
+}
+
+// The rows that are left when kR no longer fits, in halves.
+template <int kR, int kP, class Block>
+FASTMTL_INLINE void rows_of(int64_t m, const Block& block) {
+  int64_t i = 0;
+  for (; i + kR <= m; i += kR) block.template operator()<kR, kP>(i);
+  if constexpr (kR > 1) {
+    if (i < m)
+      rows_of<kR / 2, kP>(
+          m - i, [&]<int kLessR, int kSameP>(int64_t at) { block.template operator()<kLessR, kSameP>(i + at); });
+  }
+}
+
+template <int kP, class Block>
+FASTMTL_INLINE void panels_of(int64_t m, int64_t n, int64_t& j, const Block& block) {
+  for (; j + (kP - 1) * kPanel < n; j += kP * kPanel) {
+    const int64_t lanes = std::min(kPanel, n - j - (kP - 1) * kPanel);
+    rows_of<kRows, kP>(m, [&]<int kR, int kSameP>(int64_t i) { block.template operator()<kR, kSameP>(i, j, lanes); });
+  }
+  if constexpr (kP > 1) panels_of<kP - 1>(m, n, j, block);
+}
+
+inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* packed, float* c,
+                     int64_t ld_c, bool accumulate) {
+  int64_t column = 0;
+  panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
+    block_f32<kR, kP>(lanes, k, a + i * ld_a, ld_a, packed + j * k, c + i * ld_c + j, ld_c, accumulate);
+  });
+}
+
+}  // namespace fastmtl::FASTMTL_ISA

@@ -1,0 +1,174 @@
+// Packing, transposing and rounding for the products of packed_gemm.h.
+//
+// Compiled once for each instruction set, see simd.h; contracts in packed_gemm.h.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/packed_gemm.h"
+#include "core/simd.h"
+
+namespace fastmtl::FASTMTL_ISA {
+
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+// A quiet NaN stays one: rounding must not carry it into infinity.
+FASTMTL_INLINE Bf16 to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return static_cast<Bf16>(bits >> 16 | 0x40);
+  return static_cast<Bf16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+FASTMTL_INLINE H16 to_bf16(F32 value) {
+  const U32 bits = (U32)value;
+  const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const U32 nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(value == value ? rounded : nan, H16);
+}
+
+FASTMTL_INLINE float from_bf16(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+inline void round_bf16(int64_t rows, int64_t cols, const float* from, int64_t ld, Bf16* to, int64_t ld_to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) {
+      const H16 rounded = to_bf16(load(from + r * ld + c));
+      std::memcpy(to + r * ld_to + c, &rounded, sizeof(rounded));
+    }
+    for (; c < cols; ++c) to[r * ld_to + c] = to_bf16(from[r * ld + c]);
+  }
+}
+
+inline void pack_f32(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, float* packed) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t lanes = std::min(kPanel, n - j);
+    float* panel = packed + j * k;
+    if (by_depth) {
+      for (int64_t p = 0; p < k; ++p) store(panel + p * kPanel, load(w + p * ld + j, lanes));
+      continue;
+    }
+    if (lanes < kPanel) std::fill(panel, panel + k * kPanel, 0.0f);
+    for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t p = 0; p < k; ++p) panel[p * kPanel + l] = w[(j + l) * ld + p];
+    }
+  }
+}
+
+FASTMTL_INLINE Bf16 as_bf16(float value) { return to_bf16(value); }
+FASTMTL_INLINE Bf16 as_bf16(Bf16 value) { return value; }
+
+FASTMTL_INLINE H16 load_16(const Bf16* from) {
+  H16 v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+FASTMTL_INLINE H16 load_16(const float* from) { return to_bf16(load(from)); }
+
+// a0 b0 a1 b1 ...
+FASTMTL_INLINE U32 pairs_of(H16 a, H16 b) {
+  return __builtin_convertvector(a, U32) | __builtin_convertvector(b, U32) << 16;
+}
+
+template <class T>
+void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf16* packed) {
+  const int64_t depth = round_up(k, kPairDepth);
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t lanes = std::min(kPanel, n - j);
+    Bf16* panel = packed + j * depth;
+    if (by_depth && lanes == kPanel) {
+      int64_t p = 0;
+      for (; p + 2 <= k; p += 2) {
+        const U32 pairs = pairs_of(load_16(w + p * ld + j), load_16(w + (p + 1) * ld + j));
+        std::memcpy(panel + p * kPanel, &pairs, sizeof(pairs));
+      }
+      std::fill(panel + p * kPanel, panel + depth * kPanel, Bf16{0});
+      if (p < k) {
+        for (int64_t l = 0; l < kPanel; ++l) panel[p * kPanel + 2 * l] = as_bf16(w[p * ld + j + l]);
+      }
+      continue;
+    }
+    if (lanes < kPanel || k < depth) std::fill(panel, panel + depth * kPanel, Bf16{0});
+    const int64_t step_lane = by_depth ? 1 : ld, step_depth = by_depth ? ld : 1;
+    for (int64_t l = 0; l < lanes; ++l) {
+      const T* from = w + (j + l) * step_lane;
+      for (int64_t p = 0; p < k; ++p) panel[(p & ~1) * kPanel + 2 * l + (p & 1)] = as_bf16(from[p * step_depth]);
+    }
+  }
+}
+
+inline void pack_bf16(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, Bf16* packed) {
+  pack_pairs(n, k, w, ld, by_depth, packed);
+}
+inline void repack_bf16(int64_t n, int64_t k, const Bf16* w, int64_t ld, bool by_depth, Bf16* packed) {
+  pack_pairs(n, k, w, ld, by_depth, packed);
+}
+
+#ifdef __AVX512F__
+// Sixteen rows of sixteen 32-bit numbers, transposed in registers. (The masks are full: without one, gcc 12 takes the
+// intrinsics for reads of uninitialised registers.)
+FASTMTL_INLINE void transpose_16(__m512i* v) {
+  constexpr __mmask16 kAll = 0xFFFF;
+  constexpr __mmask8 kAll8 = 0xFF;
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_maskz_unpacklo_epi32(kAll, v[i], v[i + 1]);
+    t[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_maskz_unpacklo_epi64(kAll8, t[i], t[i + 2]);
+    v[i + 1] = _mm512_maskz_unpackhi_epi64(kAll8, t[i], t[i + 2]);
+    v[i + 2] = _mm512_maskz_unpacklo_epi64(kAll8, t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_maskz_unpackhi_epi64(kAll8, t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int q = 0; q < 4; ++q) {
+      t[i + q] = _mm512_maskz_shuffle_i32x4(kAll, v[i + q], v[i + 4 + q], 0x88);
+      t[i + 4 + q] = _mm512_maskz_shuffle_i32x4(kAll, v[i + q], v[i + 4 + q], 0xDD);
+    }
+  }
+  for (int q = 0; q < 8; ++q) {
+    v[q] = _mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0x88);
+    v[8 + q] = _mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0xDD);
+  }
+}
+#endif
+
+inline void transpose_bf16(int64_t rows, int64_t cols, const Bf16* from, int64_t ld, Bf16* to, int64_t ld_to) {
+  const int64_t depth = round_up(rows, kPairDepth);
+  int64_t r = 0;
+#ifdef __AVX512F__
+  // as pairs of rows, each pair one 32-bit number
+  for (; r + 32 <= rows; r += 32) {
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16) {
+      __m512i v[16];
+      for (int p = 0; p < 16; ++p) {
+        const Bf16* pair = from + (r + 2 * p) * ld + c;
+        v[p] = (__m512i)pairs_of(load_16(pair), load_16(pair + ld));
+      }
+      transpose_16(v);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (c + i) * ld_to + r, v[i]);
+    }
+    for (; c < cols; ++c) {
+      for (int64_t i = 0; i < 32; ++i) to[c * ld_to + r + i] = from[(r + i) * ld + c];
+    }
+  }
+#endif
+  constexpr int64_t kTile = 32;
+  for (; r < depth; r += kTile) {
+    const int64_t stop = std::min(rows, r + kTile);
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t i = r; i < stop; ++i) to[c * ld_to + i] = from[i * ld + c];
+      for (int64_t i = stop; i < r + kTile; ++i) to[c * ld_to + i] = 0;
+    }
+  }
+}
+
+}  // namespace fastmtl::FASTMTL_ISA
