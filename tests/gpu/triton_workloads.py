@@ -41,7 +41,9 @@ def _autocast(enabled: bool) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def _embedding(vocabularies: tuple[int, ...], dim: int, n_dense: int, batch: int, dtype: torch.dtype) -> None:
+def _embedding(
+    vocabularies: tuple[int, ...], dim: int, n_dense: int, batch: int, dtype: torch.dtype, rules: tuple[str, ...] = ()
+) -> None:
     offset, bags = 0, []
     for f, vocab in enumerate(vocabularies):
         bags.append(Bag(f"f{f}", 0, offset, vocab, dim))
@@ -56,6 +58,12 @@ def _embedding(vocabularies: tuple[int, ...], dim: int, n_dense: int, batch: int
     assert out.dtype is dtype
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
+    for name in rules:
+        rule = RULES.index(name)
+        states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]
+        last = torch.empty(offset, dtype=torch.int32, device="meta")
+        update = optimizer.Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
+        backend.embedding_bag_bwd_step(out, ids, columns, spec, [update])
 
 
 def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
@@ -125,10 +133,10 @@ def _ple(level: int, width: int, dims: tuple[int, ...], specific: int, shared: i
 
 #: name -> (its calls, the architectures it is compiled for besides 90)
 WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
-    "embedding ali-ccp fp32": (partial(_embedding, ALI_CCP, 16, 8, 65536, torch.float32), (80, 100)),
+    "embedding ali-ccp fp32": (partial(_embedding, ALI_CCP, 16, 8, 65536, torch.float32, ("adam",)), (80, 100)),
     "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16), ()),
-    "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32), ()),
-    "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32), ()),
+    "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32, RULES), ()),
+    "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32, ("adamw",)), ()),
     "updates ali-ccp": (partial(_updates, ("adam",), sum(ALI_CCP), 16, 65536), (80, 100)),
     "updates of every rule": (partial(_updates, RULES, sum(ALI_CCP), 16, 65536), ()),
     "updates wide": (partial(_updates, ("adamw", "rowwise_adagrad"), 1 << 26, 128, 65536), ()),

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
+
+if TYPE_CHECKING:
+    from .optimizer import Update
 
 #: The kernels bring their own backward; autograd lives in fastmtl/ops.
 DIFFERENTIABLE = False
@@ -111,6 +115,15 @@ def embedding_bag_bwd_sparse(
     from .embedding_bag_backward import embedding_bag_bwd_sparse as run
 
     return run(grad, ids, columns, spec, shapes, needs)
+
+
+def embedding_bag_bwd_step(
+    grad: Tensor, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, updates: list[Update | None]
+) -> None:
+    """As :func:`embedding_bag_bwd`, but the optimizer's step takes the place of a gradient that is written out."""
+    from .embedding_bag_backward import embedding_bag_bwd_step as run
+
+    run(grad, ids, columns, spec, updates)
 
 
 def expert_gate_fwd(

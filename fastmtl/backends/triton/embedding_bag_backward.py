@@ -6,12 +6,15 @@
    one chunk is finished there. What reaches over a chunk's end is left in Head and Tail (embedding_segments_kernel),
 4. and added up where the row began, STITCHED chunks at a time (embedding_stitch_kernel).
 
+A row's finished gradient is written out, or an optimizer takes its step with it there and then (``Update``).
+
 Nothing is added atomically and the sort is stable, so that a run can be repeated to the last bit. The rows depend on
 the ids alone, so that steps 1 and the sort may run ahead of the gradient.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +28,8 @@ from .common import aligned
 from .embedding_bag_forward import load_slot, resolve
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch
+from .optimizer import Update, update_arguments
+from .optimizer_rules import NO_RULE, load_step, take_step
 from .tiny_tables import add_tiny_tables
 
 
@@ -77,6 +82,12 @@ def embedding_segments_kernel(
     Head_ptr,  # [n_chunks, DIM] fp32: of the row that began in an earlier chunk
     Tail_ptr,  # [n_chunks, DIM] fp32: of the row that goes on in the next chunk
     Open_ptr,  # [n_chunks] int32: whether Tail is to be stitched
+    P_ptr,  # [V_total, DIM] and its optimizer's states, read and written where there is a RULE
+    First_ptr,
+    Second_ptr,
+    Last_ptr,  # [V_total] int32
+    Step_ptr,  # [9]
+    Now_ptr,  # [1] int32: the step's number
     n,
     n_columns,
     n_bags,
@@ -85,6 +96,7 @@ def embedding_segments_kernel(
     DIM: tl.constexpr,
     MEAN: tl.constexpr,
     RANKED: tl.constexpr,
+    RULE: tl.constexpr,
     ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     WALKERS: tl.constexpr,
@@ -97,6 +109,11 @@ def embedding_segments_kernel(
     key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
     before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
     total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
+    step = (0.0,)
+    now = 0
+    if RULE != NO_RULE:
+        step = load_step(Step_ptr)
+        now = tl.load(Now_ptr)
     for _ in range(CHUNK):
         live = (at < n) & (key != void)
         following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
@@ -118,7 +135,11 @@ def embedding_segments_kernel(
             tl.store(Rows_ptr + target, key, mask=whole & (tl.program_id(1) == 0))
         else:
             target = key
-        tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
+        if RULE == NO_RULE:
+            tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
+        else:
+            take_step(P_ptr, First_ptr, Second_ptr, step, key, whole, d, total, DIM, RULE)
+            tl.store(Last_ptr + key, now, mask=whole & (tl.program_id(1) == 0))
         tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(ends & ~own)[:, None] & inside)
         total = tl.where(ends[:, None], 0.0, total)
         key = following
@@ -141,9 +162,16 @@ def embedding_stitch_kernel(
     Head_ptr,
     Tail_ptr,
     Open_ptr,
+    P_ptr,
+    First_ptr,
+    Second_ptr,
+    Last_ptr,
+    Step_ptr,
+    Now_ptr,
     n,
     DIM: tl.constexpr,
     RANKED: tl.constexpr,
+    RULE: tl.constexpr,
     CHUNK: tl.constexpr,
     STITCHED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,7 +197,14 @@ def embedding_stitch_kernel(
                 tl.store(Rows_ptr + target, key.to(tl.int64))
         else:
             target = key.to(tl.int64)
-        tl.store(Out_ptr + target * DIM + d, total, mask=d < DIM)
+        if RULE == NO_RULE:
+            tl.store(Out_ptr + target * DIM + d, total, mask=d < DIM)
+        else:
+            row = key.to(tl.int64) + tl.zeros([1], tl.int64)
+            step = load_step(Step_ptr)
+            take_step(P_ptr, First_ptr, Second_ptr, step, row, row >= 0, d, total[None, :], DIM, RULE)
+            if tl.program_id(1) == 0:
+                tl.store(Last_ptr + key, tl.load(Now_ptr))
 
 
 class Rows(NamedTuple):
@@ -219,12 +254,20 @@ def sort_rows(ids: Tensor, table: TablePlan, n_weight_rows: int) -> Rows:
 
 
 def _add_segments(
-    grad: Tensor, rows: Rows, table: TablePlan, out: Tensor, void: int, rank: Tensor | None, out_rows: Tensor | None
+    grad: Tensor,
+    rows: Rows,
+    table: TablePlan,
+    out: Tensor,
+    void: int,
+    rank: Tensor | None = None,
+    out_rows: Tensor | None = None,
+    update: Update | None = None,
 ) -> None:
     n, dim = len(rows.keys), out.shape[1]
     if n == 0:
         return
-    config = configs.EMBEDDING.segments(n, dim)
+    config = configs.EMBEDDING.segments(n, dim, update is not None and update.whole_rows)
+    warps = config.warps if update is None else replace(config.warps, contract=False)
     n_chunks = cdiv(n, config.chunk)
     head, tail = torch.empty(2, n_chunks, dim, dtype=torch.float32, device=grad.device)
     is_open = torch.empty(n_chunks, dtype=torch.int32, device=grad.device)
@@ -236,6 +279,7 @@ def _add_segments(
         "Head_ptr": head,
         "Tail_ptr": tail,
         "Open_ptr": is_open,
+        **update_arguments(update, out),
         "n": n,
         "DIM": dim,
         "RANKED": rank is not None,
@@ -246,7 +290,7 @@ def _add_segments(
     launch(
         embedding_segments_kernel,
         (cdiv(n_chunks, config.walkers), n_blocks),
-        config.warps,
+        warps,
         Order_ptr=rows.order,
         Grad_ptr=grad,
         Columns_ptr=table.sorted_columns,
@@ -263,7 +307,7 @@ def _add_segments(
     launch(
         embedding_stitch_kernel,
         (n_chunks, n_blocks),
-        configs.Warps(1),
+        configs.Warps(1, contract=update is None),
         STITCHED=configs.EMBEDDING.stitched,
         **shared,
     )
@@ -291,7 +335,7 @@ def embedding_bag_bwd(
             continue
         out = torch.zeros(n_weight_rows, dim, dtype=torch.float32, device=grad.device)
         rows = sort_rows(ids, table, n_weight_rows)
-        _add_segments(grad, rows, table, out, n_weight_rows, None, None)
+        _add_segments(grad, rows, table, out, n_weight_rows)
         add_tiny_tables(grad, rows.tiny, rows.counted, table, out, None, n_weight_rows)
         grads.append(out)
     return grads
@@ -324,3 +368,26 @@ def embedding_bag_bwd_sparse(
         add_tiny_tables(grad, rows.tiny, rows.counted, table, values[n_sorted:], found[n_sorted:], n_weight_rows)
         grads.append((found, values))
     return grads
+
+
+def embedding_bag_bwd_step(
+    grad: Tensor, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, updates: list[Update | None]
+) -> None:
+    """The tables' optimizer step in the backward: no gradient is written, only what it does to the touched rows.
+
+    Args:
+        grad: ``[B, W]``, of the output.
+        ids, columns, spec: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+        updates: of each weight, or None where it is not trained. Its rows must be current at the step before.
+
+    Raises:
+        BackendError: an update's tensors don't fit.
+    """
+    grad, tables = _prepare(grad, ids, columns, spec)
+    for update, table in zip(updates, tables, strict=True):
+        if update is not None:
+            update.check()
+            void = len(update.p)
+            rows = sort_rows(ids, table, void)
+            _add_segments(grad, rows, table, update.p, void, update=update)
+            add_tiny_tables(grad, rows.tiny, rows.counted, table, update.p, None, void, update)

@@ -8,6 +8,7 @@ waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +18,17 @@ from torch import Tensor
 from ...errors import BackendError
 from . import configs
 from .launch import cdiv, launch
-from .optimizer_rules import FIELDS, ROWWISE_ADAGRAD, RULES, STATES, load_rows, load_step, move, store_rows
+from .optimizer_rules import (
+    FIELDS,
+    NO_RULE,
+    ROWWISE_ADAGRAD,
+    RULES,
+    STATES,
+    load_rows,
+    load_step,
+    move,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["start", "first_step", "n_kept", "upto"])
@@ -247,3 +258,49 @@ def table_step(
     _run(p, states, last, rule, steps, first_step, rows, grads, len(rows), 0, upto, lazily, clock)
     if not lazily:
         table_replay(p, states, last, rule, steps, first_step, None, begin, end, upto, clock)
+
+
+class Update(NamedTuple):
+    """An optimizer's step of one table, for kernels that take it where the gradient comes into being.
+
+    Args:
+        p: ``[V, D]`` float32.
+        states: as for :func:`table_replay`.
+        last: ``[V]`` int32, set to ``now`` for the rows that move.
+        rule: place in :data:`RULES`.
+        step: ``[9]`` float32, the step's numbers.
+        now: ``[1]`` int32 on the device, the step's number.
+    """
+
+    p: Tensor
+    states: Sequence[Tensor]
+    last: Tensor
+    rule: int
+    step: Tensor
+    now: Tensor
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a block must hold whole rows."""
+        return self.rule == ROWWISE_ADAGRAD.value
+
+    def check(self) -> None:
+        """Raise BackendError where the tensors do not fit."""
+        _check(self.p, self.states, self.last, self.rule, self.step[None])
+
+
+def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:
+    """A kernel's arguments of an update; ``other`` stands where there is none."""
+    if update is None:
+        names = ("P_ptr", "First_ptr", "Second_ptr", "Last_ptr", "Step_ptr", "Now_ptr")
+        return {**dict.fromkeys(names, other), "RULE": NO_RULE.value}
+    states = [*update.states, update.p, update.p]
+    return {
+        "P_ptr": update.p,
+        "First_ptr": states[0],
+        "Second_ptr": states[1],
+        "Last_ptr": update.last,
+        "Step_ptr": update.step,
+        "Now_ptr": update.now,
+        "RULE": update.rule,
+    }

@@ -33,10 +33,9 @@ ROWWISE_ADAGRAD = tl.constexpr(6)
 @triton.jit
 def fused(a, b, c):
     """a * b + c, rounded once. (The interpreter would round twice; in float64 the product is exact.)"""
+    found = tl.fma(a, b, c)
     if INTERPRET:
         found = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    else:
-        found = tl.fma(a, b, c)
     return found
 
 
@@ -64,7 +63,7 @@ def move(step, grad, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
     elif RULE == ROWWISE_ADAGRAD:
         first = first + tl.div_rn(tl.sum(g * g, axis=1), DIM * 1.0)
         p = p + tl.div_rn(neg_lr * g, (tl.sqrt_rn(first) + eps)[:, None])
-    elif RULE == _ADAM or RULE == _ADAMW:
+    elif RULE >= _ADAM and RULE <= _ADAMW:
         if RULE == _ADAMW:
             p = p * shrink
         first = fused(fresh, g - first, first)
@@ -87,7 +86,7 @@ def load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM: tl.constexpr, RUL
         first = tl.load(First_ptr + row, mask=live, other=0.0)
     elif RULE != _SGD:
         first = tl.load(First_ptr + at, mask=inside, other=0.0)
-    if RULE == _ADAM or RULE == _ADAMW:
+    if RULE >= _ADAM and RULE <= _ADAMW:
         second = tl.load(Second_ptr + at, mask=inside, other=0.0)
     return p, first, second
 
@@ -102,13 +101,13 @@ def store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM
         tl.store(First_ptr + row, first, mask=live)
     elif RULE != _SGD:
         tl.store(First_ptr + at, first, mask=inside)
-    if RULE == _ADAM or RULE == _ADAMW:
+    if RULE >= _ADAM and RULE <= _ADAMW:
         tl.store(Second_ptr + at, second, mask=inside)
 
 
 @triton.jit
-def take_step(P_ptr, First_ptr, Second_ptr, Step_ptr, row, live, d, grad, DIM: tl.constexpr, RULE: tl.constexpr):
-    """One step of rows whose gradient is at hand, in place."""
+def take_step(P_ptr, First_ptr, Second_ptr, step, row, live, d, grad, DIM: tl.constexpr, RULE: tl.constexpr):
+    """One step of rows that are current and whose gradient is at hand, in place; ``step`` is :func:`load_step`'s."""
     p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
-    p, first, second = move(load_step(Step_ptr), grad, p, first, second, DIM, RULE)
+    p, first, second = move(step, grad, p, first, second, DIM, RULE)
     store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)

@@ -15,7 +15,9 @@ from torch import Tensor
 from . import configs
 from .common import aligned
 from .embedding_plan import TablePlan
-from .launch import alignment, cdiv, launch
+from .launch import alignment, cdiv, launch, power_of_two
+from .optimizer import Update, update_arguments
+from .optimizer_rules import NO_RULE, load_step, take_step
 
 
 @triton.jit
@@ -78,11 +80,18 @@ def tiny_tables_sum_kernel(
     Places_ptr,  # [n_tiny_rows] int64: the weight's row of each
     Out_ptr,  # [V_total, DIM], or [n_tiny_rows, DIM] where LISTED
     Rows_ptr,  # [n_tiny_rows] int64: the row, or void; written where LISTED
+    P_ptr,  # the weight and its optimizer's states, as in embedding_segments_kernel; touched where there is a RULE
+    First_ptr,
+    Second_ptr,
+    Last_ptr,
+    Step_ptr,
+    Now_ptr,
     n_runs,
     n_tiny_rows,
     void,
     DIM: tl.constexpr,
     LISTED: tl.constexpr,
+    RULE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -102,14 +111,27 @@ def tiny_tables_sum_kernel(
         target = r.to(tl.int64)
         if tl.program_id(1) == 0:
             tl.store(Rows_ptr + r, tl.where(hits > 0, place, void), mask=live)
-    tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=inside)
+    if RULE == NO_RULE:
+        tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=inside)
+    else:
+        touched = live & (hits > 0)
+        take_step(P_ptr, First_ptr, Second_ptr, load_step(Step_ptr), place, touched, d, total, DIM, RULE)
+        tl.store(Last_ptr + place, tl.load(Now_ptr), mask=touched & (tl.program_id(1) == 0))
 
 
 def add_tiny_tables(
-    grad: Tensor, tiny: Tensor, count: Tensor, table: TablePlan, out: Tensor, rows: Tensor | None, void: int
+    grad: Tensor,
+    tiny: Tensor,
+    count: Tensor,
+    table: TablePlan,
+    out: Tensor,
+    rows: Tensor | None,
+    void: int,
+    update: Update | None = None,
 ) -> None:
     """Write the gradient of the tiny tables' rows: into their places in ``out [V_total, D]``, or, where ``rows`` is
-    given, one below the other into ``out [n_tiny_rows, D]``, their places (``void`` where untouched) into ``rows``."""
+    given, one below the other into ``out [n_tiny_rows, D]``, their places (``void`` where untouched) into ``rows``.
+    With an ``update`` nothing is written: the touched rows take their optimizer's step."""
     if not table.tiny:
         return
     n_rows, dim = len(tiny), out.shape[1]
@@ -150,20 +172,22 @@ def add_tiny_tables(
             BLOCK_D=config.block_d,
         )
     block_r = 16
+    block_d = power_of_two(dim) if update is not None and update.whole_rows else config.block_d
     launch(
         tiny_tables_sum_kernel,
-        (cdiv(table.n_tiny_rows, block_r), n_blocks),
-        configs.Warps(4),
+        (cdiv(table.n_tiny_rows, block_r), cdiv(dim, block_d)),
+        configs.Warps(4, contract=update is None),
         Sum_ptr=sums,
         Hits_ptr=hits,
         Places_ptr=table.tiny_rows,
         Out_ptr=out,
         Rows_ptr=table.tiny_rows if rows is None else rows,
+        **update_arguments(update, out),
         n_runs=n_runs,
         n_tiny_rows=table.n_tiny_rows,
         void=void,
         DIM=dim,
         LISTED=rows is not None,
         BLOCK_R=block_r,
-        BLOCK_D=config.block_d,
+        BLOCK_D=block_d,
     )

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from triton_cases import check, drawer
+from triton_cases import check, drawer, random_lookup
 
 from fastmtl.backends import native
+from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import optimizer as update
 from fastmtl.backends.triton import optimizer_rules
 from fastmtl.errors import BackendError
@@ -228,3 +229,35 @@ def test_what_does_not_fit_is_refused(device):
         update.table_replay(p, [], last, 0, steps, 1, None, 0, 4, 1)
     with pytest.raises(BackendError, match=r"gradients of 1 rows can't be \[2, 2\]"):
         update.table_step(p, [], last, 0, steps, 1, rows, torch.zeros(2, 2, device=device), False, 0, 0)
+
+
+@pytest.mark.parametrize("rule", range(len(optimizer_rules.RULES)), ids=optimizer_rules.RULES)
+def test_a_step_in_the_backward_is_the_step_after_it(rule, seed, device):
+    """The same bits as the rows' gradients, then their step; tiny tables, long segments and means among them."""
+    for case in range(2):
+        lookup = random_lookup(seed + case, batch=23)
+        rng = torch.Generator().manual_seed(seed + case)
+        grad = torch.randn(23, lookup.spec.width(lookup.columns), generator=rng).to(device)
+        ids = lookup.ids.to(device)
+        shapes = [weight.shape for weight in lookup.weights]
+        gradients = backend.embedding_bag_bwd_sparse(
+            grad, ids, lookup.columns, lookup.spec, shapes, [True] * len(shapes)
+        )
+        step = torch.tensor([0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1], device=device)
+        updates, expected = [], []
+        for weight, gradient in zip(lookup.weights, gradients, strict=True):
+            like = weight[:, 0] if rule == ROWWISE else weight
+            states = [torch.rand(like.shape, generator=rng).to(device) for _ in range(optimizer_rules.STATES[rule])]
+            p = weight.float().to(device)
+            last = torch.full((len(p),), 6, dtype=torch.int32, device=device)
+            now = torch.tensor([7], dtype=torch.int32, device=device)
+            updates.append(update.Update(p.clone(), [s.clone() for s in states], last.clone(), rule, step, now))
+            update.table_step(p, states, last, rule, step[None], 7, *gradient, True, 0, 0)
+            expected.append((p, *states, last))
+        backend.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, updates)
+        for mine, wanted in zip(updates, expected, strict=True):
+            for one, other in zip((mine.p, *mine.states, mine.last), wanted, strict=True):
+                if rule == ROWWISE:  # a row's mean square may be summed in another order
+                    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+                else:
+                    assert torch.equal(one, other)
