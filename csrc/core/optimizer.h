@@ -1,4 +1,5 @@
-// Updates of embedding tables at sparse cost, with the numbers of torch.optim on dense gradients.
+// torch.optim's updates: of embedding tables at sparse cost, with the numbers that dense gradients would give, and of
+// all other parameters.
 //
 // A dense optimizer touches every row in every step. Here a row that no gradient reached waits: `last` says up to which
 // step it is current. The steps it missed are made up later, all at once while the row is in registers or L1
@@ -59,6 +60,9 @@ struct OptimizerKernels {
   // Takes step `number` with the gradients [n, dim] of the current rows[begin, end); marks them.
   void (*apply)(int64_t rule, const Table& table, const Step& step, int64_t number, const int64_t* rows,
                 const float* grads, int64_t begin, int64_t end);
+
+  // Takes a step with the gradients of n neighbouring numbers, rows or not.
+  void (*dense)(int64_t rule, const Step& step, float* p, const float* grad, float* first, float* second, int64_t n);
 };
 
 // The kernels as built for one instruction set.

@@ -219,6 +219,28 @@ void apply_rule(const Table& t, const Step& step, int64_t number, const int64_t*
   }
 }
 
+template <Rule R>
+void dense_rule(const Step& step, float* p, const float* grad, float* first, float* second, int64_t n) {
+  const FlushTiny guard;
+  const Spread s(step);
+  int64_t i = 0;
+  for (; i + Lanes::kCount <= n; i += Lanes::kCount) {
+    update<R>(s, fma(Lanes::load(p + i), s.l2, Lanes::load(grad + i)), p + i, first + i, second + i);
+  }
+  if (i == n) return;
+  float rest[4][Lanes::kCount] = {};  // in lanes of their own: memory behind the arrays is not ours
+  const auto copy = [&](auto&& one) {
+    one(p, rest[0]);
+    if constexpr (R != kSgd) one(first, rest[1]);
+    if constexpr (R == kAdam || R == kAdamW) one(second, rest[2]);
+  };
+  const size_t bytes = sizeof(float) * static_cast<size_t>(n - i);
+  copy([&](float* array, float* lanes) { std::memcpy(lanes, array + i, bytes); });
+  std::memcpy(rest[3], grad + i, bytes);
+  update<R>(s, fma(Lanes::load(rest[0]), s.l2, Lanes::load(rest[3])), rest[0], rest[1], rest[2]);
+  copy([&](float* array, float* lanes) { std::memcpy(array + i, lanes, bytes); });
+}
+
 bool replay(int64_t rule, const Table& t, const History& history, const int64_t* rows, int64_t begin, int64_t end,
             int64_t upto) {
   switch (rule) {
@@ -255,10 +277,27 @@ void apply(int64_t rule, const Table& t, const Step& step, int64_t number, const
   }
 }
 
+void dense(int64_t rule, const Step& step, float* p, const float* grad, float* first, float* second, int64_t n) {
+  switch (rule) {
+    case kSgd:
+      return dense_rule<kSgd>(step, p, grad, first, second, n);
+    case kMomentum:
+      return dense_rule<kMomentum>(step, p, grad, first, second, n);
+    case kNesterov:
+      return dense_rule<kNesterov>(step, p, grad, first, second, n);
+    case kAdam:
+      return dense_rule<kAdam>(step, p, grad, first, second, n);
+    case kAdamW:
+      return dense_rule<kAdamW>(step, p, grad, first, second, n);
+    default:
+      return dense_rule<kAdagrad>(step, p, grad, first, second, n);
+  }
+}
+
 }  // namespace
 
 const OptimizerKernels& optimizer_kernels() {
-  static const OptimizerKernels table = {replay, apply};
+  static const OptimizerKernels table = {replay, apply, dense};
   return table;
 }
 

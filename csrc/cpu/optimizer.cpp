@@ -1,6 +1,7 @@
 // The tables' optimizers on torch tensors: check, run. What a step means is in core/optimizer.h.
 #include "core/optimizer.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/kernels.h"
@@ -111,9 +112,81 @@ void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+constexpr int64_t kChunk = 4096;          // numbers of a parameter that one thread takes at once
+constexpr int64_t kGrainNumbers = 65536;  // and must have in all to be worth waking
+
+// A parameter's share of a dense step.
+struct DensePart {
+  float* p;
+  const float* grad;
+  float *first, *second;
+  int64_t size, first_chunk;
+};
+
+// Step `number` of all parameters at once: states holds the parameters' first states, then their second ones (as many
+// as the rule has), counters their step numbers (or nothing, where the rule keeps none), which are set to `number`.
+// False, and nothing was done: a counter was not number - 1.
+bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+                std::vector<Tensor> counters, int64_t rule, std::vector<double> numbers, double number) {
+  const size_t n = params.size();
+  STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
+  STD_TORCH_CHECK(grads.size() == n && states.size() == n * static_cast<size_t>(states_of(rule)) &&
+                      (counters.empty() || counters.size() == n),
+                  "each parameter must have a gradient, ", states_of(rule), " states and a counter");
+  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kStepFields, "a step has ", kStepFields, " numbers");
+  const auto data = [&](const Tensor& tensor, int64_t size, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+                        tensor.numel() == size,
+                    name, " must be contiguous float32 on the CPU, and of its parameter's size");
+    return static_cast<float*>(tensor.mutable_data_ptr());
+  };
+  std::vector<DensePart> parts(n);
+  int64_t chunks = 0, total = 0;
+  for (size_t i = 0; i < n; ++i) {
+    DensePart& part = parts[i];
+    part.size = params[i].numel();
+    part.p = data(params[i], part.size, "a parameter");
+    if (!grads[i].is_contiguous()) grads[i] = torch::stable::contiguous(grads[i]);
+    part.grad = data(grads[i], part.size, "a gradient");
+    part.first = states.size() > i ? data(states[i], part.size, "a state") : nullptr;
+    part.second = states.size() > n + i ? data(states[n + i], part.size, "a state") : nullptr;
+    part.first_chunk = chunks;
+    chunks += (part.size + kChunk - 1) / kChunk;
+    total += part.size;
+  }
+  std::vector<float*> counts;
+  for (const Tensor& counter : counters) {
+    counts.push_back(data(counter, 1, "a counter"));
+    if (*counts.back() != static_cast<float>(number - 1)) return false;
+  }
+  for (float* count : counts) *count = static_cast<float>(number);
+
+  float fields[kStepFields];
+  for (int64_t k = 0; k < kStepFields; ++k) fields[k] = static_cast<float>(numbers[static_cast<size_t>(k)]);
+  Step step;
+  std::memcpy(&step, fields, sizeof(step));
+  const OptimizerKernels& use = kernels();
+  // small tensors make small chunks: how many threads there is work for depends on the numbers
+  const int64_t grain = std::max<int64_t>(1, chunks / std::max<int64_t>(1, total / kGrainNumbers));
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    size_t i = 0;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (i + 1 < n && parts[i + 1].first_chunk <= chunk) ++i;
+      const DensePart& part = parts[i];
+      const int64_t at = (chunk - part.first_chunk) * kChunk;
+      use.dense(rule, step, part.p + at, part.grad + at, part.first ? part.first + at : nullptr,
+                part.second ? part.second + at : nullptr, std::min(kChunk, part.size - at));
+    }
+  });
+  return true;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
+  m.def(
+      "dense_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] counters, int rule, "
+      "float[] numbers, float number) -> bool");
   m.def(
       "table_replay(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, int begin, int end, int upto) -> ()");
@@ -123,6 +196,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("dense_step", TORCH_BOX(&dense_step));
   m.impl("table_replay", TORCH_BOX(&table_replay));
   m.impl("table_step", TORCH_BOX(&table_step));
 }

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..backends import native
 from ..errors import BackendError, ConfigError
 from ..spec import EmbeddingSpec
-from .rules import FIELDS, Rule, rule_of, step_numbers, why_not
+from .dense import DenseStep, prepare_state
+from .rules import FIELDS, rule_of, step_numbers, why_not
 
 #: Steps that a row may miss before it is made current: the sweep reads and writes 1 / MOST_MISSED of a table a step.
 MOST_MISSED = 32
@@ -82,6 +83,7 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     _pending: dict[nn.Parameter, _Pending]
+    _dense: DenseStep
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if embedding_update not in ("exact", "lazy"):
             raise ConfigError(f"embedding_update {embedding_update!r} is not known; use 'exact' or 'lazy'")
         self._pending = {}
+        self._dense = DenseStep(self)
         self._is_lazy = embedding_update == "lazy"
         super().__init__(params, *args, **settings)
         for group in self.param_groups:
@@ -104,6 +107,11 @@ class TableOptimizer(torch.optim.Optimizer):
             if reason:
                 raise ConfigError(f"{type(self).__name__}: tables can't be updated sparsely with {reason}")
         self._pending = {table: _Pending(table) for table in tables}
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The parameters that are updated at sparse cost."""
+        return list(self._pending)
 
     # ------------------------------------------------------------------------------------------------ a step
 
@@ -113,6 +121,9 @@ class TableOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._pending:
+            self._dense_step()
+            return loss
         sparse = [table for table in self._pending if table.grad is not None and table.grad.is_sparse]
         dense = [table for table in self._pending if table.grad is not None and not table.grad.is_sparse]
         for table in dense:
@@ -134,6 +145,8 @@ class TableOptimizer(torch.optim.Optimizer):
         return loss
 
     def _dense_step(self) -> None:
+        if self._dense.take():
+            return
         # the class's own step, without the hooks that torch puts around every class's: they run around ours
         step: Any = super().step
         step = step.__func__
@@ -146,7 +159,7 @@ class TableOptimizer(torch.optim.Optimizer):
         table, rule = pending.table, rule_of(self, group)
         rows, values = _rows_of(table.grad)
         state = self.state[table]
-        is_first = self._prepare_state(table, rule)
+        is_first = prepare_state(self, table, rule)
         if "step" in state:
             state["step"] += 1
         pending.record(step_numbers(rule, group, float(state.get("step", pending.now + 1)), is_first))
@@ -160,16 +173,6 @@ class TableOptimizer(torch.optim.Optimizer):
             pending.history, pending.begin, rows, values, is_still, begin, end,
         )  # fmt: skip
         pending.is_current = is_still
-
-    def _prepare_state(self, table: nn.Parameter, rule: Rule) -> bool:
-        """Make the states that torch makes at a parameter's first step; returns whether there were none."""
-        state = self.state[table]
-        missing = [name for name in rule.states if state.get(name) is None]
-        for name in missing:
-            state[name] = torch.zeros_like(table, memory_format=torch.contiguous_format)
-        if missing and isinstance(self, torch.optim.Adam):
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        return bool(missing)
 
     # --------------------------------------------------------------------------------------- rows made current
 
@@ -228,6 +231,18 @@ class TableOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return super().__getstate__() | {"_tables": self.tables, "_is_lazy": self._is_lazy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tables = state.pop("_tables", None)
+        super().__setstate__(state)
+        if tables is not None:  # a copy, or from a pickle
+            self._dense = DenseStep(self)
+            self._pending = {table: _Pending(table) for table in tables}
+            self._restart()
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, every row current: torch's optimizer of the same name continues from it."""
         self.flush()
@@ -237,6 +252,9 @@ class TableOptimizer(torch.optim.Optimizer):
         """Continue from a state_dict of this optimizer or of torch's of the same name."""
         self.flush()
         super().load_state_dict(state_dict)
+        self._restart()
+
+    def _restart(self) -> None:
         for table, pending in self._pending.items():
             pending.restart(int(self.state.get(table, {}).get("step", pending.now)))
 

@@ -32,11 +32,18 @@ LARGE_TABLES = 4_000_000
 def make_optimizer(
     optimizer_fn: Callable[..., torch.optim.Optimizer], params: Sequence[nn.Parameter], settings: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """``optimizer_fn(params, **settings)``, fused where torch can and the user did not say otherwise."""
+    """``optimizer_fn(params, **settings)``: in one native pass on the CPU, fused where torch can.
+
+    Who says ``fused`` or ``foreach`` gets torch's own.
+    """
     settings = dict(settings)
     plain = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in params)
     if optimizer_fn in FUSED and plain and not {"fused", "foreach", "differentiable"} & set(settings):
-        settings["fused"] = True
+        can = not native.unavailable() and backend.forced() in (None, "native") and all(p.is_cpu for p in params)
+        if can and why_not(optimizer_fn, settings) is None:
+            optimizer_fn = SPARSE[optimizer_fn]
+        else:
+            settings["fused"] = True
     try:
         return optimizer_fn(params, **settings)
     except TypeError as error:
@@ -72,8 +79,7 @@ def make_table_optimizer(
         return None
     made: Any = partial(SPARSE[optimizer_fn], tables=tables, embedding_update=embedding_update or "exact")
     made.__name__ = SPARSE[optimizer_fn].__name__
-    fused = {} if {"fused", "foreach"} & set(settings) else {"fused": True}
-    return make_optimizer(made, params, fused | dict(settings))
+    return make_optimizer(made, params, settings)
 
 
 @contextlib.contextmanager
@@ -84,7 +90,7 @@ def sparse_updates(model: MTLModel, optimizer: Any) -> Iterator[None]:
         model: a built model.
         optimizer: any; only a :class:`fastmtl.optim.TableOptimizer` changes anything.
     """
-    if not isinstance(optimizer, optim.TableOptimizer):
+    if not isinstance(optimizer, optim.TableOptimizer) or not optimizer.tables:
         yield
         return
     model.embedding.updater = optimizer

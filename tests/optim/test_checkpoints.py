@@ -1,6 +1,7 @@
 """Checkpoints go both ways between torch's optimizers and ours, and dense gradients and other parameters work too."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from .runs import RULES, Gradients, make_tables, train_densely, train_sparsely
 from .test_exact import SHAPES, assert_same
 
 HALF, WHOLE = 120, 240
+
+
+def pickled(both):
+    """There and back again."""
+    return pickle.loads(pickle.dumps(both))
 
 
 def reference_run(name, seed):
@@ -83,6 +89,25 @@ def test_other_parameters_take_torchs_own_step(name, seed):
     ours.flush()
     assert_same([table, weight], [dense_table, dense_weight])
     assert len(calls) == 50
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=lambda f: f.__name__)
+def test_copies_go_on(name, copied, seed):
+    cls, settings = RULES[name]
+    tables = make_tables(seed, SHAPES)
+    other = nn.Parameter(torch.ones(7))
+    ours = getattr(optim, cls)([*tables, other], tables=tables, **settings)
+    other.grad = torch.ones(7)
+    train_sparsely(ours, tables, Gradients(seed, SHAPES), range(HALF))
+    ours, (*tables, other) = copied((ours, [*tables, other]))
+    assert ours.tables == tables
+    before = other.detach().clone()
+    other.grad = torch.ones(7)
+    train_sparsely(ours, tables, Gradients(seed, SHAPES), range(HALF, WHOLE))
+    ours.flush()
+    assert (other < before).all()
+    assert_same(tables, reference_run(name, seed))
 
 
 def test_gradients_of_two_lookups_add_up(seed):

@@ -1,0 +1,135 @@
+"""One native pass over all parameters with dense gradients, in the place of torch's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .rules import Rule, rule_of, step_numbers, why_not
+
+
+class _Batch(NamedTuple):
+    """Parameters of one group that take the same step, and how the library wants them."""
+
+    at: list[int]  # their places among the group's parameters with gradients
+    params: list[nn.Parameter]
+    states: list[Tensor]  # the first state of each, then the second of each
+    counters: list[Tensor]  # their step numbers, where the rule counts
+    is_first: bool  # whether the states were made for this step
+    number: list[float]  # one entry: the step taken last
+
+
+class _Kept(NamedTuple):
+    """A group's batches, good as long as the same parameters have gradients and the same states."""
+
+    rule: Rule
+    params: list[nn.Parameter]
+    entries: list[tuple[dict[str, Any], tuple[tuple[str, Tensor], ...]]]  # of ``optimizer.state``, and what they held
+    batches: list[_Batch]
+
+
+class DenseStep:
+    """Takes an optimizer's step for parameters in float32 on the CPU, in one call of the library a group.
+
+    The numbers are bit for bit those of torch's single-tensor implementation, see docs/optimizers.md.
+
+    Args:
+        optimizer: one of torch's, of a rule that :func:`fastmtl.optim.rules.rule_of` knows.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._kept: dict[int, _Kept] = {}
+
+    @torch.no_grad()
+    def take(self) -> bool:
+        """Take the step; False, and nothing was done: a parameter or a setting needs torch's own."""
+        groups = []
+        for slot, group in enumerate(self.optimizer.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads: list[Any] = [p.grad for p in params]
+            if group.get("fused") or group.get("foreach") or why_not(type(self.optimizer), group):
+                return False
+            for grad in grads:
+                if grad.dtype is not torch.float32 or grad.is_sparse:
+                    return False
+            kept = self._kept.get(slot)
+            if kept is None or not self._holds(kept, group, params):
+                if not all(p.is_cpu and p.is_contiguous() for p in params):
+                    return False
+                kept = None
+            groups.append((slot, group, params, grads, kept))
+        for slot, group, params, grads, kept in groups:
+            if kept is None:
+                kept = self._kept[slot] = self._gather(group, params)
+            for batch in kept.batches:
+                self._run(slot, group, kept.rule, batch, grads)
+            torch.autograd.graph.increment_version(params)
+        return True
+
+    def _holds(self, kept: _Kept, group: dict[str, Any], params: list[nn.Parameter]) -> bool:
+        if len(params) != len(kept.params) or rule_of(self.optimizer, group).number != kept.rule.number:
+            return False
+        state = self.optimizer.state
+        for p, before, (entry, held) in zip(params, kept.params, kept.entries, strict=True):
+            if p is not before or state.get(p) is not entry:
+                return False
+            for name, tensor in held:
+                if entry.get(name) is not tensor:
+                    return False
+        return True
+
+    def _gather(self, group: dict[str, Any], params: list[nn.Parameter]) -> _Kept:
+        rule = rule_of(self.optimizer, group)
+        found: dict[tuple[float, bool], list[int]] = {}
+        for i, p in enumerate(params):
+            is_first = prepare_state(self.optimizer, p, rule)
+            found.setdefault((float(self.optimizer.state[p].get("step", 0)), is_first), []).append(i)
+        entries = []
+        for p in params:
+            entry = self.optimizer.state[p]
+            names = (*rule.states, "step") if "step" in entry else rule.states
+            entries.append((entry, tuple((name, entry[name]) for name in names)))
+        batches = []
+        for (number, is_first), at in found.items():
+            held = [dict(entries[i][1]) for i in at]
+            states = [one[name] for name in rule.states for one in held]
+            counters = [one["step"] for one in held if "step" in one]
+            batches.append(_Batch(at, [params[i] for i in at], states, counters, is_first, [number]))
+        return _Kept(rule, params, entries, batches)
+
+    def _run(self, slot: int, group: dict[str, Any], rule: Rule, batch: _Batch, grads: Sequence[Tensor]) -> None:
+        number = batch.number[0] + 1
+        mine = grads if len(batch.at) == len(grads) else [grads[i] for i in batch.at]
+        done = torch.ops.fastmtl.dense_step.default(
+            batch.params, mine, batch.states, batch.counters, rule.number,
+            step_numbers(rule, group, number, batch.is_first), number,
+        )  # fmt: skip
+        batch.number[0] = number
+        if batch.is_first:
+            self._kept.pop(slot, None)  # what follows is no first step
+        elif not done:  # somebody else has changed the counters
+            again = self._kept[slot] = self._gather(group, batch.params)
+            for part in again.batches:
+                self._run(slot, group, rule, part, mine)
+
+
+def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule) -> bool:
+    """Make the states that torch makes at a parameter's first step; returns whether there were none."""
+    state = optimizer.state[p]
+    missing = [name for name in rule.states if state.get(name) is None]
+    if missing and isinstance(optimizer, torch.optim.Adam):
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    for name in missing:
+        state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    for name in (*rule.states, "step"):
+        # a checkpoint may hold them otherwise
+        held = state.get(name)
+        if held is not None and not (held.dtype is torch.float32 and held.is_contiguous()):
+            state[name] = held.to(torch.float32).contiguous()
+    return bool(missing)
