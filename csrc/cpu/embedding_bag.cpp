@@ -5,50 +5,12 @@
 #include <mutex>
 
 #include "core/embedding_bag_sparse.h"
-#include "cpu/tensors.h"
+#include "cpu/embedding_bag_args.h"
 
 namespace fastmtl::cpu {
 namespace {
 
 constexpr int64_t kGrainRows = 128;  // rows a thread must have to be worth waking
-
-// The plan [F, kBagFields] as bags, checked against the tensors it will index, so that no plan can make a kernel read
-// or write out of bounds.
-const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& rows, const std::vector<int64_t>& dims,
-                        const Tensor& ids, int64_t width) {
-  check_cpu(plan, ScalarType::Long, 2, "plan");
-  STD_TORCH_CHECK(plan.is_contiguous() && plan.size(1) == kBagFields, "plan must be [F, ", kBagFields, "] contiguous");
-  const Bag* bags = reinterpret_cast<const Bag*>(plan.const_data_ptr<int64_t>());
-  for (int64_t f = 0; f < plan.size(0); ++f) {
-    const Bag& bag = bags[f];
-    STD_TORCH_CHECK(bag.table >= 0 && bag.table < static_cast<int64_t>(rows.size()), "bag ", f, " names no weight");
-    STD_TORCH_CHECK(bag.dim == dims[bag.table], "bag ", f, " has width ", bag.dim, ", its weight ", dims[bag.table]);
-    STD_TORCH_CHECK(bag.offset >= 0 && bag.vocab >= 0 && bag.offset <= rows[bag.table] - bag.vocab, "bag ", f,
-                    " ends behind its weight of ", rows[bag.table], " rows");
-    STD_TORCH_CHECK(bag.column >= 0 && bag.length >= 0 && bag.column <= ids.size(1) - bag.length, "bag ", f,
-                    " ends behind the ", ids.size(1), " id columns");
-    const int64_t out = bag.dim * (bag.pooling == kConcat ? bag.length : 1);
-    STD_TORCH_CHECK(bag.out >= 0 && bag.out <= width - out, "bag ", f, " ends behind the output's ", width, " columns");
-    STD_TORCH_CHECK(bag.oov >= kRaise && bag.oov < bag.vocab, "bag ", f, " replaces unknown ids by a row it lacks");
-  }
-  return bags;
-}
-
-// Calls f with the ids as Ids<int32_t> or Ids<int64_t>.
-template <class F>
-void with_ids(const Tensor& ids, F&& f) {
-  if (ids.scalar_type() == ScalarType::Int) {
-    f(Ids<int32_t>{ids.const_data_ptr<int32_t>(), ids.stride(0), ids.stride(1)});
-  } else {
-    f(Ids<int64_t>{ids.const_data_ptr<int64_t>(), ids.stride(0), ids.stride(1)});
-  }
-}
-
-void check_ids(const Tensor& ids) {
-  STD_TORCH_CHECK(ids.is_cpu() && ids.dim() == 2, "ids must be [B, S] on the CPU");
-  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
-                  "ids must be int64 or int32");
-}
 
 // A message that starts with "bad id" is how a refused id reaches Python.
 Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::optional<Tensor> dense,
