@@ -66,11 +66,13 @@ class EmbeddingConfig:
         block_d = min(power_of_two(dim), self.max_block_d)
         return Lookup(max(self.elements // block_d, 1), block_d, Warps(4))
 
-    def segments(self, n: int, dim: int, whole: bool) -> Segments:
-        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows."""
+    def segments(self, n: int, dim: int, updates: bool, whole: bool) -> Segments:
+        """Of the backward over ``n`` sorted lookups; ``updates``: rows take an optimizer's step, which takes registers;
+        ``whole``: a block must hold whole rows."""
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
         chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
-        return Segments(chunk, max(self.elements // block_d, 1), block_d, Warps(4))
+        elements = self.elements // 2 if updates else self.elements
+        return Segments(chunk, max(elements // block_d, 1), block_d, Warps(4))
 
     def update(self, dim: int, whole: bool) -> Lookup:
         """Of an optimizer step of rows ``dim`` wide; ``whole``: a block must hold whole rows."""
