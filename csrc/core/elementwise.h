@@ -55,17 +55,35 @@ FASTMTL_INLINE ColumnConstants constants(const Tile& t, int64_t c, int64_t n) {
   return {load(t.mean + c, n), load(t.scale + c, n), load(t.shift + c, n), t.alpha ? load(t.alpha + c, n) : F32{}};
 }
 
-inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
+// Calls f(r, sums) for each row; what f adds to the n sums [F32] of up to kSumRows rows is added up in double.
+template <int kSumRows, int kSums, class F>
+FASTMTL_INLINE void sum_rows(int64_t rows, F64 (&totals)[kSums], F&& f) {
+  for (int64_t start = 0; start < rows; start += kSumRows) {
+    F32 sums[kSums] = {};
+    const int64_t stop = std::min(rows, start + kSumRows);
+    for (int64_t r = start; r < stop; ++r) f(r, sums);
+    for (int s = 0; s < kSums; ++s) totals[s] += wide(sums[s]);
+  }
+}
+
+template <bool kExact>
+void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
+  constexpr int kSumRows = kExact ? 1 : 16;
   for_columns(cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-    F64 total{};
-    for (int64_t r = 0; r < rows; ++r) total += wide(load(z + r * ld + c, n));
-    const F64 exact = total / static_cast<double>(rows);
+    // fp32 sums of distances from the first row lose nothing where the mean is large beside the deviation
+    const F32 origin = kExact ? F32{} : load(z + c, n);
+    F64 total[1] = {};
+    sum_rows<kSumRows>(rows, total, [&](int64_t r, F32* sums) __attribute__((always_inline)) {
+      sums[0] += load(z + r * ld + c, n) - origin;
+    });
+    const F64 exact = total[0] / static_cast<double>(rows) + wide(origin);
     const F32 centre = narrow(exact);
-    F64 squares{};
-    for (int64_t r = 0; r < rows; ++r) {
+    F64 sum_of_squares[1] = {};
+    sum_rows<kSumRows>(rows, sum_of_squares, [&](int64_t r, F32* sums) __attribute__((always_inline)) {
       const F32 d = load(z + r * ld + c, n) - centre;
-      squares += wide(d * d);
-    }
+      sums[0] += d * d;
+    });
+    F64 squares = sum_of_squares[0];
     const F64 rest = exact - wide(centre);  // what rounding the mean to fp32 has added
     squares -= static_cast<double>(rows) * rest * rest;
     for (int64_t i = 0; i < n; ++i) {
@@ -73,6 +91,14 @@ inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols,
       m2[c + i] = std::max(0.0, squares[i]);
     }
   });
+}
+
+inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2) {
+  if (exact) {
+    column_stats_of<true>(z, ld, rows, cols, mean, m2);
+  } else {
+    column_stats_of<false>(z, ld, rows, cols, mean, m2);
+  }
 }
 
 template <class Act, bool kDropout>
@@ -90,13 +116,13 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
   });
 }
 
-template <class Act, bool kDropout, bool kKeepHidden>
+template <class Act, bool kDropout, bool kKeepHidden, bool kExact>
 void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
                              const GradSums& sums, float* h, int64_t ld_h) {
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const ColumnConstants k = constants(t, c, n);
-    F64 sum_dy{}, sum_dy_centred{}, sum_dalpha{};
-    for (int64_t r = 0; r < t.rows; ++r) {
+    F64 totals[3] = {};
+    sum_rows<kExact ? 1 : 16>(t.rows, totals, [&](int64_t r, F32* sum) __attribute__((always_inline)) {
       const F32 centred = load(t.z + r * t.ld + c, n) - k.mean;
       const F32 y = centred * k.scale + k.shift;
       F32 d = load(dh + r * ld_dh + c, n);
@@ -106,19 +132,23 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
         d *= mask;
       }
       const F32 g = Act::backward(y, d, k.alpha);
-      sum_dy += wide(g);
-      sum_dy_centred += wide(g) * wide(centred);
-      if constexpr (Act::kLearned) sum_dalpha += wide(Act::dalpha(y, d));
+      sum[0] += g;
+      if constexpr (kExact) {
+        totals[1] += wide(g) * wide(centred);
+      } else {
+        sum[1] += g * centred;
+      }
+      if constexpr (Act::kLearned) sum[2] += Act::dalpha(y, d);
       store(dy + r * ld_dy + c, g, n);
       if constexpr (kKeepHidden) {
         F32 value = Act::forward(y, k.alpha);
         if constexpr (kDropout) value *= mask;
         store(h + r * ld_h + c, value, n);
       }
-    }
-    add_to(sums.dy + c, sum_dy, n);
-    add_to(sums.dy_centred + c, sum_dy_centred, n);
-    if constexpr (Act::kLearned) add_to(sums.dalpha + c, sum_dalpha, n);
+    });
+    add_to(sums.dy + c, totals[0], n);
+    add_to(sums.dy_centred + c, totals[1], n);
+    if constexpr (Act::kLearned) add_to(sums.dalpha + c, totals[2], n);
   });
 }
 
@@ -131,6 +161,14 @@ inline void linear_grad(const Tile& t, float* dy, int64_t ld_dy, const double* m
     }
     const F32 mean = load(t.mean + c, n);
     const F64 m = load(mean_dy + c, n), k = load(slope + c, n);
+    if (!t.exact) {
+      const F32 m_near = narrow(m), k_near = narrow(k);
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const F32 left = load(dy + r * ld_dy + c, n) - m_near - (load(t.z + r * t.ld + c, n) - mean) * k_near;
+        store(dy + r * ld_dy + c, scale * left, n);
+      }
+      return;
+    }
     for (int64_t r = 0; r < t.rows; ++r) {
       const F64 centred = wide(load(t.z + r * t.ld + c, n) - mean);
       const F64 left = wide(load(dy + r * ld_dy + c, n)) - m - centred * k;

@@ -2,7 +2,7 @@
 //
 // Layout      x is [N, B, I]; z of hidden layer l is [B, E * H_l] with a row stride of row_stride(E * H_l), expert e in
 //             the columns [e * H_l, (e + 1) * H_l); the gates' z and weights are [B, C].
-// Threading   through the Runtime: parallel(n, grain, f) calls f(begin, end) on pieces of [0, n), and
+// Threading   through the Runtime: team(limit, tasks, work, f) calls f(worker) on threads that share Phases, and
 //             gemm(m, n, k, a, ld_a, transpose_a, b, ld_b, transpose_b, c, ld_c, accumulate) runs inside it on one
 //             thread.
 // Accumulation GEMMs in fp32, statistics and sums over the batch as in kernels.h.
@@ -19,6 +19,8 @@
 #include <vector>
 
 #include "core/kernels.h"
+#include "core/phases.h"
+#include "core/pool.h"
 
 namespace fastmtl {
 
@@ -39,6 +41,13 @@ struct ExpertGateLayer {
   std::vector<GateView> gates;
 
   int64_t depth() const { return static_cast<int64_t>(dims.size()); }
+  int64_t n_gates() const { return static_cast<int64_t>(gates.size()); }
+  // Multiply-adds of the forward for one row; an element's arithmetic between two products counts for sixteen.
+  int64_t row_work() const {
+    int64_t work = n_inputs * in_features + gate_columns * in_features;
+    for (int64_t l = 0; l < depth(); ++l) work += columns(l) * (fan_in(l) + 16);
+    return work;
+  }
   int64_t columns(int64_t layer) const { return n_experts * dims[layer]; }
   int64_t fan_in(int64_t layer) const { return layer == 0 ? in_features : dims[layer - 1]; }
 };
@@ -100,40 +109,55 @@ struct Tiles {
     count = (n_rows + height - 1) / height;
   }
   Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
-  // Tiles a thread must have to be worth waking, when a row costs `work` multiply-adds.
-  int64_t grain(int64_t work) const {
-    return std::max<int64_t>(1, kSmallProduct / std::max<int64_t>(1, height * work));
-  }
 };
+
+// Columns in pieces that stay in the cache, with a tile's height, between the kernels that work on them.
+constexpr int64_t kPiece = 256;
+inline int64_t n_pieces(int64_t columns) { return (columns + kPiece - 1) / kPiece; }
+inline Range piece_of(Range columns, int64_t piece) {
+  return {columns.start + piece * kPiece, std::min(columns.stop, columns.start + (piece + 1) * kPiece)};
+}
 
 // Floats on a cache line, uninitialised.
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(static_cast<float*>(::operator new[](sizeof(float) * n, kLine))) {}
+  explicit Scratch(int64_t n) : data_(take(bytes_of(n)), Free{bytes_of(n) >= Pool::kLarge}) {}
   float* get() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(float* data) const { ::operator delete[](data, kLine); }
+    bool pooled;
+    void operator()(float* data) const {
+      if (pooled) return Pool::global().give(data);
+      ::operator delete[](data, kLine);
+    }
   };
+  static size_t bytes_of(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
+  static float* take(size_t bytes) {
+    return static_cast<float*>(bytes >= Pool::kLarge ? Pool::global().take(bytes) : ::operator new[](bytes, kLine));
+  }
   std::unique_ptr<float, Free> data_;
 };
 
-// The constants that turn z into y, for all columns of one BatchNorm.
+// The constants that turn z into y, for all columns of one BatchNorm; `fill` takes them from the statistics.
 struct ColumnFactors {
   std::vector<float> scale, shift, alpha;
-  const float *mean, *rstd, *mean_rest, *rstd_rest;
+  const float *mean, *rstd, *mean_rest, *rstd_rest, *gamma, *beta;
   ColumnFactors(const Normalised& normal, const LinearNorm& params, int64_t columns)
       : scale(static_cast<size_t>(columns)),
         shift(static_cast<size_t>(columns)),
         mean(normal.mean),
         rstd(normal.rstd),
         mean_rest(normal.mean_rest),
-        rstd_rest(normal.rstd_rest) {
-    for (int64_t c = 0; c < columns; ++c) {
-      scale[c] = params.gamma[c] * rstd[c];
-      shift[c] = params.beta[c] - mean_rest[c] * scale[c];
+        rstd_rest(normal.rstd_rest),
+        gamma(params.gamma),
+        beta(params.beta) {}
+  Range all() const { return {0, static_cast<int64_t>(scale.size())}; }
+  void fill(Range columns) {
+    for (int64_t c = columns.start; c < columns.stop; ++c) {
+      scale[c] = gamma[c] * rstd[c];
+      shift[c] = beta[c] - mean_rest[c] * scale[c];
     }
   }
 };
@@ -161,10 +185,11 @@ inline Dropout dropout_of(double p, int64_t seed, int64_t layer) {
 
 // The tile of rows x columns of one BatchNorm; `width` is the share of one expert.
 inline Tile tile_of(const Normalised& normal, const ColumnFactors& factors, Range rows, Range columns, int64_t width,
-                    int64_t activation, const Dropout& dropout) {
+                    int64_t activation, const Dropout& dropout, bool exact) {
   const int64_t c = columns.start;
   Tile tile;
   tile.activation = activation;
+  tile.exact = exact;
   tile.rows = rows.size();
   tile.cols = columns.size();
   tile.width = width;

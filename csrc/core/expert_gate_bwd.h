@@ -1,6 +1,6 @@
-// expert_gate backward. One parallel pass over the tiles a layer, last to first: finish dz of the layer above (whose
-// sums are now known), GEMM it to dh, turn that into dy and sum it. Then one pass over dx, and one over all weights'
-// gradients together, cut by rows of the weights. h is computed again from z. Layout, threading, determinism:
+// expert_gate backward. One phase over the tiles a layer, last to first: finish dz of the layer above (whose sums are
+// now known), GEMM it to dh, turn that into dy and sum it. Then one phase over dx, and one over all weights' gradients
+// together, cut by rows of the weights. h is computed again from z. Layout, threading, determinism:
 // expert_gate.h.
 #pragma once
 
@@ -42,29 +42,34 @@ class ExpertGateBackward {
       factors_.push_back(hidden_factors(spec_, params_, saved_, l));
       layers_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr, l + 1 < depth);
     }
-    if (!spec_.gates.empty()) {
-      gate_factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-      gate_.emplace_back(tiles_, spec_.gate_columns, false, false);
+    if (has_gates()) {
+      factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+      layers_.emplace_back(tiles_, spec_.gate_columns, false, false);
       list_mixers();
     }
+    for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
         spec_.output_layer ? spec_.n_experts * (1 + (depth ? spec_.dims[depth - 1] : spec_.in_features)) : 0;
     out_sums_.assign(static_cast<size_t>(tiles_.count * out_columns), 0.0);
+    const std::vector<WeightTask> weights = weight_tasks();
 
-    for_tiles(depth ? 16 * spec_.columns(depth - 1) : 16 * spec_.n_experts * spec_.in_features,
-              [&](int64_t tile, Range rows) { part(tile, rows); });
-    if (spec_.output_layer) finish_output(out_columns);
-    if (depth) finish_norm(layers_[depth - 1], factors_[depth - 1], grads_.hidden[depth - 1]);
-    if (!spec_.gates.empty()) finish_norm(gate_[0], gate_factors_[0], grads_.gate);
-    for (int64_t l = depth - 1; l > 0; --l) {
-      for_tiles(spec_.columns(l) * spec_.fan_in(l), [&](int64_t tile, Range rows) { step_down(l, tile, rows); });
-      finish_norm(layers_[l - 1], factors_[l - 1], grads_.hidden[l - 1]);
-    }
-    if (depth) {
-      for_tiles(spec_.columns(0) * (dx_ ? spec_.in_features : 16), [&](int64_t, Range rows) { first_layer(rows); });
-      for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
-      weight_gradients();
-    }
+    runtime_.team(2 * depth + 3, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
+      worker.run(tiles_.count, [&](int64_t tile) { part(tile, tiles_.at(tile)); });
+      worker.run(has_gates() + (out_columns > 0), [&](int64_t) {
+        if (has_gates()) return finish_norm(depth, factors_[depth].all());
+        finish_output(out_columns);
+      });
+      for (int64_t l = depth - 1; l >= 0; --l) {
+        worker.run(n_pieces(spec_.columns(l)),
+                   [&](int64_t piece) { finish_norm(l, piece_of(factors_[l].all(), piece)); });
+        worker.run(tiles_.count, [&](int64_t tile) {
+          if (l > 0) return step_down(l, tile, tiles_.at(tile));
+          first_layer(tiles_.at(tile));
+        });
+      }
+      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i]); });
+    });
+    for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
   }
 
  private:
@@ -98,19 +103,17 @@ class ExpertGateBackward {
     }
   };
 
-  template <class F>
-  void for_tiles(int64_t work_per_row, F&& f) {
-    runtime_.parallel(tiles_.count, tiles_.grain(work_per_row), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) f(tile, tiles_.at(tile));
-    });
-  }
+  bool has_gates() const { return !spec_.gates.empty(); }
+  LayerGrad& gate_grad() { return layers_[spec_.depth()]; }
+  const ColumnFactors& gate_factors() const { return factors_[spec_.depth()]; }
 
   Tile tile(int64_t l, Range rows, Range columns) const {
     return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
-                   dropout_of(dropout_, seed_, l));
+                   dropout_of(dropout_, seed_, l), tiles_.rows < kFewRows);
   }
   Tile gate_tile(Range rows) const {
-    return tile_of(saved_.gate, gate_factors_[0], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{});
+    return tile_of(saved_.gate, gate_factors(), rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{},
+                   tiles_.rows < kFewRows);
   }
 
   void list_mixers() {
@@ -153,17 +156,17 @@ class ExpertGateBackward {
       } else {
         std::vector<const float*> from(spec_.gates.size());
         for (size_t g = 0; g < from.size(); ++g) from[g] = dout_.at(static_cast<int64_t>(g), start);
-        kernels_.mix_grad(spec_.gates.data(), static_cast<int64_t>(spec_.gates.size()), block.size(), width, n_experts,
-                          starts_.data(), mixers_.data(), saved_.weights + start * spec_.gate_columns,
-                          spec_.gate_columns, h.get(), columns, from.data(), dout_.row_stride, dh, grad.ld,
-                          gate_[0].at(start, 0), gate_[0].ld);
+        kernels_.mix_grad(spec_.gates.data(), spec_.n_gates(), block.size(), width, n_experts, starts_.data(),
+                          mixers_.data(), saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h.get(),
+                          columns, from.data(), dout_.row_stride, dh, grad.ld, gate_grad().at(start, 0),
+                          gate_grad().ld);
       }
       kernels_.hidden_grad(t, dh, grad.ld, dh, grad.ld, grad.sums_of(tile_index, 0), nullptr, 0);
     }
-    if (!spec_.gates.empty()) {
-      float* ds = gate_[0].at(rows.start, 0);
-      kernels_.hidden_grad(gate_tile(rows), ds, gate_[0].ld, ds, gate_[0].ld, gate_[0].sums_of(tile_index, 0), nullptr,
-                           0);
+    if (has_gates()) {
+      LayerGrad& gate = gate_grad();
+      float* ds = gate.at(rows.start, 0);
+      kernels_.hidden_grad(gate_tile(rows), ds, gate.ld, ds, gate.ld, gate.sums_of(tile_index, 0), nullptr, 0);
     }
   }
 
@@ -193,25 +196,24 @@ class ExpertGateBackward {
     }
   }
 
-  void finish_norm(LayerGrad& grad, const ColumnFactors& factors, const LinearNormGrads& to) {
-    constexpr int64_t kGrain = 16384;
+  // Norms are counted through the hidden layers, the gates' is last.
+  void finish_norm(int64_t norm, Range columns) {
+    LayerGrad& grad = layers_[norm];
+    const ColumnFactors& factors = factors_[norm];
+    const LinearNormGrads& to = norm < spec_.depth() ? grads_.hidden[norm] : grads_.gate;
     const double n_rows = static_cast<double>(std::max<int64_t>(1, tiles_.rows));
-    runtime_.parallel(
-        grad.columns, std::max<int64_t>(64, kGrain / std::max<int64_t>(1, tiles_.count)),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t c = begin; c < end; ++c) {
-            const double dy = grad.total(0, c, tiles_.count),
-                         rstd = static_cast<double>(factors.rstd[c]) + static_cast<double>(factors.rstd_rest[c]);
-            const double rest = static_cast<double>(factors.mean_rest[c]);
-            const double dy_xhat = rstd * (grad.total(1, c, tiles_.count) - rest * dy);
-            to.beta[c] = static_cast<float>(dy);
-            to.gamma[c] = static_cast<float>(dy_xhat);
-            // the batch mean cancels a bias in front of it
-            to.bias[c] = batch_statistics_ ? 0.0f : static_cast<float>(dy * static_cast<double>(factors.scale[c]));
-            grad.slope[c] = rstd * dy_xhat / n_rows;
-            grad.mean_dy[c] = dy / n_rows - rest * grad.slope[c];
-          }
-        });
+    for (int64_t c = columns.start; c < columns.stop; ++c) {
+      const double dy = grad.total(0, c, tiles_.count),
+                   rstd = static_cast<double>(factors.rstd[c]) + static_cast<double>(factors.rstd_rest[c]);
+      const double rest = static_cast<double>(factors.mean_rest[c]);
+      const double dy_xhat = rstd * (grad.total(1, c, tiles_.count) - rest * dy);
+      to.beta[c] = static_cast<float>(dy);
+      to.gamma[c] = static_cast<float>(dy_xhat);
+      // the batch mean cancels a bias in front of it
+      to.bias[c] = batch_statistics_ ? 0.0f : static_cast<float>(dy * static_cast<double>(factors.scale[c]));
+      grad.slope[c] = rstd * dy_xhat / n_rows;
+      grad.mean_dy[c] = dy / n_rows - rest * grad.slope[c];
+    }
   }
 
   void finish_alpha(int64_t l) {
@@ -245,22 +247,24 @@ class ExpertGateBackward {
 
   void first_layer(Range rows) {
     const int64_t width = spec_.dims[0], fan_in = spec_.in_features;
-    finish_dz(tile(0, rows, {0, spec_.columns(0)}), layers_[0], rows, 0);
-    if (!spec_.gates.empty()) finish_dz(gate_tile(rows), gate_[0], rows, 0);
-    for (int64_t n = 0; dx_ && n < spec_.n_inputs; ++n) {
-      const Range experts = spec_.experts_of[n], columns = spec_.gate_columns_of[n];
-      float* to = dx_ + (n * tiles_.rows + rows.start) * fan_in;
-      if (experts.size()) {
-        runtime_.gemm(rows.size(), fan_in, experts.size() * width, layers_[0].at(rows.start, experts.start * width),
-                      layers_[0].ld, false, params_.hidden[0].weight + experts.start * width * fan_in, fan_in, false,
-                      to, fan_in, false);
+    if (has_gates()) finish_dz(gate_tile(rows), gate_grad(), rows, 0);
+    for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+      const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
+      float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
+      bool begun = false;
+      const auto send = [&](const LayerGrad& grad, Range columns, const float* weight) {
+        if (!to || columns.size() == 0) return;
+        runtime_.gemm(rows.size(), fan_in, columns.size(), grad.at(rows.start, columns.start), grad.ld, false,
+                      weight + columns.start * fan_in, fan_in, false, to, fan_in, begun);
+        begun = true;
+      };
+      for (int64_t p = 0; p < n_pieces(experts.size()); ++p) {
+        const Range piece = piece_of(experts, p);
+        finish_dz(tile(0, rows, piece), layers_[0], rows, piece.start);
+        send(layers_[0], piece, params_.hidden[0].weight);
       }
-      if (columns.size()) {
-        runtime_.gemm(rows.size(), fan_in, columns.size(), gate_[0].at(rows.start, columns.start), gate_[0].ld, false,
-                      params_.gate.weight + columns.start * fan_in, fan_in, false, to, fan_in, experts.size() > 0);
-      } else if (experts.size() == 0) {
-        std::fill_n(to, rows.size() * fan_in, 0.0f);
-      }
+      if (has_gates()) send(gate_grad(), spec_.gate_columns_of[n], params_.gate.weight);
+      if (to && !begun) std::fill_n(to, rows.size() * fan_in, 0.0f);
     }
   }
 
@@ -271,7 +275,7 @@ class ExpertGateBackward {
     float* to;
   };
 
-  void weight_gradients() {
+  std::vector<WeightTask> weight_tasks() {
     std::vector<WeightTask> tasks;
     const auto add = [&](const LayerGrad& grad, Range columns, const float* h, int64_t ld_h, int64_t fan_in,
                          float* to) {
@@ -288,24 +292,19 @@ class ExpertGateBackward {
             layers_[l - 1].ld, spec_.fan_in(l), grads_.hidden[l].weight);
       }
     }
-    for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+    for (int64_t n = 0; spec_.depth() && n < spec_.n_inputs; ++n) {
       const Range experts = spec_.experts_of[n];
       add(layers_[0], {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, x_.at(n, 0), x_.row_stride,
           spec_.in_features, grads_.hidden[0].weight);
-      if (!spec_.gates.empty()) {
-        add(gate_[0], spec_.gate_columns_of[n], x_.at(n, 0), x_.row_stride, spec_.in_features, grads_.gate.weight);
+      if (has_gates()) {
+        add(gate_grad(), spec_.gate_columns_of[n], x_.at(n, 0), x_.row_stride, spec_.in_features, grads_.gate.weight);
       }
     }
-    int64_t work = 0;
-    for (const WeightTask& task : tasks) work += task.rows * task.columns;
-    const int64_t count = static_cast<int64_t>(tasks.size());
-    const int64_t grain = std::max<int64_t>(1, kSmallProduct * count / std::max<int64_t>(1, work * tiles_.rows));
-    runtime_.parallel(count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const WeightTask& t = tasks[i];
-        runtime_.gemm(t.rows, t.columns, tiles_.rows, t.dz, t.ld_dz, true, t.h, t.ld_h, false, t.to, t.columns, false);
-      }
-    });
+    return tasks;
+  }
+
+  void weight_gradient(const WeightTask& t) {
+    runtime_.gemm(t.rows, t.columns, tiles_.rows, t.dz, t.ld_dz, true, t.h, t.ld_h, false, t.to, t.columns, false);
   }
 
   const Runtime& runtime_;
@@ -321,8 +320,9 @@ class ExpertGateBackward {
   const OutputGrad dout_;
   const ExpertGateGrads& grads_;
   float* const dx_;
-  std::vector<ColumnFactors> factors_, gate_factors_;
-  std::vector<LayerGrad> layers_, gate_;
+  // of each hidden layer, then of the gates
+  std::vector<ColumnFactors> factors_;
+  std::vector<LayerGrad> layers_;
   std::vector<int64_t> starts_, mixers_;
   std::vector<double> out_sums_;
 };

@@ -1,6 +1,6 @@
-// expert_gate forward. In training one parallel pass over the tiles a hidden layer (activation of the layer before,
-// GEMM, column statistics while the tile is in the cache) and one for the mix or the output layer; in evaluation, where
-// the statistics are known, one pass in all. Layout, threading, determinism: expert_gate.h.
+// expert_gate forward. In training one phase over the tiles a hidden layer (activation of the layer before, GEMM,
+// column statistics while the tile is in the cache) and one for the mix or the output layer; in evaluation, where the
+// statistics are known, one phase in all. Layout, threading, determinism: expert_gate.h.
 #pragma once
 
 #include "core/expert_gate.h"
@@ -29,34 +29,33 @@ class ExpertGateForward {
 
   void run() {
     const int64_t depth = spec_.depth();
+    for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
+    if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+    const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
-      for (int64_t l = 0; l < depth; ++l) {
-        use_running(params_.hidden[l], saved_.hidden[l], spec_.columns(l));
-        factors_.push_back(hidden_factors(spec_, params_, saved_, l));
-      }
-      if (!spec_.gates.empty()) use_running(params_.gate, saved_.gate, spec_.gate_columns);
-      start_gates();
-      for_tiles(total_work(), [&](int64_t, Range rows) {
-        for (int64_t l = 0; l < depth; ++l) linear(l, rows);
-        join(rows);
+      for (int64_t l = 0; l < depth; ++l) use_running(params_.hidden[l], saved_.hidden[l], factors_[l]);
+      if (has_gates()) use_running(params_.gate, saved_.gate, factors_[depth]);
+      runtime_.team(1, tiles_.count, work, [&](Phases::Worker& worker) {
+        worker.run(tiles_.count, [&](int64_t tile) {
+          for (int64_t l = 0; l < depth; ++l) linear(l, tile);
+          join(tiles_.at(tile));
+        });
       });
       return;
     }
-    for (int64_t l = 0; l < depth; ++l) {
-      const bool gates = l == 0 && !spec_.gates.empty();
-      Partials hidden(tiles_.count, spec_.columns(l)), gate(tiles_.count, gates ? spec_.gate_columns : 0);
-      for_tiles(spec_.columns(l) * spec_.fan_in(l), [&](int64_t tile, Range rows) {
-        linear(l, rows);
-        note(saved_.hidden[l], rows, tile, hidden);
-        if (gates) note(saved_.gate, rows, tile, gate);
-      });
-      take(hidden, params_.hidden[l], saved_.hidden[l]);
-      if (gates) take(gate, params_.gate, saved_.gate);
-      factors_.push_back(hidden_factors(spec_, params_, saved_, l));
-    }
-    start_gates();
-    for_tiles(16 * (depth ? spec_.columns(depth - 1) : spec_.n_experts * spec_.in_features),
-              [&](int64_t, Range rows) { join(rows); });
+    for (int64_t l = 0; l < depth; ++l) partials_.emplace_back(tiles_.count, spec_.columns(l));
+    if (has_gates()) partials_.emplace_back(tiles_.count, spec_.gate_columns);
+    runtime_.team(2 * depth + 1, tiles_.count, work, [&](Phases::Worker& worker) {
+      for (int64_t l = 0; l < depth; ++l) {
+        worker.run(tiles_.count, [&](int64_t tile) { linear(l, tile); });
+        const int64_t pieces = n_pieces(spec_.columns(l)), gates = l == 0 && has_gates();
+        worker.run(pieces + gates, [&](int64_t piece) {
+          if (piece < pieces) return take(l, params_.hidden[l], saved_.hidden[l], piece_of(factors_[l].all(), piece));
+          take(depth, params_.gate, saved_.gate, factors_[depth].all());
+        });
+      }
+      worker.run(tiles_.count, [&](int64_t tile) { join(tiles_.at(tile)); });
+    });
   }
 
  private:
@@ -68,25 +67,16 @@ class ExpertGateForward {
         : columns(n), mean(static_cast<size_t>(tiles * n)), m2(static_cast<size_t>(tiles * n)) {}
   };
 
-  template <class F>
-  void for_tiles(int64_t work_per_row, F&& f) {
-    runtime_.parallel(tiles_.count, tiles_.grain(work_per_row), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) f(tile, tiles_.at(tile));
-    });
-  }
-
-  int64_t total_work() const {
-    int64_t work = 0;
-    for (int64_t l = 0; l < spec_.depth(); ++l) work += spec_.columns(l) * spec_.fan_in(l);
-    return work + spec_.n_experts * spec_.in_features;
-  }
+  bool has_gates() const { return !spec_.gates.empty(); }
 
   // With the bias taken into the mean, evaluation and training share everything that follows.
-  static void use_running(const LinearNorm& norm, const Normalised& to, int64_t columns) {
-    for (int64_t c = 0; c < columns; ++c) {
+  static void use_running(const LinearNorm& norm, const Normalised& to, ColumnFactors& factors) {
+    const Range columns = factors.all();
+    for (int64_t c = columns.start; c < columns.stop; ++c) {
       keep(to, c, static_cast<double>(norm.running_mean[c]) - static_cast<double>(norm.bias[c]),
            static_cast<double>(norm.running_var[c]));
     }
+    factors.fill(columns);
   }
 
   static void keep(const Normalised& to, int64_t c, double mean, double var) {
@@ -97,15 +87,18 @@ class ExpertGateForward {
     to.rstd_rest[c] = static_cast<float>(rstd - static_cast<double>(to.rstd[c]));
   }
 
-  void linear(int64_t l, Range rows) {
+  void linear(int64_t l, int64_t tile_index) {
+    const Range rows = tiles_.at(tile_index);
     const Normalised& to = saved_.hidden[l];
     const float* weight = params_.hidden[l].weight;
     const int64_t fan_in = spec_.fan_in(l), width = spec_.dims[l];
     if (l == 0) {
       for (int64_t n = 0; n < spec_.n_inputs; ++n) {
-        const Range experts = spec_.experts_of[n], columns = spec_.gate_columns_of[n];
-        product(n, rows, {experts.start * width, experts.stop * width}, weight, to);
-        product(n, rows, columns, params_.gate.weight, saved_.gate);
+        const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
+        for (int64_t piece = 0; piece < n_pieces(experts.size()); ++piece) {
+          first_product(n, tile_index, piece_of(experts, piece), weight, to, 0);
+        }
+        first_product(n, tile_index, spec_.gate_columns_of[n], params_.gate.weight, saved_.gate, spec_.depth());
       }
       return;
     }
@@ -114,41 +107,50 @@ class ExpertGateForward {
       kernels_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), h.get(), fan_in);
       runtime_.gemm(rows.size(), width, fan_in, h.get(), fan_in, false, weight + e * width * fan_in, fan_in, true,
                     to.z + rows.start * to.ld + e * width, to.ld, false);
+      note(to, tile_index, {e * width, (e + 1) * width}, l);
     }
   }
 
-  void product(int64_t n, Range rows, Range columns, const float* weight, const Normalised& to) {
+  void first_product(int64_t n, int64_t tile_index, Range columns, const float* weight, const Normalised& to,
+                     int64_t norm) {
     if (columns.size() == 0) return;
+    const Range rows = tiles_.at(tile_index);
     runtime_.gemm(rows.size(), columns.size(), spec_.in_features, x_.at(n, rows.start), x_.row_stride, false,
                   weight + columns.start * spec_.in_features, spec_.in_features, true,
                   to.z + rows.start * to.ld + columns.start, to.ld, false);
+    note(to, tile_index, columns, norm);
   }
 
-  void note(const Normalised& of, Range rows, int64_t tile, Partials& partials) {
-    kernels_.column_stats(of.z + rows.start * of.ld, of.ld, rows.size(), partials.columns,
-                          partials.mean.data() + tile * partials.columns, partials.m2.data() + tile * partials.columns);
+  // The statistics of what a product has just written, while it is in the cache. Norms are counted through the hidden
+  // layers, the gates' is last.
+  void note(const Normalised& of, int64_t tile_index, Range columns, int64_t norm) {
+    if (!batch_statistics_) return;
+    const Range rows = tiles_.at(tile_index);
+    Partials& partials = partials_[norm];
+    const int64_t first = tile_index * partials.columns + columns.start;
+    kernels_.column_stats(of.z + rows.start * of.ld + columns.start, of.ld, rows.size(), columns.size(),
+                          tiles_.rows < kFewRows, partials.mean.data() + first, partials.m2.data() + first);
   }
 
   // Chan's merge of the tiles, in their order; then the running statistics. (Chan et al., Stanford STAN-CS-79-773.)
-  void take(const Partials& partials, const LinearNorm& norm, const Normalised& to) {
-    constexpr int64_t kGrain = 16384;
-    runtime_.parallel(partials.columns, std::max<int64_t>(64, kGrain / tiles_.count), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        double mean = 0, m2 = 0, count = 0;
-        for (int64_t tile = 0; tile < tiles_.count; ++tile) {
-          const double more = static_cast<double>(tiles_.at(tile).size());
-          const double delta = partials.mean[tile * partials.columns + c] - mean;
-          const double total = count + more;
-          mean += delta * more / total;
-          m2 += partials.m2[tile * partials.columns + c] + delta * delta * count * more / total;
-          count = total;
-        }
-        keep(to, c, mean, m2 / count);
-        const double with_bias = mean + static_cast<double>(norm.bias[c]), unbiased = m2 / (count - 1);
-        blend(norm.running_mean[c], with_bias);
-        blend(norm.running_var[c], unbiased);
+  void take(int64_t index, const LinearNorm& norm, const Normalised& to, Range columns) {
+    const Partials& partials = partials_[index];
+    for (int64_t c = columns.start; c < columns.stop; ++c) {
+      double mean = 0, m2 = 0, count = 0;
+      for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+        const double more = static_cast<double>(tiles_.at(tile).size());
+        const double delta = partials.mean[tile * partials.columns + c] - mean;
+        const double total = count + more;
+        mean += delta * more / total;
+        m2 += partials.m2[tile * partials.columns + c] + delta * delta * count * more / total;
+        count = total;
       }
-    });
+      keep(to, c, mean, m2 / count);
+      const double with_bias = mean + static_cast<double>(norm.bias[c]), unbiased = m2 / (count - 1);
+      blend(norm.running_mean[c], with_bias);
+      blend(norm.running_var[c], unbiased);
+    }
+    factors_[index].fill(columns);
   }
 
   static void blend(float& running, double now) {
@@ -157,11 +159,7 @@ class ExpertGateForward {
 
   Tile tile(int64_t l, Range rows, Range columns) const {
     return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
-                   dropout_of(dropout_, seed_, l));
-  }
-
-  void start_gates() {
-    if (!spec_.gates.empty()) gate_factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+                   dropout_of(dropout_, seed_, l), tiles_.rows < kFewRows);
   }
 
   // From the last hidden layer to the result.
@@ -187,8 +185,8 @@ class ExpertGateForward {
     }
     if (!spec_.gates.empty()) {
       kernels_.gate_softmax(
-          tile_of(saved_.gate, gate_factors_[0], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{}),
-          spec_.gates.data(), n_gates(), saved_.weights + rows.start * spec_.gate_columns, spec_.gate_columns);
+          tile_of(saved_.gate, factors_[last + 1], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{}, false),
+          spec_.gates.data(), spec_.n_gates(), saved_.weights + rows.start * spec_.gate_columns, spec_.gate_columns);
     }
     const Scratch h(kBlock * columns);
     for (int64_t start = rows.start; start < rows.stop; start += kBlock) {
@@ -200,13 +198,12 @@ class ExpertGateForward {
       } else {
         std::vector<float*> to(spec_.gates.size());
         for (size_t g = 0; g < to.size(); ++g) to[g] = out_ + (static_cast<int64_t>(g) * tiles_.rows + start) * width;
-        kernels_.mix(spec_.gates.data(), n_gates(), block.size(), width, saved_.weights + start * spec_.gate_columns,
-                     spec_.gate_columns, h.get(), columns, to.data(), width);
+        kernels_.mix(spec_.gates.data(), spec_.n_gates(), block.size(), width,
+                     saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h.get(), columns, to.data(),
+                     width);
       }
     }
   }
-
-  int64_t n_gates() const { return static_cast<int64_t>(spec_.gates.size()); }
 
   const Runtime& runtime_;
   const Kernels& kernels_;
@@ -219,7 +216,9 @@ class ExpertGateForward {
   const int64_t seed_;
   const ExpertGateSaved& saved_;
   float* const out_;
-  std::vector<ColumnFactors> factors_, gate_factors_;
+  // of each hidden layer, then of the gates
+  std::vector<ColumnFactors> factors_;
+  std::vector<Partials> partials_;
 };
 
 }  // namespace fastmtl

@@ -3,7 +3,9 @@
 // Layout      every matrix is row-major with a row stride ("ld"); a kernel works on `rows` rows and on the columns
 //             [0, cols) behind the pointers it is given, so that the caller can hand it a tile.
 // Threading   none: the caller gives each thread its own tiles.
-// Accumulation over rows in double, in their order; over the columns of a row in fp32, sixteen at a time.
+// Accumulation over rows in double, in their order, where `exact` says so; otherwise sixteen rows in fp32 at a time,
+// and
+//             these sums in double; over the columns of a row in fp32, sixteen at a time.
 // Determinism a tile's result depends on the tile alone.
 // Aliasing    only where a kernel says "in place".
 #pragma once
@@ -28,7 +30,8 @@ enum Activation : int64_t {
 };
 
 constexpr int64_t kBlock = 32;              // rows whose activations stay in the cache between two kernels
-constexpr int64_t kSmallProduct = 1 << 18;  // multiply-adds that are not worth waking a thread for
+constexpr int64_t kSmallProduct = 1 << 18;  // multiply-adds for which a library's product costs more than it gains
+constexpr int64_t kFewRows = 64;            // a batch in which sums cancel so far that fp32 is not enough for them
 constexpr float kDiceEpsilon = 1e-3f;       // fastmtl.spec.DICE_EPSILON
 
 // Dropout by a counter-based generator: whether element (row, column) of a layer is kept depends on the layer's key,
@@ -51,6 +54,7 @@ struct Tile {
   const float *mean, *scale, *shift, *alpha;  // [cols]; alpha may be null
   Dropout dropout;
   int64_t first_row, first_column;  // where the tile lies in the layer, for the dropout
+  bool exact;                       // whether the batch has few rows, see kFewRows
 };
 
 // Sums over the rows of a tile, added to [cols] doubles: dy, dy * (z - mean), and each column's share in dalpha.
@@ -73,8 +77,8 @@ struct Kernels {
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                      int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate);
 
-  // Mean and sum of squared deviations of each column of z.
-  void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2);
+  // Mean and sum of squared deviations of each column of z, of at least one row.
+  void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2);
 
   // h = dropout(activation(y)).
   void (*hidden)(const Tile& tile, float* h, int64_t ld_h);
@@ -83,8 +87,8 @@ struct Kernels {
   void (*hidden_grad)(const Tile& tile, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
                       float* h, int64_t ld_h);
 
-  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope), in place; both null: dz = scale * dy. In double, because in
-  // a small batch almost nothing is left of the difference.
+  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope), in place; both null: dz = scale * dy. In double where the
+  // tile is exact, because in a small batch almost nothing is left of the difference.
   void (*linear_grad)(const Tile& tile, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope);
 
   // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.

@@ -8,6 +8,7 @@
 #include <array>
 
 #include "core/kernels.h"
+#include "core/phases.h"
 #include "cpu/tensors.h"
 
 namespace fastmtl::cpu {
@@ -33,20 +34,33 @@ class SequentialProducts {
   int before_;
 };
 
+// Multiply-adds for which it pays to wake a thread: some 100 us, where a sleeping one takes 60 us to come.
+constexpr int64_t kThreadWork = int64_t{1} << 22;
+
 struct TorchRuntime {
+  // f(worker) on as many threads as `work` multiply-adds in at most `tasks` tasks at a time are worth, for at most
+  // `limit` phases; throws what a task throws.
   template <class F>
-  void parallel(int64_t n, int64_t grain, const F& f) const {
-    if (n == 0) return;
-    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  void team(int64_t limit, int64_t tasks, int64_t work, const F& f) const {
+    Phases phases(limit);
+    const auto join = [&](int64_t, int64_t) {
       const SequentialProducts here;
-      f(begin, end);
-    });
+      Phases::Worker worker(phases);
+      f(worker);
+    };
+    const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, work / kThreadWork});
+    if (threads > 1) {
+      torch::stable::parallel_for(0, threads, 1, join);
+    } else {
+      join(0, 1);
+    }
+    phases.check();
   }
 
   // c [m, n] = a [m, k] b [k, n], plus c where it accumulates; a transposed operand is given as its [k, m] or [n, k].
   //
-  // By the C function behind aten::mm.out, not by the dispatcher: it may be called from a thread of `parallel` (where
-  // it stays on that thread), and costs a third.
+  // By the C function behind aten::mm.out, not by the dispatcher: it may be called from a thread of a team (where it
+  // stays on that thread), and costs a third.
   void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
             int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) const {
     if (m * n * k <= kSmallProduct) {

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/pool.h"
+
 namespace fastmtl {
 
 using torch::headeronly::ScalarType;
@@ -30,7 +32,18 @@ inline Tensor dense_rows(const Tensor& tensor) {
   return torch::stable::contiguous(tensor);
 }
 
+// Uninitialised; large ones come from the pool and go back to it.
 inline Tensor empty_f32(std::vector<int64_t> sizes) {
+  size_t bytes = sizeof(float);
+  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes >= Pool::kLarge) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
+    return torch::stable::from_blob(Pool::global().take(bytes), {sizes.data(), sizes.size()},
+                                    {strides.data(), strides.size()},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float,
+                                    [](void* data) { Pool::global().give(data); });
+  }
   return torch::stable::empty(sizes, ScalarType::Float, std::nullopt,
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
