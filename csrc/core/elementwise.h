@@ -41,6 +41,19 @@ FASTMTL_INLINE void for_columns(int64_t cols, F&& f) {
   if (c < cols) f(c, cols - c);
 }
 
+// The same for two lines of the cache at a time where there are as many: a row of a wide matrix lies far from the next,
+// and a processor fetches lines in pairs. f(column, vectors, lanes of each).
+constexpr int kPair = 2;
+template <class F>
+FASTMTL_INLINE void for_column_pairs(int64_t cols, F&& f) {
+  int64_t c = 0;
+  for (; c + kPair * kLanes <= cols; c += kPair * kLanes) {
+    f(c, std::integral_constant<int, kPair>{}, std::integral_constant<int64_t, kLanes>{});
+  }
+  for_columns(cols - c, [&](int64_t rest, auto n)
+                            __attribute__((always_inline)) { f(c + rest, std::integral_constant<int, 1>{}, n); });
+}
+
 FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
   F32 total{};
   for_columns(width,
@@ -55,40 +68,49 @@ FASTMTL_INLINE ColumnConstants constants(const Tile& t, int64_t c, int64_t n) {
   return {load(t.mean + c, n), load(t.scale + c, n), load(t.shift + c, n), t.alpha ? load(t.alpha + c, n) : F32{}};
 }
 
-// Calls f(r, sums) for each row; what f adds to the n sums [F32] of up to kSumRows rows is added up in double.
-template <int kSumRows, int kSums, class F>
-FASTMTL_INLINE void sum_rows(int64_t rows, F64 (&totals)[kSums], F&& f) {
+// Calls f(r, sums) for each row; what f adds to the sums, kSums of each of kVectors vectors, is added up in double
+// every kSumRows rows.
+template <int kSumRows, int kVectors, int kSums, class F>
+FASTMTL_INLINE void sum_rows(int64_t rows, F64 (&totals)[kVectors][kSums], F&& f) {
   for (int64_t start = 0; start < rows; start += kSumRows) {
-    F32 sums[kSums] = {};
+    F32 sums[kVectors][kSums] = {};
     const int64_t stop = std::min(rows, start + kSumRows);
     for (int64_t r = start; r < stop; ++r) f(r, sums);
-    for (int s = 0; s < kSums; ++s) totals[s] += wide(sums[s]);
+    for (int v = 0; v < kVectors; ++v) {
+      for (int s = 0; s < kSums; ++s) totals[v][s] += wide(sums[v][s]);
+    }
   }
 }
 
 template <bool kExact>
 void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
   constexpr int kSumRows = kExact ? 1 : 16;
-  for_columns(cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
+  for_column_pairs(cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
     // fp32 sums of distances from the first row lose nothing where the mean is large beside the deviation
-    const F32 origin = kExact ? F32{} : load(z + c, n);
-    F64 total[1] = {};
-    sum_rows<kSumRows>(rows, total, [&](int64_t r, F32* sums) __attribute__((always_inline)) {
-      sums[0] += load(z + r * ld + c, n) - origin;
+    F32 origin[kVectors] = {}, centre[kVectors];
+    F64 exact[kVectors][1] = {}, squares[kVectors][1] = {};
+    for (int v = 0; v < kVectors && !kExact; ++v) origin[v] = load(z + first + v * kLanes, n);
+    sum_rows<kSumRows>(rows, exact, [&](int64_t r, auto& sums) __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) sums[v][0] += load(z + r * ld + first + v * kLanes, n) - origin[v];
     });
-    const F64 exact = total[0] / static_cast<double>(rows) + wide(origin);
-    const F32 centre = narrow(exact);
-    F64 sum_of_squares[1] = {};
-    sum_rows<kSumRows>(rows, sum_of_squares, [&](int64_t r, F32* sums) __attribute__((always_inline)) {
-      const F32 d = load(z + r * ld + c, n) - centre;
-      sums[0] += d * d;
+    for (int v = 0; v < kVectors; ++v) {
+      exact[v][0] = exact[v][0] / static_cast<double>(rows) + wide(origin[v]);
+      centre[v] = narrow(exact[v][0]);
+    }
+    sum_rows<kSumRows>(rows, squares, [&](int64_t r, auto& sums) __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) {
+        const F32 d = load(z + r * ld + first + v * kLanes, n) - centre[v];
+        sums[v][0] += d * d;
+      }
     });
-    F64 squares = sum_of_squares[0];
-    const F64 rest = exact - wide(centre);  // what rounding the mean to fp32 has added
-    squares -= static_cast<double>(rows) * rest * rest;
-    for (int64_t i = 0; i < n; ++i) {
-      mean[c + i] = exact[i];
-      m2[c + i] = std::max(0.0, squares[i]);
+    for (int v = 0; v < kVectors; ++v) {
+      const F64 rest = exact[v][0] - wide(centre[v]);  // what rounding the mean to fp32 has added
+      squares[v][0] -= static_cast<double>(rows) * rest * rest;
+      for (int64_t i = 0; i < n; ++i) {
+        mean[first + v * kLanes + i] = exact[v][0][i];
+        m2[first + v * kLanes + i] = std::max(0.0, squares[v][0][i]);
+      }
     }
   });
 }
@@ -103,15 +125,20 @@ inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols,
 
 template <class Act, bool kDropout>
 void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
-  for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-    const ColumnConstants k = constants(t, c, n);
+  for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    ColumnConstants k[kVectors];
+    for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
     for (int64_t r = 0; r < t.rows; ++r) {
-      const F32 y = (load(t.z + r * t.ld + c, n) - k.mean) * k.scale + k.shift;
-      F32 value = Act::forward(y, k.alpha);
-      if constexpr (kDropout) {
-        value *= dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = first + v * kLanes;
+        const F32 y = (load(t.z + r * t.ld + c, n) - k[v].mean) * k[v].scale + k[v].shift;
+        F32 value = Act::forward(y, k[v].alpha);
+        if constexpr (kDropout) {
+          value *= dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
+        }
+        store(h + r * ld_h + c, value, n);
       }
-      store(h + r * ld_h + c, value, n);
     }
   });
 }
@@ -119,56 +146,79 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
 template <class Act, bool kDropout, bool kKeepHidden, bool kExact>
 void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
                              const GradSums& sums, float* h, int64_t ld_h) {
-  for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-    const ColumnConstants k = constants(t, c, n);
-    F64 totals[3] = {};
-    sum_rows<kExact ? 1 : 16>(t.rows, totals, [&](int64_t r, F32* sum) __attribute__((always_inline)) {
-      const F32 centred = load(t.z + r * t.ld + c, n) - k.mean;
-      const F32 y = centred * k.scale + k.shift;
-      F32 d = load(dh + r * ld_dh + c, n);
-      F32 mask;
-      if constexpr (kDropout) {
-        mask = dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
-        d *= mask;
-      }
-      const F32 g = Act::backward(y, d, k.alpha);
-      sum[0] += g;
-      if constexpr (kExact) {
-        totals[1] += wide(g) * wide(centred);
-      } else {
-        sum[1] += g * centred;
-      }
-      if constexpr (Act::kLearned) sum[2] += Act::dalpha(y, d);
-      store(dy + r * ld_dy + c, g, n);
-      if constexpr (kKeepHidden) {
-        F32 value = Act::forward(y, k.alpha);
-        if constexpr (kDropout) value *= mask;
-        store(h + r * ld_h + c, value, n);
+  for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    ColumnConstants k[kVectors];
+    for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
+    F64 totals[kVectors][3] = {};
+    sum_rows<kExact ? 1 : 16>(t.rows, totals, [&](int64_t r, auto& sum) __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = first + v * kLanes;
+        const F32 centred = load(t.z + r * t.ld + c, n) - k[v].mean;
+        const F32 y = centred * k[v].scale + k[v].shift;
+        F32 d = load(dh + r * ld_dh + c, n);
+        F32 mask;
+        if constexpr (kDropout) {
+          mask = dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
+          d *= mask;
+        }
+        const F32 g = Act::backward(y, d, k[v].alpha);
+        sum[v][0] += g;
+        if constexpr (kExact) {
+          totals[v][1] += wide(g) * wide(centred);
+        } else {
+          sum[v][1] += g * centred;
+        }
+        if constexpr (Act::kLearned) sum[v][2] += Act::dalpha(y, d);
+        store(dy + r * ld_dy + c, g, n);
+        if constexpr (kKeepHidden) {
+          F32 value = Act::forward(y, k[v].alpha);
+          if constexpr (kDropout) value *= mask;
+          store(h + r * ld_h + c, value, n);
+        }
       }
     });
-    add_to(sums.dy + c, totals[0], n);
-    add_to(sums.dy_centred + c, totals[1], n);
-    if constexpr (Act::kLearned) add_to(sums.dalpha + c, totals[2], n);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = first + v * kLanes;
+      add_to(sums.dy + c, totals[v][0], n);
+      add_to(sums.dy_centred + c, totals[v][1], n);
+      if constexpr (Act::kLearned) add_to(sums.dalpha + c, totals[v][2], n);
+    }
+  });
+}
+
+// dy -> dz with fp32 constants.
+template <bool kStatistics>
+void linear_grad_near(const Tile& t, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope) {
+  for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    F32 mean[kVectors] = {}, scale[kVectors], m[kVectors] = {}, k[kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = first + v * kLanes;
+      scale[v] = load(t.scale + c, n);
+      if constexpr (kStatistics) {
+        mean[v] = load(t.mean + c, n);
+        m[v] = narrow(load(mean_dy + c, n));
+        k[v] = narrow(load(slope + c, n));
+      }
+    }
+    for (int64_t r = 0; r < t.rows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t c = first + v * kLanes;
+        F32 left = load(dy + r * ld_dy + c, n);
+        if constexpr (kStatistics) left = left - m[v] - (load(t.z + r * t.ld + c, n) - mean[v]) * k[v];
+        store(dy + r * ld_dy + c, scale[v] * left, n);
+      }
+    }
   });
 }
 
 inline void linear_grad(const Tile& t, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope) {
+  if (!mean_dy) return linear_grad_near<false>(t, dy, ld_dy, mean_dy, slope);
+  if (!t.exact) return linear_grad_near<true>(t, dy, ld_dy, mean_dy, slope);
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-    const F32 scale = load(t.scale + c, n);
-    if (!mean_dy) {
-      for (int64_t r = 0; r < t.rows; ++r) store(dy + r * ld_dy + c, scale * load(dy + r * ld_dy + c, n), n);
-      return;
-    }
-    const F32 mean = load(t.mean + c, n);
+    const F32 scale = load(t.scale + c, n), mean = load(t.mean + c, n);
     const F64 m = load(mean_dy + c, n), k = load(slope + c, n);
-    if (!t.exact) {
-      const F32 m_near = narrow(m), k_near = narrow(k);
-      for (int64_t r = 0; r < t.rows; ++r) {
-        const F32 left = load(dy + r * ld_dy + c, n) - m_near - (load(t.z + r * t.ld + c, n) - mean) * k_near;
-        store(dy + r * ld_dy + c, scale * left, n);
-      }
-      return;
-    }
     for (int64_t r = 0; r < t.rows; ++r) {
       const F64 centred = wide(load(t.z + r * t.ld + c, n) - mean);
       const F64 left = wide(load(dy + r * ld_dy + c, n)) - m - centred * k;

@@ -5,6 +5,7 @@
 #include "core/mixing.h"
 #include "core/row_activations.h"
 #include "core/small_gemm.h"
+#include "core/task_losses.h"
 
 #define FASTMTL_TEXT(x) #x
 #define FASTMTL_NAME(x) FASTMTL_TEXT(x)
@@ -111,7 +112,8 @@ const Kernels& kernels() {
                                 mix,
                                 mix_grad,
                                 logits,
-                                logits_grad};
+                                logits_grad,
+                                task_losses};
   return table;
 }
 

@@ -112,6 +112,11 @@ struct Kernels {
   // dh[r, e] = dout[r, e] * weight[e]; adds to dweight [E * H] and dbias [E].
   void (*logits_grad)(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
                       const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias);
+
+  // losses [n_tasks]: the mean over the rows that have a label (NaN: none) of the cross-entropy or squared error of
+  // logits [rows, n_tasks]; grad [rows, n_tasks]: of the sum of factors * losses by the logits. All dense.
+  void (*task_losses)(int64_t rows, int64_t n_tasks, const float* logits, const float* labels,
+                      const bool* is_classification, const float* factors, float* losses, float* grad);
 };
 
 // The kernels as built for one instruction set.

@@ -133,6 +133,34 @@ FASTMTL_INLINE F32 exp(F32 x) {
   return x < -87.0f ? F32{} : e.two_n * e.p + e.two_n;
 }
 
+// ln x for x >= 0, by x = 2^k m with m about one: with s = f / (2 + f), f = m - 1, ln m = 2 artanh s, by its Taylor
+// series to s^11. ln 0 is -infinity; NaN stays NaN.
+FASTMTL_INLINE F32 log(F32 x) {
+  const I32 subnormal = x < 1.17549435e-38f;
+  const F32 scaled = subnormal ? x * 8388608.0f : x;
+  // 0x3F3504F3: the bits of sqrt(1/2), from which m runs to sqrt(2)
+  const I32 offset = (I32)scaled - 0x3F3504F3;
+  const F32 k = __builtin_convertvector(offset >> 23, F32) - (subnormal ? splat(23.0f) : F32{});
+  const F32 f = (F32)((offset & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
+  const F32 s = f / (2.0f + f), s2 = s * s;
+  F32 r = splat(2.0f / 11);
+  r = r * s2 + 2.0f / 9;
+  r = r * s2 + 2.0f / 7;
+  r = r * s2 + 2.0f / 5;
+  r = r * s2 + 2.0f / 3;
+  const F32 half = 0.5f * f * f;
+  const F32 value = k * 0.693145752f + (f - (half - (s * (half + r * s2) + k * 1.42860677e-6f)));
+  return x > 0.0f ? value : (x == 0.0f ? splat(-__builtin_inff()) : x);
+}
+
+// ln(1 - p) for 0 <= p <= 1: what rounding 1 - p has lost is added again.
+FASTMTL_INLINE F32 log1p_of_negative(F32 p) {
+  const F32 u = 1.0f - p;
+  const F32 lost = (1.0f - u) - p;
+  const F32 value = log(u);
+  return u > 0.0f ? value + lost / u : value;
+}
+
 FASTMTL_INLINE F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 // 1 - 2 / (e^2|x| + 1), and near zero, where that loses its digits, an odd polynomial fitted at Chebyshev nodes.

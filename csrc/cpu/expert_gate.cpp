@@ -133,6 +133,26 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
   return results;
 }
 
+// Returns the losses [T] and the gradient of their weighted sum by the logits [B, T].
+std::vector<Tensor> task_losses(const Tensor& logits, const Tensor& labels, const Tensor& is_classification,
+                                const Tensor& factors) {
+  check_cpu(logits, ScalarType::Float, 2, "logits");
+  check_cpu(labels, ScalarType::Float, 2, "labels");
+  check_cpu(is_classification, ScalarType::Bool, 1, "is_classification");
+  check_cpu(factors, ScalarType::Float, 1, "factors");
+  const int64_t n_rows = logits.size(0), n_tasks = logits.size(1);
+  STD_TORCH_CHECK(labels.size(0) == n_rows && labels.size(1) == n_tasks, "labels must have the logits' shape");
+  STD_TORCH_CHECK(is_classification.size(0) == n_tasks && factors.size(0) == n_tasks,
+                  "is_classification and factors must have an entry for each of the ", n_tasks, " tasks");
+  const Tensor z = torch::stable::contiguous(logits), y = torch::stable::contiguous(labels),
+               kinds = torch::stable::contiguous(is_classification), weights = torch::stable::contiguous(factors);
+  Tensor losses = empty_f32({n_tasks}), grad = empty_f32({n_rows, n_tasks});
+  best_kernels().task_losses(n_rows, n_tasks, z.const_data_ptr<float>(), y.const_data_ptr<float>(),
+                             kinds.const_data_ptr<bool>(), weights.const_data_ptr<float>(),
+                             losses.mutable_data_ptr<float>(), grad.mutable_data_ptr<float>());
+  return {losses, grad};
+}
+
 std::string isa() { return best_kernels().name; }
 
 }  // namespace
@@ -145,12 +165,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "expert_gate_bwd(Tensor grad, Tensor x, Tensor[] learned, Tensor[] saved, Tensor plan, bool training, float "
       "dropout, int seed, bool needs_x) -> Tensor[]");
+  m.def("task_losses(Tensor logits, Tensor labels, Tensor is_classification, Tensor factors) -> Tensor[]");
   m.def("isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("expert_gate_fwd", TORCH_BOX(&expert_gate_fwd));
   m.impl("expert_gate_bwd", TORCH_BOX(&expert_gate_bwd));
+  m.impl("task_losses", TORCH_BOX(&task_losses));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

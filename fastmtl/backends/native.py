@@ -200,6 +200,23 @@ def expert_gate_fwd(
     return out, tuple(saved) if seed is None else (*saved, seed)
 
 
+def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy or squared error of each task and the gradient of their weighted sum.
+
+    Args:
+        logits: ``[B, T]`` float32.
+        labels: ``[B, T]`` float32; NaN where a label is missing.
+        is_classification: ``[T]`` bool; otherwise the logit is the value itself.
+        factors: ``[T]`` float32, of each loss in the sum.
+
+    Returns:
+        Losses ``[T]``, the means over the rows that have the label (0 where none has), and ``[B, T]``. Equal to
+        :func:`fastmtl.basic.loss_func.multi_task_loss` of the sigmoid, to rounding.
+    """
+    losses, grad = _ops.task_losses.default(logits, labels, is_classification, factors)
+    return losses, grad
+
+
 def expert_gate_bwd(
     grad: Tensor,
     x: Tensor,

@@ -32,6 +32,17 @@ class _Group(NamedTuple):
     spec: EmbeddingSpec
 
 
+class Lookup(NamedTuple):
+    """The arguments of :func:`fastmtl.ops.embedding_bag`; ``ids`` is None where no feature has a table."""
+
+    weights: list[Tensor]
+    ids: Any
+    columns: tuple[int, ...]
+    dense: Tensor | None
+    spec: EmbeddingSpec
+    index: list[Any] | None
+
+
 class EmbeddingLayer(BatchedModule):
     """The tables of a list of features.
 
@@ -246,16 +257,24 @@ class EmbeddingLayer(BatchedModule):
             widths = {feature.embed_dim for feature in features}
             if len(widths) != 1:
                 raise ConfigError(f"EmbeddingLayer: squeeze_dim=False needs tables of one width, got {sorted(widths)}")
+        lookup = self.lookup(x, features)
+        if lookup.ids is None:
+            return lookup.dense if lookup.dense is not None else torch.empty(0)
+        out = ops.embedding_bag(*lookup)
+        return out if squeeze_dim else out.unflatten(1, (-1, lookup.spec.bags[0].dim))
+
+    def lookup(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> Lookup:
+        """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
+        reads are current then."""
         ids, columns, dense = self.inputs(x, features)
         spec = self._group(features)[1].spec
         weights = self.weights()
         if ids is None:
-            return dense if dense is not None else torch.empty(0)
+            return Lookup(weights, None, columns, dense, spec, None)
         if dense is not None and dense.dtype != weights[0].dtype:
             dense = dense.to(weights[0].dtype)
         index = None if self.updater is None else self.updater.before_lookup(weights, ids, columns, spec)
-        out = ops.embedding_bag(weights, ids, columns, dense, spec, index)
-        return out if squeeze_dim else out.unflatten(1, (-1, spec.bags[0].dim))
+        return Lookup(weights, ids, columns, dense, spec, index)
 
 
 def _column(x: Mapping[str, Tensor], name: str) -> Tensor:

@@ -23,6 +23,7 @@ from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy, make_strategy
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
+from .native_gradients import NativeGradients
 from .progress import Progress
 
 DEFAULT_OPTIMIZER_PARAMS = {"lr": 1e-3, "weight_decay": 1e-5}
@@ -232,16 +233,17 @@ class MTLTrainer:
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
         bar = Progress(data_loader, "train", self.progress)
+        step = self._native_step() or self._step
         with sparse_updates(unwrap(self.model), self.optimizer):
             for batch in bar:
                 x, y = split_batch(batch)
                 if y is None:
                     raise BadDataError("the training loader has no labels; give one that yields (x, y)")
-                losses = self._step(x, y)
+                losses = step(x, y)
                 total += losses
                 batches += 1
                 rows += len(y)
-                bar.update(len(y), losses.mean())
+                bar.update(len(y), losses)
         if not batches:
             raise BadDataError("the training loader has no rows")
         self._rows_seen = rows
@@ -264,6 +266,24 @@ class MTLTrainer:
             self.optimizer.step()
         self.strategy.after_step()
         return losses.detach()
+
+    def _native_step(self) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
+        """:meth:`_step` without autograd, where that is possible."""
+        if self.amp is not None or self._task_rates is not None or not self.reg_loss_fn.is_zero:
+            return None
+        gradients = NativeGradients.of(self.model, self.strategy)
+        if gradients is None:
+            return None
+
+        def step(x: Mapping[str, Tensor], y: Any) -> Tensor:
+            losses, logits = gradients(x, labels_of(y, gradients.model))
+            if torch.isnan(losses).any():
+                self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
+            self.optimizer.step()
+            self.strategy.after_step()
+            return losses
+
+        return step
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         try:

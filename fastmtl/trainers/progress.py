@@ -42,11 +42,11 @@ class Progress:
             yield from self.loader
 
     def update(self, rows: int, loss: Any = None) -> None:
-        """Count ``rows``; ``loss`` (a tensor) is read only when the bar is due for a refresh."""
+        """Count ``rows``; ``loss`` (a tensor ``[T]``) is read only when the bar is due for a refresh."""
         if self.bar.disable:
             return
         self.bar.update(rows)
         now = time.monotonic()
         if loss is not None and now - self._shown > REFRESH_SECONDS:
             self._shown = now
-            self.bar.set_postfix(loss=f"{float(loss):.4f}")
+            self.bar.set_postfix(loss=f"{float(loss.mean()):.4f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -39,12 +40,20 @@ class Strategy:
         """The one loss to minimise."""
         raise NotImplementedError
 
+    def factors(self) -> Tensor | None:
+        """``[T]``, where :meth:`total` is a sum of the losses with fixed factors and :meth:`backward` the base's."""
+        return None
+
     def after_step(self) -> None:
         """Called after the optimizer's step."""
 
     def weights(self) -> nn.Parameter | None:
         """Learned loss weights ``[T]``, for logs."""
         return None
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """Factors of the trained outputs to ``[T]``; the others' are zero."""
+        return torch.zeros(len(self.task_types)).index_copy(0, torch.tensor(self.tasks), factors)
 
     def trained(self, values: Tensor) -> Tensor:
         """The entries of ``values [T]`` that belong to trained outputs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import Strategy
@@ -12,3 +13,6 @@ class Mean(Strategy):
 
     def total(self, losses: Tensor) -> Tensor:
         return self.trained(losses).sum() * self.factor
+
+    def factors(self) -> Tensor:
+        return self.spread(torch.full((len(self.tasks),), self.factor))

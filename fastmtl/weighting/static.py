@@ -30,7 +30,10 @@ class Static(Strategy):
             )
 
     def total(self, losses: Tensor) -> Tensor:
-        fixed = self.fixed.to(losses.device)
-        if len(fixed) == len(losses):
-            fixed = self.trained(fixed)
-        return (self.trained(losses) * fixed).sum() * self.factor
+        return (self.trained(losses) * self._trained_weights().to(losses.device)).sum() * self.factor
+
+    def factors(self) -> Tensor:
+        return self.spread(self._trained_weights() * self.factor)
+
+    def _trained_weights(self) -> Tensor:
+        return self.trained(self.fixed) if len(self.fixed) == len(self.task_types) else self.fixed

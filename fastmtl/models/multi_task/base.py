@@ -150,7 +150,15 @@ class MTLModel(nn.Module):
         return torch.where(self._is_classification, torch.sigmoid(logits), logits)
 
     def _logits(self, row: Tensor) -> Tensor:
-        raise NotImplementedError
+        x = row.unsqueeze(0)
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+    def layers(self) -> list[nn.Module]:
+        """The modules between a looked-up row ``[1, B, I]`` and the logits, each reading what the one before made and
+        nothing else; empty where a model is no such chain and has a ``_logits`` or ``_predict`` of its own."""
+        return []
 
     def _build_from_batch(self, x: Mapping[str, Tensor]) -> None:
         names = [feature for feature in self.features if isinstance(feature, str)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...basic.bank import ExpertGate, TowerBank, bank_spec
 from ...basic.features import Feature
@@ -82,11 +82,8 @@ class PLE(MTLModel):
         names = [f"experts_specific.{e}" for e in range(n_specific)] + [f"experts_shared.{e}" for e in range(shared)]
         return ExpertGate(bank_spec(width, params, expert_input, gates), experts, gate_mlps, names, gate_names)
 
-    def _logits(self, row: Tensor) -> Tensor:
-        x = row.unsqueeze(0)
-        for layer in self.cgc_layers:
-            x = layer(x)
-        return self.towers(x)
+    def layers(self) -> list[nn.Module]:
+        return [*self.cgc_layers, self.towers]
 
     def task_of(self, name: str) -> int | None:
         if name.startswith("cgc_layers."):

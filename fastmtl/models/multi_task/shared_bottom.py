@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...basic.bank import ExpertGate, TowerBank, bank_spec
 from ...basic.features import Feature
@@ -47,8 +47,8 @@ class SharedBottom(MTLModel):
         names = [f"towers.{task}" for task in range(self.n_task)]
         self.towers = TowerBank(params["dims"][-1], self.config["tower_params_list"], names, shared_input=True)
 
-    def _logits(self, row: Tensor) -> Tensor:
-        return self.towers(self.bank(row.unsqueeze(0)))
+    def layers(self) -> list[nn.Module]:
+        return [self.bank, self.towers]
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*self.embedding.parameters(), *self.bank.parameters()]

@@ -1,0 +1,121 @@
+"""The gradients of one batch without autograd, for models that are a chain of native layers.
+
+Autograd's nodes, saved tensors and accumulators cost half a millisecond a batch, more than the arithmetic of a small
+model. A chain needs none of them: its layers run one after the other, and their backwards in the opposite order. The
+kernels are autograd's own, so the gradients are the same, but for the rounding of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import backend
+from ..backends import native
+from ..basic.bank import ExpertGate, TowerBank
+from ..models.multi_task import MTLModel
+from ..weighting import Strategy
+
+
+class NativeGradients:
+    """Fills ``.grad`` of a model's parameters; :meth:`of` says where it can.
+
+    Args:
+        model: a model whose ``layers()`` are a chain.
+        banks: these layers.
+        factors: ``[T]``, of each task's loss in the sum that is minimised.
+    """
+
+    def __init__(self, model: MTLModel, banks: list[ExpertGate], factors: Tensor) -> None:
+        self.model, self.banks, self.factors = model, banks, factors
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+
+    @classmethod
+    def of(cls, model: nn.Module, strategy: Strategy) -> NativeGradients | None:
+        """For a bare model on the native backend that nobody watches, and losses summed with fixed factors."""
+        factors = strategy.factors()
+        if factors is None or type(strategy).backward is not Strategy.backward or not _is_plain(model):
+            return None
+        banks = _chain(cast(MTLModel, model))
+        params = list(model.parameters())
+        if not banks or not all(p.dtype == torch.float32 and p.is_cpu for p in params):
+            return None
+        if any(backend.resolve(op, *params) is not native for op in backend.TABLE):
+            return None
+        return cls(cast(MTLModel, model), banks, factors)
+
+    @torch.no_grad()
+    def __call__(self, x: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a batch.
+
+        Args:
+            x: columns, as the model takes them.
+            labels: ``[B, T]`` float32; NaN where a label is missing.
+
+        Returns:
+            The tasks' losses ``[T]`` and the logits ``[B, T]``.
+        """
+        for p in self._trained:
+            p.grad = None
+        embedding = self.model.embedding
+        lookup = embedding.lookup(x, embedding.features)
+        row = lookup.dense if lookup.ids is None else native.embedding_bag_fwd(*lookup[:5])
+        assert row is not None
+        inputs, taped = [row.unsqueeze(0)], []
+        for bank in self.banks:
+            bank.count_step(inputs[-1])
+            params = bank.params()
+            out, saved = native.expert_gate_fwd(inputs[-1], params, bank.spec, True)
+            inputs.append(out)
+            taped.append((params, saved))
+        logits = inputs.pop()
+        losses, grad = native.task_losses(logits, labels, self.model.is_classification, self.factors)
+        trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
+        for bank, source, (params, saved) in zip(reversed(self.banks), reversed(inputs), reversed(taped), strict=True):
+            needs_x = trains_tables or bank is not self.banks[0]
+            before, grads = native.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
+            for p, g in zip(params.learned(), grads, strict=True):
+                if p.requires_grad:
+                    p.grad = g
+            if before is not None:
+                grad = before
+        if trains_tables:
+            self._table_gradients(grad[0], lookup)
+        return losses, logits
+
+    @staticmethod
+    def _table_gradients(grad: Tensor, lookup: Any) -> None:
+        weights, ids, columns, _, spec, index = lookup
+        grads = ops.table_gradients(native, grad, ids, columns, spec, weights, index)
+        for table, g in zip(weights, grads, strict=True):
+            table.grad = g
+
+
+def _chain(model: MTLModel) -> list[ExpertGate]:
+    """The banks of a model that computes its layers one after the other, and nothing else; empty: it is none such."""
+    if type(model)._logits is not MTLModel._logits or type(model)._predict is not MTLModel._predict:
+        return []
+    banks: list[Any] = []
+    for layer in model.layers():
+        # towers of several shapes read parts of their input
+        banks += layer.banks if isinstance(layer, TowerBank) and len(layer.banks) == 1 else [layer]
+    return banks if all(type(bank) is ExpertGate for bank in banks) else []
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether it is a model of ours, whose parts nobody has wrapped, changed or hooked into."""
+    if not isinstance(model, MTLModel) or type(model).forward is not MTLModel.forward or torch.is_anomaly_enabled():
+        return False
+    if any(getattr(torch_module, f"_global{hooks}", None) for hooks in _HOOKS):
+        return False
+    for module in model.modules():
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+            return False
+    return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
