@@ -115,9 +115,14 @@ class ExpertGate(BatchedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, B, I]`` inputs to ``[G, B, H]`` (``[E, B, H]`` without gates, ``[B, E]`` with an output layer)."""
-        if self.training and x.shape[1] > 1:
-            self.num_batches_tracked.add_(1)
+        if self.training:
+            self.count_step(x)
         return ops.expert_gate(x, self.params(), self.spec, self.training)
+
+    def count_step(self, x: Tensor) -> None:
+        """Count a batch ``[N, B, I]`` of training; one row has no statistics, and is not counted."""
+        if x.shape[1] > 1:
+            self.num_batches_tracked.add_(1)
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """The parameters of the experts alone."""

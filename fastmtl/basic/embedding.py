@@ -40,7 +40,7 @@ class Lookup(NamedTuple):
     columns: tuple[int, ...]
     dense: Tensor | None
     spec: EmbeddingSpec
-    index: list[Any] | None
+    row_index: list[Any] | None
 
 
 class EmbeddingLayer(BatchedModule):

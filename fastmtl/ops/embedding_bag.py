@@ -37,16 +37,29 @@ class _EmbeddingBag(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if ctx.index is None:
-            grads = ctx.module.embedding_bag_bwd(grad, ids, ctx.columns, ctx.spec, ctx.shapes, list(needs[6:]))
-        else:
-            pairs = ctx.module.embedding_bag_bwd_sparse(grad, ids, ctx.columns, ctx.spec, ctx.shapes, ctx.index)
-            grads = [
-                None if pair is None else _sparse(pair[0], pair[1], shape)
-                for pair, shape in zip(pairs, ctx.shapes, strict=True)
-            ]
+        grads = table_gradients(ctx.module, grad, ids, ctx.columns, ctx.spec, ctx.shapes, list(needs[6:]), ctx.index)
         dense = grad[:, grad.shape[1] - ctx.spec.n_dense :] if needs[3] else None
         return None, None, None, dense, None, None, *grads
+
+
+def table_gradients(
+    module: ModuleType,
+    grad: Tensor,
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+    index: list[Any] | None,
+) -> list[Tensor | None]:
+    """From the gradient ``[B, W]`` of the output those of the weights that need one: dense, or sparse where there is
+    an index."""
+    if index is None:
+        return module.embedding_bag_bwd(grad, ids, columns, spec, shapes, needs)
+    pairs = module.embedding_bag_bwd_sparse(grad, ids, columns, spec, shapes, index)
+    return [
+        None if pair is None else _sparse(pair[0], pair[1], shape) for pair, shape in zip(pairs, shapes, strict=True)
+    ]
 
 
 def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

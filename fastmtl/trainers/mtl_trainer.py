@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,10 +19,11 @@ from ..basic.metric import get_metric_func, metric_mode
 from ..basic.tracking import BaseLogger
 from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
-from ..weighting import MetaBalance, Strategy, make_strategy
+from ..weighting import MetaBalance, Strategy
+from .arguments import library_task_type, strategy_of, writable_folder
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
-from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .native_gradients import NativeGradients
+from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .progress import Progress
 
 DEFAULT_OPTIMIZER_PARAMS = {"lr": 1e-3, "weight_decay": 1e-5}
@@ -96,7 +96,7 @@ class MTLTrainer:
     ) -> None:
         self.model = model
         inner = unwrap(model)
-        self.task_types = inner.task_types if task_types is None else [*map(_library_task_type, task_types)]
+        self.task_types = inner.task_types if task_types is None else [*map(library_task_type, task_types)]
         self.n_task = len(self.task_types)
         if self.task_types != inner.task_types:
             raise ConfigError(f"task_types {self.task_types} are not the model's, {inner.task_types}")
@@ -118,7 +118,7 @@ class MTLTrainer:
         if embedding_update not in (None, "exact", "lazy", "dense"):
             raise ConfigError(f"embedding_update {embedding_update!r} is not known; use 'exact', 'lazy' or 'dense'")
         self.amp, self.progress, self.embedding_update = amp, progress, embedding_update
-        self.strategy = _strategy(adaptive_params, optimizer, task_weights_strategy, gradnorm_alpha, task_weights)
+        self.strategy = strategy_of(adaptive_params, optimizer, task_weights_strategy, gradnorm_alpha, task_weights)
         self.adaptive_method = None if adaptive_params is None else adaptive_params.get("method")
         self.task_specific_lr = dict(task_specific_lr or {})
         self.optimizer_fn = optimizer_fn
@@ -126,7 +126,7 @@ class MTLTrainer:
         self.scheduler_fn, self.scheduler_params = scheduler_fn, dict(scheduler_params or {})
         self.optimizer: Any = None if isinstance(optimizer, MetaBalance) else optimizer
         self.scheduler: Any = None
-        self.model_path = _writable(model_path)
+        self.model_path = writable_folder(model_path)
         self.gpus = list(gpus or [])
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -460,46 +460,3 @@ class MTLTrainer:
             unwrap(self.model), input_data, batch_size, seq_length, depth, show_shapes, expand_nested, save_path,
             graph_name, device or "cpu", dpi, **kwargs,
         )  # fmt: skip
-
-
-def _library_task_type(kind: str) -> str:
-    return "classification" if kind == "binary" else kind
-
-
-def _strategy(
-    adaptive_params: Mapping[str, Any] | None,
-    optimizer: torch.optim.Optimizer | None,
-    method: str | None,
-    alpha: float | None,
-    task_weights: Sequence[float] | None,
-) -> Strategy:
-    """The one strategy that the trainer's arguments, of either dialect, ask for."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-    if adaptive_params is not None:
-        params = dict(adaptive_params)
-        if "method" not in params:
-            raise ConfigError("adaptive_params: the key 'method' is missing, e.g. {'method': 'uwl'}")
-        asked.append((params.pop("method"), params))
-    if method is not None:
-        asked.append((method, {} if alpha is None else {"alpha": alpha}))
-    if isinstance(optimizer, MetaBalance):
-        asked.append(("metabalance", {"optimizer": optimizer}))
-    if task_weights is not None:
-        asked.append(("static", {"weights": task_weights}))
-    if len(asked) > 1:
-        raise ConfigError(f"several ways to weigh the losses were given ({', '.join(m for m, _ in asked)}); give one")
-    name, params = asked[0] if asked else ("mean", {})
-    if name != "gradnorm":
-        params.pop("alpha", None)  # torch-rechub's scripts pass it beside every method
-    return make_strategy(name, **params)
-
-
-def _writable(folder: str) -> str:
-    """The folder, made if missing; tried out by writing a file."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"model_path {folder!r} can't be written: {error.strerror or error}") from None
-    return folder

@@ -17,7 +17,9 @@ from torch.nn.modules import module as torch_module
 from .. import backend
 from ..backends import native
 from ..basic.bank import ExpertGate, TowerBank
+from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
+from ..ops.embedding_bag import table_gradients
 from ..weighting import Strategy
 
 
@@ -48,7 +50,6 @@ class NativeGradients:
             return None
         return cls(cast(MTLModel, model), banks, factors)
 
-    @torch.no_grad()
     def __call__(self, x: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch.
 
@@ -61,8 +62,12 @@ class NativeGradients:
         """
         for p in self._trained:
             p.grad = None
-        embedding = self.model.embedding
-        lookup = embedding.lookup(x, embedding.features)
+        # with gradients on: to the tables' optimizer a lookup without them is an evaluation
+        lookup = self.model.embedding.lookup(x, self.model.embedding.features)
+        with torch.no_grad():
+            return self._run(lookup, labels)
+
+    def _run(self, lookup: Lookup, labels: Tensor) -> tuple[Tensor, Tensor]:
         row = lookup.dense if lookup.ids is None else native.embedding_bag_fwd(*lookup[:5])
         assert row is not None
         inputs, taped = [row.unsqueeze(0)], []
@@ -78,9 +83,9 @@ class NativeGradients:
         for bank, source, (params, saved) in zip(reversed(self.banks), reversed(inputs), reversed(taped), strict=True):
             needs_x = trains_tables or bank is not self.banks[0]
             before, grads = native.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
-            for p, g in zip(params.learned(), grads, strict=True):
-                if p.requires_grad:
-                    p.grad = g
+            for learned, g in zip(params.learned(), grads, strict=True):
+                if learned.requires_grad:
+                    learned.grad = g
             if before is not None:
                 grad = before
         if trains_tables:
@@ -88,9 +93,11 @@ class NativeGradients:
         return losses, logits
 
     @staticmethod
-    def _table_gradients(grad: Tensor, lookup: Any) -> None:
+    def _table_gradients(grad: Tensor, lookup: Lookup) -> None:
         weights, ids, columns, _, spec, index = lookup
-        grads = ops.table_gradients(native, grad, ids, columns, spec, weights, index)
+        needs = [table.requires_grad for table in weights]
+        shapes = [table.shape for table in weights]
+        grads = table_gradients(native, grad, ids, columns, spec, shapes, needs, index)
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
 

@@ -97,7 +97,10 @@ def test_fit_returns_the_same_log(backend, tmp_path):
     theirs, ours = logs
     assert ours.shape == theirs.shape == (4, 4)
     np.testing.assert_allclose(ours[:, :2], theirs[:, :2], rtol=1e-5)
-    np.testing.assert_allclose(ours[:, 2:], theirs[:, 2:], rtol=5e-3)
+    # the first score is an AUC over so few rows that one pair in another order moves it by more than that
+    pair = 1 / 378
+    np.testing.assert_allclose(ours[:, 2], theirs[:, 2], rtol=0, atol=2.01 * pair)
+    np.testing.assert_allclose(ours[:, 3], theirs[:, 3], rtol=5e-3)
 
 
 @pytest.mark.parametrize(

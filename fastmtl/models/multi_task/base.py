@@ -58,7 +58,8 @@ class MTLModel(nn.Module):
     #: Outputs whose losses are summed; None: the mean over all tasks.
     SUMMED_TASKS: ClassVar[tuple[int, ...] | None] = None
 
-    _is_classification: Tensor
+    #: ``[T]`` bool.
+    is_classification: Tensor
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class MTLModel(nn.Module):
         self.register_load_state_dict_pre_hook(_lower_names)
         self.register_load_state_dict_post_hook(_lift_missing)
         is_classification = torch.tensor([task_type == "classification" for task_type in self.task_types])
-        self.register_buffer("_is_classification", is_classification, persistent=False)
+        self.register_buffer("is_classification", is_classification, persistent=False)
         self.is_built = False
         if not self.features:
             raise ConfigError(f"{type(self).__name__}: the list of features is empty")
@@ -147,7 +148,7 @@ class MTLModel(nn.Module):
         logits = self._logits(row)
         if "regression" not in self.task_types:
             return torch.sigmoid(logits)
-        return torch.where(self._is_classification, torch.sigmoid(logits), logits)
+        return torch.where(self.is_classification, torch.sigmoid(logits), logits)
 
     def _logits(self, row: Tensor) -> Tensor:
         x = row.unsqueeze(0)

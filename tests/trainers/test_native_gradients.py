@@ -1,0 +1,127 @@
+"""A step without autograd: autograd's gradients, and only where nobody would miss autograd."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from fastmtl import backend
+from fastmtl.backends import native
+from fastmtl.basic.features import DenseFeature, SparseFeature
+from fastmtl.basic.loss_func import multi_task_loss
+from fastmtl.models import AITM, ESMM, MMOE, PLE, SharedBottom
+from fastmtl.trainers import MTLTrainer
+from fastmtl.trainers.native_gradients import NativeGradients
+from fastmtl.weighting import make_strategy
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="needs the native library")
+
+FEATURES = [SparseFeature("a", 30, 4), SparseFeature("b", 7, 5), DenseFeature("c")]
+MLP = {"dims": [9, 6], "activation": "relu"}
+
+
+def make(kind: type, seed: int, task_types: list[str]) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    towers = [{"dims": [5]}] * len(task_types)
+    if kind is MMOE:
+        return MMOE(FEATURES, task_types, 3, MLP, towers)
+    if kind is PLE:
+        return PLE(FEATURES, task_types, 2, 2, 1, MLP, towers)
+    return SharedBottom(FEATURES, task_types, MLP, towers)
+
+
+def batch(rng: np.random.Generator, task_types: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    n = int(rng.integers(32, 200))  # of a smaller batch rounding leaves too little to compare
+    x = {
+        "a": torch.from_numpy(rng.integers(0, 30, n)),
+        "b": torch.from_numpy(rng.integers(0, 7, n)),
+        "c": torch.from_numpy(rng.random(n, dtype=np.float32)),
+    }
+    y = torch.from_numpy(rng.random((n, len(task_types)), dtype=np.float32))
+    binary = torch.tensor([kind == "classification" for kind in task_types])
+    y = torch.where(binary, y.round(), 3 * y)
+    y[torch.from_numpy(rng.random(y.shape)) < rng.choice([0, 0.3])] = torch.nan
+    return x, y
+
+
+@pytest.mark.parametrize("kind", [SharedBottom, MMOE, PLE])
+def test_gradients_are_autograds(kind, seed):
+    for case in range(10):
+        rng = np.random.default_rng([seed, case])
+        task_types = [str(rng.choice(["classification", "regression"])) for _ in range(rng.integers(1, 4))]
+        x, y = batch(rng, task_types)
+        model = make(kind, seed + case, task_types)
+        weights = rng.random(len(task_types))
+        strategy = make_strategy("static", weights=weights) if case % 2 else make_strategy("mean")
+        expected = copy.deepcopy(model)
+        strategy.attach(expected, task_types)
+        losses = multi_task_loss(expected(x), y, task_types)
+        strategy.backward(losses, 0.0)
+
+        gradients = NativeGradients.of(model, strategy)
+        assert gradients is not None
+        found, logits = gradients(x, y)
+        assert logits.shape == y.shape
+        torch.testing.assert_close(found, losses.detach(), rtol=1e-6, atol=1e-7)
+        for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+            # rounding of the losses' gradient, carried through
+            distance = float((p.grad - q.grad).norm()) / (float(q.grad.norm()) + 1e-6)
+            assert distance < 1e-4, (case, name, distance)
+        for p, q in zip(model.buffers(), expected.buffers(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_frozen_tables_get_no_gradient(seed):
+    model = make(MMOE, seed, ["classification"])
+    for table in model.embedding.parameters():
+        table.requires_grad_(False)
+    strategy = make_strategy("mean")
+    strategy.attach(model, model.task_types)
+    gradients = NativeGradients.of(model, strategy)
+    gradients(*batch(np.random.default_rng(seed), model.task_types))
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def plain(model: torch.nn.Module, strategy: str = "mean") -> bool:
+    chosen = make_strategy(strategy)
+    chosen.attach(model, model.task_types)
+    return NativeGradients.of(model, chosen) is not None
+
+
+def test_whoever_needs_autograd_gets_it(seed):
+    types = ["classification"] * 2
+    assert plain(make(PLE, seed, types))
+    assert not plain(make(PLE, seed, types), "uwl")
+    assert not plain(make(PLE, seed, types), "gradnorm")
+    assert not plain(AITM(FEATURES, 2, {"dims": [4]}, [{"dims": [4]}] * 2))
+    assert not plain(ESMM([FEATURES[0]], [FEATURES[1]], {"dims": [4]}, {"dims": [4]}))
+    assert not plain(make(PLE, seed, types).double())
+    with backend.use_backend("eager"):
+        assert not plain(make(PLE, seed, types))
+    towers_differ = MMOE(FEATURES, types, 3, MLP, [{"dims": [5]}, {"dims": [4]}])
+    assert not plain(towers_differ)
+
+    watched = make(PLE, seed, types)
+    handle = watched.towers.register_forward_hook(lambda *_: None)
+    assert not plain(watched)
+    handle.remove()
+    assert plain(watched)
+    next(watched.parameters()).register_hook(lambda grad: grad)
+    assert not plain(watched)
+
+    class Mine(MMOE):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    assert not plain(Mine(FEATURES, types, 3, MLP, [{"dims": [5]}] * 2))
+
+
+def test_nan_in_training_names_the_task(seed, tmp_path):
+    model = make(MMOE, seed, ["classification"] * 2)
+    trainer = MTLTrainer(model, model_path=str(tmp_path))
+    x, y = batch(np.random.default_rng(seed), model.task_types)
+    with torch.no_grad():
+        dict(model.named_modules())["towers"].banks[0].out_bias[1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"task 'task_1'.*'towers.1"):
+        trainer.train_one_epoch([(x, y.nan_to_num(0.0))])
