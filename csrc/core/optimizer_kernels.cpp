@@ -53,10 +53,10 @@ void update(const Spread& s, Lanes g, float* p_at, float* first_at, float* secon
   p.store(p_at);
 }
 
-// Rows on their way through missed steps: copies that lie together, those that missed most first.
+// Rows on their way through steps: copies that lie together.
 struct Tile {
-  static constexpr int64_t kFloats = 512;  // of each array: all fit into the L1 cache
-  static constexpr int64_t kMost = 128;    // rows
+  static constexpr int64_t kFloats = 1024;  // of each array: three of them fit into the L1 cache
+  static constexpr int64_t kMost = 128;     // rows
 
   explicit Tile(int64_t dim)
       : dim(dim),
@@ -65,14 +65,12 @@ struct Tile {
         p(static_cast<size_t>(capacity * padded), 0.0f),
         first(p.size(), 0.0f),
         second(p.size(), 0.0f),
-        grad(p.size(), 0.0f) {}
+        grad(static_cast<size_t>(padded), 0.0f) {}
 
   const int64_t dim;
   const int64_t padded;  // a row's floats here: whole lanes, so that rows may differ in their steps
   const int64_t capacity;
   std::vector<float> p, first, second, grad;
-  std::array<int64_t, kMost> rows, lags;
-  int64_t n = 0;
 
   static void copy(const float* from, float* to, int64_t n) {
     if (n == 16) {  // the usual width, as one instruction
@@ -81,53 +79,85 @@ struct Tile {
       std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
     }
   }
-  // Those that missed most first; by counting, where none missed very many.
-  void sort(const int32_t* last, int64_t upto) {
-    constexpr int64_t kLags = 64;
-    std::array<int64_t, kLags + 1> starts{};
-    int64_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      lags[i] = upto - last[rows[i]];
-      most = std::max(most, lags[i]);
-    }
-    if (most >= kLags) {
-      std::sort(rows.begin(), rows.begin() + n, [&](int64_t a, int64_t b) { return last[a] < last[b]; });
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i) ++starts[kLags - lags[i]];
-    for (int64_t k = 0, at = 0; k <= kLags; ++k) at += std::exchange(starts[k], at);
-    const std::array<int64_t, kMost> before = rows;
-    for (int64_t i = 0; i < n; ++i) rows[starts[kLags - lags[i]]++] = before[i];
+  void gather(const Table& t, int64_t row, int64_t i) {
+    copy(t.p + row * dim, &p[i * padded], dim);
+    if (t.first) copy(t.first + row * dim, &first[i * padded], dim);
+    if (t.second) copy(t.second + row * dim, &second[i * padded], dim);
   }
-  void gather(const Table& t) {
-    for (int64_t i = 0; i < n; ++i) {
-      copy(t.p + rows[i] * dim, &p[i * padded], dim);
-      if (t.first) copy(t.first + rows[i] * dim, &first[i * padded], dim);
-      if (t.second) copy(t.second + rows[i] * dim, &second[i * padded], dim);
-    }
-  }
-  void scatter(const Table& t, int64_t step) {
-    for (int64_t i = 0; i < n; ++i) {
-      copy(&p[i * padded], t.p + rows[i] * dim, dim);
-      if (t.first) copy(&first[i * padded], t.first + rows[i] * dim, dim);
-      if (t.second) copy(&second[i * padded], t.second + rows[i] * dim, dim);
-      t.last[rows[i]] = static_cast<int32_t>(step);
-    }
+  void scatter(const Table& t, int64_t row, int64_t i, int64_t step) const {
+    copy(&p[i * padded], t.p + row * dim, dim);
+    if (t.first) copy(&first[i * padded], t.first + row * dim, dim);
+    if (t.second) copy(&second[i * padded], t.second + row * dim, dim);
+    t.last[row] = static_cast<int32_t>(step);
   }
 };
 
-// Rows of a list lie anywhere: they are asked for this many rows ahead.
-constexpr int64_t kAhead = 24;
-
 void prefetch(const Table& t, int64_t row) {
   constexpr int64_t kLine = 64 / sizeof(float), kLines = 4;
-  __builtin_prefetch(t.last + row, 1);
   for (int64_t d = 0; d < std::min(t.dim, kLines * kLine); d += kLine) {
     __builtin_prefetch(t.p + row * t.dim + d, 1);
     if (t.first) __builtin_prefetch(t.first + row * t.dim + d, 1);
     if (t.second) __builtin_prefetch(t.second + row * t.dim + d, 1);
   }
 }
+
+// The rows that a tile takes next, those that missed most first.
+struct Pick {
+  std::array<int64_t, Tile::kMost> rows, lags;
+  int64_t n = 0;
+
+  // By counting, where none missed very many.
+  void sort() {
+    constexpr int64_t kLags = 64;
+    std::array<int64_t, kLags + 1> starts{};
+    const std::array<int64_t, Tile::kMost> before = rows, lag = lags;
+    if (*std::max_element(lags.begin(), lags.begin() + n) >= kLags) {
+      std::array<int64_t, Tile::kMost> order;
+      for (int64_t i = 0; i < n; ++i) order[i] = i;
+      std::stable_sort(order.begin(), order.begin() + n, [&](int64_t a, int64_t b) { return lag[a] > lag[b]; });
+      for (int64_t i = 0; i < n; ++i) {
+        rows[i] = before[order[i]];
+        lags[i] = lag[order[i]];
+      }
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) ++starts[kLags - lag[i]];
+    for (int64_t k = 0, at = 0; k <= kLags; ++k) at += std::exchange(starts[k], at);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to = starts[kLags - lag[i]]++;
+      rows[to] = before[i];
+      lags[to] = lag[i];
+    }
+  }
+};
+
+// Walks through rows (without a list: begin .. end - 1) and picks those that are not current.
+class Picker {
+ public:
+  Picker(const Table& table, const History& history, const int64_t* rows, int64_t begin, int64_t end, int64_t upto)
+      : table_(table), history_(history), rows_(rows), at_(begin), end_(end), upto_(upto) {}
+
+  // Up to `capacity` rows; false: one of them lags behind the history.
+  bool next(Pick& pick, int64_t capacity) {
+    constexpr int64_t kAhead = 64;  // a row's step is one number in a line of its own
+    pick.n = 0;
+    for (; at_ < end_ && pick.n < capacity; ++at_) {
+      if (rows_ && at_ + kAhead < end_) __builtin_prefetch(table_.last + rows_[at_ + kAhead], 1);
+      const int64_t row = rows_ ? rows_[at_] : at_, last = table_.last[row];
+      if (last >= upto_) continue;
+      if (last + 1 < history_.begin) return false;
+      pick.rows[pick.n] = row;
+      pick.lags[pick.n++] = upto_ - last;
+    }
+    return true;
+  }
+
+ private:
+  const Table& table_;
+  const History& history_;
+  const int64_t* rows_;
+  int64_t at_, end_, upto_;
+};
 
 bool all_zero(const float* x, int64_t n) {
   bool zero = n == 0 || x[0] == 0.0f;  // mostly that settles it
@@ -157,23 +187,33 @@ bool pass_quietly(const Table& t, const History& history, bool any_l2, int64_t r
   return true;
 }
 
+// Takes the missed steps of the picked rows; meanwhile the rows of the pick after it are fetched.
 template <Rule R>
-void replay_tile(Tile& tile, const Table& t, const History& history, int64_t upto) {
-  if (tile.n == 0) return;
-  tile.sort(t.last, upto);
-  tile.gather(t);
+void replay_tile(Tile& tile, Pick& pick, const Pick& after, const Table& t, const History& history, bool any_l2,
+                 int64_t upto) {
+  pick.sort();
+  int64_t n = 0, fetched = 0;
+  for (int64_t i = 0; i < pick.n; ++i) {
+    if (pass_quietly<R>(t, history, any_l2, pick.rows[i], upto)) continue;
+    pick.rows[n] = pick.rows[i];
+    pick.lags[n] = pick.lags[i];
+    tile.gather(t, pick.rows[n], n);
+    ++n;
+  }
   int64_t active = 0;
-  for (int64_t step = t.last[tile.rows[0]] + 1; step <= upto; ++step) {
-    while (active < tile.n && t.last[tile.rows[active]] < step) ++active;
-    const Spread s(history.steps[step - history.begin]);
-    const int64_t n = active * tile.padded;
+  for (int64_t lag = n > 0 ? pick.lags[0] : 0; lag > 0; --lag) {
+    while (active < n && pick.lags[active] >= lag) ++active;
+    const int64_t due = fetched + (after.n - fetched + lag - 1) / lag;
+    for (; fetched < due; ++fetched) prefetch(t, after.rows[fetched]);
+    const Spread s(history.steps[upto + 1 - lag - history.begin]);
+    const int64_t end = active * tile.padded;
     float *p = tile.p.data(), *first = tile.first.data(), *second = tile.second.data();
-    for (int64_t i = 0; i < n; i += Lanes::kCount) {
+    for (int64_t i = 0; i < end; i += Lanes::kCount) {
       update<R>(s, Lanes::load(p + i) * s.l2, p + i, first + i, second + i);
     }
   }
-  tile.scatter(t, upto);
-  tile.n = 0;
+  for (; fetched < after.n; ++fetched) prefetch(t, after.rows[fetched]);
+  for (int64_t i = 0; i < n; ++i) tile.scatter(t, pick.rows[i], i, upto);
 }
 
 template <Rule R>
@@ -183,39 +223,37 @@ bool replay_rule(const Table& t, const History& history, const int64_t* rows, in
   Tile tile(t.dim);
   bool any_l2 = false;
   for (int64_t i = 0; i < history.end - history.begin; ++i) any_l2 |= history.steps[i].l2 != 0.0f;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = rows ? rows[i] : i;
-    if (rows && i + kAhead < end) prefetch(t, rows[i + kAhead]);
-    if (t.last[row] >= upto) continue;
-    if (t.last[row] + 1 < history.begin) return false;
-    if (pass_quietly<R>(t, history, any_l2, row, upto)) continue;
-    tile.rows[tile.n++] = row;
-    if (tile.n == tile.capacity) replay_tile<R>(tile, t, history, upto);
+  Picker picker(t, history, rows, begin, end, upto);
+  Pick picks[2];
+  if (!picker.next(picks[0], tile.capacity)) return false;
+  for (int64_t i = 0; i < picks[0].n; ++i) prefetch(t, picks[0].rows[i]);
+  for (int turn = 0; picks[turn].n > 0; turn ^= 1) {
+    if (!picker.next(picks[turn ^ 1], tile.capacity)) return false;
+    replay_tile<R>(tile, picks[turn], picks[turn ^ 1], t, history, any_l2, upto);
   }
-  replay_tile<R>(tile, t, history, upto);
   return true;
 }
 
 template <Rule R>
 void apply_rule(const Table& t, const Step& step, int64_t number, const int64_t* rows, const float* grads,
                 int64_t begin, int64_t end) {
+  constexpr int64_t kAhead = 32;
   const FlushTiny guard;
   Tile tile(t.dim);
   const Spread s(step);
   for (int64_t i = begin; i < std::min(begin + kAhead, end); ++i) prefetch(t, rows[i]);
-  for (int64_t i = begin; i < end; i += tile.capacity) {
-    tile.n = std::min(tile.capacity, end - i);
-    for (int64_t k = 0; k < tile.n; ++k) {
-      tile.rows[k] = rows[i + k];
-      if (i + k + kAhead < end) prefetch(t, rows[i + k + kAhead]);
-      Tile::copy(grads + (i + k) * t.dim, &tile.grad[k * tile.padded], t.dim);
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kAhead < end) {
+      prefetch(t, rows[i + kAhead]);
+      __builtin_prefetch(t.last + rows[i + kAhead], 1);
     }
-    tile.gather(t);
-    for (int64_t k = 0; k < tile.n * tile.padded; k += Lanes::kCount) {
+    tile.gather(t, rows[i], 0);
+    Tile::copy(grads + i * t.dim, tile.grad.data(), t.dim);
+    for (int64_t k = 0; k < tile.padded; k += Lanes::kCount) {
       const Lanes g = fma(Lanes::load(&tile.p[k]), s.l2, Lanes::load(&tile.grad[k]));
       update<R>(s, g, &tile.p[k], &tile.first[k], &tile.second[k]);
     }
-    tile.scatter(t, number);
+    tile.scatter(t, rows[i], 0, number);
   }
 }
 

@@ -5,6 +5,7 @@
 // without contraction: which products are fused is part of the result.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -31,6 +32,7 @@ inline Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.v, b.v); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 // the form with a mask: gcc 12 warns of the undefined operand of the other
 inline Lanes sqrt(Lanes a) { return _mm512_maskz_sqrt_ps(0xffff, a.v); }
+inline Lanes at_most(float most, Lanes a) { return _mm512_maskz_min_ps(0xffff, Lanes(most).v, a.v); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -48,6 +50,7 @@ inline Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.v, b.v); }
 inline Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.v, b.v); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+inline Lanes at_most(float most, Lanes a) { return _mm256_min_ps(Lanes(most).v, a.v); }
 
 #else
 
@@ -64,13 +67,15 @@ inline Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
 inline Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return __builtin_fmaf(a.v, b.v, c.v); }
 inline Lanes sqrt(Lanes a) { return __builtin_sqrtf(a.v); }
+inline Lanes at_most(float most, Lanes a) { return a.v > most ? most : a.v; }
 
 #endif
 
 // a / b where inverse is 1 / b rounded: one correction makes the quotient exact (Markstein, IBM J. R&D 34, 1990), and
-// the divider, which the square roots and the other quotient keep busy, is spared. Only for finite a.
+// the divider, which the square roots and the other quotient keep busy, is spared. The bound lets infinity stay
+// infinity (and NaN, which at_most lets pass, NaN).
 inline Lanes divide(Lanes a, Lanes b, Lanes inverse) {
-  const Lanes q = a * inverse;
+  const Lanes q = at_most(FLT_MAX, a * inverse);
   return fma(fma(Lanes(0.0f) - b, q, a), inverse, q);
 }
 

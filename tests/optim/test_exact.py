@@ -56,6 +56,28 @@ def test_with_correct_square_roots_torch_computes_the_same_bits(name, seed, monk
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "adam with decay"])
+def test_numbers_that_overflow_are_torchs(name, seed):
+    """The square of a gradient overflows: its weight stops moving, and the others do not notice."""
+    cls, settings = RULES[name]
+    results = []
+    for where, more in ((optim, "tables"), (torch.optim, None)):
+        (table,) = make_tables(seed, [(40, 16)])
+        optimizer = getattr(where, cls)([table], **settings, **({more: [table]} if more else {"foreach": False}))
+        values = torch.ones(2, 16)
+        values[0, 3], values[1, 5] = 1e30, float("nan")
+        grad = torch.sparse_coo_tensor(torch.tensor([[4, 9]]), values, table.shape, check_invariants=False)
+        for _ in range(40):
+            table.grad = grad if more else grad.to_dense()
+            optimizer.step()
+            grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 16), table.shape, check_invariants=False)
+        if more:
+            optimizer.flush()
+        results.append(table.detach())
+    assert int(results[0].isnan().sum()) == 1
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_waiting_changes_no_bit(name, seed):
     steps = 300
