@@ -1,7 +1,8 @@
 """THE table: which implementation of which op runs, and why the others do not.
 
 Order of choice: the backend forced by :func:`use_backend`, else the one named by ``FASTMTL_BACKEND``, else the first
-of :data:`PREFERENCE` that can do the job: native on CPU tensors, triton on CUDA tensors, eager on the rest. A forced
+of :data:`PREFERENCE` that can do the job: native on CPU tensors, triton on CUDA tensors, eager on the rest. (cuda runs
+where it is forced, until it has been measured beside triton.) A forced
 backend that is not available raises; an automatic fallback for want of the device's own backend says so once.
 """
 
@@ -17,19 +18,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import eager, native, triton
+from .backends import cuda, eager, native, triton
 from .errors import BackendError
 
 #: op -> backend -> module with the op's functions. The one place that knows.
 TABLE: dict[str, dict[str, ModuleType]] = {
-    "embedding_bag": {"native": native, "triton": triton, "eager": eager},
-    "expert_gate": {"native": native, "triton": triton, "eager": eager},
+    "embedding_bag": {"native": native, "triton": triton, "cuda": cuda, "eager": eager},
+    "expert_gate": {"native": native, "triton": triton, "cuda": cuda, "eager": eager},
 }
-PREFERENCE = ("native", "triton", "eager")
+PREFERENCE = ("native", "triton", "cuda", "eager")
 #: The devices whose tensors a backend is made for: only there is it missed.
-DEVICES = {"native": "cpu", "triton": "cuda"}
+DEVICES = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 #: Backends whose expert_gate computes as autocast says.
-AUTOCAST = (triton, eager)
+AUTOCAST = (triton, cuda, eager)
 
 _forced: str | None = None
 _told = False

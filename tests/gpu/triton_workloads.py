@@ -12,7 +12,7 @@ import torch
 
 from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import optimizer
-from fastmtl.backends.triton.optimizer_rules import FIELDS, RULES, STATES
+from fastmtl.backends.updates import FIELDS, RULES, STATES, Update
 from fastmtl.spec import (
     LEARNED_ACTIVATIONS,
     Bag,
@@ -62,7 +62,7 @@ def _embedding(
         rule = RULES.index(name)
         states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]
         last = torch.empty(offset, dtype=torch.int32, device="meta")
-        update = optimizer.Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
+        update = Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
         backend.embedding_bag_bwd_step(out, ids, columns, spec, [update])
 
 

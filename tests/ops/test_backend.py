@@ -23,7 +23,7 @@ def test_forcing_as_a_context_and_as_a_statement():
 
 
 def test_an_unknown_backend_is_refused_by_name(monkeypatch):
-    with pytest.raises(BackendError, match=r"no backend 'cudnn'; the backends are native, triton, eager"):
+    with pytest.raises(BackendError, match=r"no backend 'cudnn'; the backends are native, triton, cuda, eager"):
         fastmtl.use_backend("cudnn")
     monkeypatch.setenv("FASTMTL_BACKEND", "cudnn")
     with pytest.raises(BackendError, match="FASTMTL_BACKEND: no backend 'cudnn'"):

@@ -9,15 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
-
-if TYPE_CHECKING:
-    from .optimizer import Update
+from ..updates import Update
 
 #: The kernels bring their own backward; autograd lives in fastmtl/ops.
 DIFFERENTIABLE = False

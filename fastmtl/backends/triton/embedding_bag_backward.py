@@ -23,12 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import EmbeddingSpec
+from ..updates import Update
 from . import configs
 from .common import aligned
 from .embedding_bag_forward import load_slot, resolve
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch
-from .optimizer import Update, update_arguments
+from .optimizer import update_arguments
 from .optimizer_rules import NO_RULE, load_step, take_step
 from .tiny_tables import add_tiny_tables
 

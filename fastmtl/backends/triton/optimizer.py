@@ -8,27 +8,16 @@ waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import BackendError
+from ..updates import Update, behind_on, check_gradients, check_range, check_update
 from . import configs
 from .launch import cdiv, launch
-from .optimizer_rules import (
-    FIELDS,
-    NO_RULE,
-    ROWWISE_ADAGRAD,
-    RULES,
-    STATES,
-    load_rows,
-    load_step,
-    move,
-    store_rows,
-)
+from .optimizer_rules import NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
 
 
 @triton.jit(do_not_specialize=["start", "first_step", "n_kept", "upto"])
@@ -102,44 +91,6 @@ def cdiv_(a, b):
     return (a + b - 1) // b
 
 
-_behind: dict[torch.device, Tensor] = {}
-
-
-def _behind_on(device: torch.device) -> Tensor:
-    if device not in _behind:
-        _behind[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _behind[device]
-
-
-def check_reached(device: torch.device) -> None:
-    """Ask whether every row was caught up that should have been; waits for the device.
-
-    Raises:
-        BackendError: a row missed more steps than were kept, and was left as it was.
-    """
-    flag = _behind_on(device)
-    if int(flag) != 0:
-        flag.zero_()
-        raise BackendError("a table's row missed more steps than were kept: flush() before so many steps without one")
-
-
-def _check(p: Tensor, states: Sequence[Tensor], last: Tensor, rule: int, steps: Tensor) -> None:
-    if not 0 <= rule < len(RULES):
-        raise BackendError(f"table update: there is no rule {rule}; the rules are 0 to {len(RULES) - 1}")
-    if len(states) != STATES[rule]:
-        raise BackendError(f"table update: rule {RULES[rule]!r} has {STATES[rule]} states, not {len(states)}")
-    shape = p.shape[:1] if rule == ROWWISE_ADAGRAD.value else p.shape
-    for what, tensor, want, dtype in (
-        ("the table", p, p.shape, torch.float32),
-        *(("a state", state, shape, torch.float32) for state in states),
-        ("last", last, p.shape[:1], torch.int32),
-        ("steps", steps, (len(steps), FIELDS), torch.float32),
-    ):
-        if p.ndim != 2 or tensor.shape != want or tensor.dtype is not dtype or not tensor.is_contiguous():
-            found = f"{list(tensor.shape)} {tensor.dtype}"
-            raise BackendError(f"table update: {what} must be {list(want)} {dtype}, contiguous, not {found}")
-
-
 def _run(
     p: Tensor,
     states: Sequence[Tensor],
@@ -169,7 +120,7 @@ def _run(
         Grads_ptr=p if grads is None else grads,
         Steps_ptr=steps,
         Clock_ptr=last if clock is None else clock,
-        Behind_ptr=_behind_on(p.device),
+        Behind_ptr=behind_on(p.device),
         n=n,
         n_table_rows=len(p),
         start=start,
@@ -206,7 +157,7 @@ def table_replay(
         p: ``[V, D]`` float32.
         states: as many as the rule has, of p's shape (``[V]`` for a row-wise rule).
         last: ``[V]`` int32, for each row the step up to which it is current.
-        rule: place in :data:`RULES`.
+        rule: place in :data:`fastmtl.backends.updates.RULES`.
         steps: ``[n, 9]`` float32; step s is in row ``(s - first_step) % n``.
         first_step: see there.
         rows: ``[n]`` int64, unique; those outside ``0 .. V - 1`` are void. None: rows ``begin .. end - 1``.
@@ -218,9 +169,9 @@ def table_replay(
     Raises:
         BackendError: shapes, dtypes or the number of states do not fit.
     """
-    _check(p, states, last, rule, steps)
-    if rows is None and not 0 <= begin <= end <= len(p):
-        raise BackendError(f"table update: rows {begin} to {end} are not in a table of {len(p)}")
+    check_update(p, states, last, rule, steps)
+    if rows is None:
+        check_range(p, begin, end)
     n = end - begin if rows is None else len(rows)
     start = 0 if rows is not None or clock is not None else begin
     _run(p, states, last, rule, steps, first_step, rows, None, n, start, upto, clock=clock)
@@ -251,42 +202,12 @@ def table_step(
     Raises:
         BackendError: as for :func:`table_replay`.
     """
-    _check(p, states, last, rule, steps)
-    if grads.shape != (len(rows), p.shape[1]) or grads.dtype is not torch.float32 or not grads.is_contiguous():
-        raise BackendError(f"table update: gradients of {len(rows)} rows can't be {list(grads.shape)} {grads.dtype}")
+    check_update(p, states, last, rule, steps)
+    check_gradients(p, rows, grads)
     upto = first_step + len(steps) - 1 if clock is None else 0
     _run(p, states, last, rule, steps, first_step, rows, grads, len(rows), 0, upto, lazily, clock)
     if not lazily:
         table_replay(p, states, last, rule, steps, first_step, None, begin, end, upto, clock)
-
-
-class Update(NamedTuple):
-    """An optimizer's step of one table, for kernels that take it where the gradient comes into being.
-
-    Args:
-        p: ``[V, D]`` float32.
-        states: as for :func:`table_replay`.
-        last: ``[V]`` int32, set to ``now`` for the rows that move.
-        rule: place in :data:`RULES`.
-        step: ``[9]`` float32, the step's numbers.
-        now: ``[1]`` int32 on the device, the step's number.
-    """
-
-    p: Tensor
-    states: Sequence[Tensor]
-    last: Tensor
-    rule: int
-    step: Tensor
-    now: Tensor
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a block must hold whole rows."""
-        return self.rule == ROWWISE_ADAGRAD.value
-
-    def check(self) -> None:
-        """Raise BackendError where the tensors do not fit."""
-        _check(self.p, self.states, self.last, self.rule, self.step[None])
 
 
 def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:

@@ -13,13 +13,6 @@ import triton.language as tl
 
 from .launch import INTERPRET
 
-#: The rules in the order of ``fastmtl.optim.rules.RULES``, and one that torch does not have: one number of state a row.
-RULES = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rowwise_adagrad")
-#: Numbers of one step, in the order of ``fastmtl.optim.rules.FIELDS``.
-FIELDS = 9
-#: For each rule its states: ``[V, D]``, but ``[V]`` where the rule is row-wise.
-STATES = (0, 1, 1, 2, 2, 1, 1)
-
 #: In place of a rule: there is no step to take, the gradient is written out.
 NO_RULE = tl.constexpr(-1)
 _SGD = tl.constexpr(0)

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..updates import Update
 from . import configs
 from .common import aligned
 from .embedding_plan import TablePlan
 from .launch import alignment, cdiv, launch, power_of_two
-from .optimizer import Update, update_arguments
+from .optimizer import update_arguments
 from .optimizer_rules import NO_RULE, load_step, take_step
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from triton_cases import check, drawer, random_lookup
 
-from fastmtl.backends import native
+from fastmtl.backends import native, updates
 from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import optimizer as update
-from fastmtl.backends.triton import optimizer_rules
 from fastmtl.errors import BackendError
 from fastmtl.optim import rules
 
@@ -21,14 +20,14 @@ RULES = {
     "nesterov": ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
     "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 1e-2, "weight_decay": 1e-2}),
 }
-ROWWISE = optimizer_rules.RULES.index("rowwise_adagrad")
+ROWWISE = updates.RULES.index("rowwise_adagrad")
 ALWAYS, ONCE, NEVER = 0, 1, 2
 STEPS, KEPT = 24, 8
 
 
 def test_the_rules_are_those_of_the_optimizers():
-    assert optimizer_rules.RULES[: len(rules.RULES)] == rules.RULES
-    assert len(rules.FIELDS) == optimizer_rules.FIELDS
+    assert updates.RULES[: len(rules.RULES)] == rules.RULES
+    assert len(rules.FIELDS) == updates.FIELDS
     assert [*rules.FIELDS] == ["l2", "shrink", "keep", "fresh", "fresh_square", "ahead", "root", "eps", "neg_lr"]
 
 
@@ -74,8 +73,8 @@ class Run:
         p = self.start.clone().to(self.device)
         states = [torch.zeros_like(p) for _ in rule.states]
         last = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
-        history = torch.zeros(STEPS, optimizer_rules.FIELDS, device=self.device)
-        ring = torch.zeros(KEPT, optimizer_rules.FIELDS, device=self.device)
+        history = torch.zeros(STEPS, updates.FIELDS, device=self.device)
+        ring = torch.zeros(KEPT, updates.FIELDS, device=self.device)
         clock = torch.zeros(1, dtype=torch.int32, device=self.device)
         share = -(-self.rows // 4)
         for step in range(1, STEPS + 1):
@@ -102,7 +101,7 @@ class Run:
                 end = min(begin + share, self.rows)
                 update.table_step(*table, history[kept:step], kept + 1, rows, values, False, begin, end)
         update.table_replay(*table, history[STEPS - KEPT :], STEPS - KEPT + 1, None, 0, self.rows, STEPS)
-        update.check_reached(p.device)
+        updates.check_reached(p.device)
         assert last.tolist() == [STEPS] * self.rows
         return [p, *states]
 
@@ -138,7 +137,7 @@ def random_case(seed, rule):
     )
     listed = torch.randperm(rows, generator=rng)[: draw(1, rows)].sort().values
     grads = torch.randn(len(listed), dim, generator=rng) * 0.1
-    table = (p, states[: optimizer_rules.STATES[rule]], last)
+    table = (p, states[: updates.STATES[rule]], last)
     return table, history, first, listed, grads, now
 
 
@@ -203,14 +202,14 @@ def test_rowwise_adagrad(seed, device):
 def test_a_row_that_lags_too_far_is_left_alone_and_reported(device):
     p = torch.ones(3, 2, device=device)
     last = torch.tensor([0, 5, 9], dtype=torch.int32, device=device)
-    steps = torch.zeros(4, optimizer_rules.FIELDS, device=device)
+    steps = torch.zeros(4, updates.FIELDS, device=device)
     steps[:, 0], steps[:, 8] = 0.5, -1.0  # p halves in each step
     update.table_replay(p, [], last, 0, steps, 6, None, 0, 3, 9)
     assert p.tolist() == [[1, 1], [1 / 16, 1 / 16], [1, 1]]
     assert last.tolist() == [0, 9, 9]
     with pytest.raises(BackendError, match="missed more steps than were kept"):
-        update.check_reached(p.device)
-    update.check_reached(p.device)
+        updates.check_reached(p.device)
+    updates.check_reached(p.device)
 
 
 def test_what_does_not_fit_is_refused(device):
@@ -231,7 +230,7 @@ def test_what_does_not_fit_is_refused(device):
         update.table_step(p, [], last, 0, steps, 1, rows, torch.zeros(2, 2, device=device), False, 0, 0)
 
 
-@pytest.mark.parametrize("rule", range(len(optimizer_rules.RULES)), ids=optimizer_rules.RULES)
+@pytest.mark.parametrize("rule", range(len(updates.RULES)), ids=updates.RULES)
 def test_a_step_in_the_backward_is_the_step_after_it(rule, seed, device):
     """The same bits as the rows' gradients, then their step; tiny tables, long segments and means among them."""
     for case in range(2):
@@ -244,18 +243,18 @@ def test_a_step_in_the_backward_is_the_step_after_it(rule, seed, device):
             grad, ids, lookup.columns, lookup.spec, shapes, [True] * len(shapes)
         )
         step = torch.tensor([0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1], device=device)
-        updates, expected = [], []
+        steps, expected = [], []
         for weight, gradient in zip(lookup.weights, gradients, strict=True):
             like = weight[:, 0] if rule == ROWWISE else weight
-            states = [torch.rand(like.shape, generator=rng).to(device) for _ in range(optimizer_rules.STATES[rule])]
+            states = [torch.rand(like.shape, generator=rng).to(device) for _ in range(updates.STATES[rule])]
             p = weight.float().to(device)
             last = torch.full((len(p),), 6, dtype=torch.int32, device=device)
             now = torch.tensor([7], dtype=torch.int32, device=device)
-            updates.append(update.Update(p.clone(), [s.clone() for s in states], last.clone(), rule, step, now))
+            steps.append(updates.Update(p.clone(), [s.clone() for s in states], last.clone(), rule, step, now))
             update.table_step(p, states, last, rule, step[None], 7, *gradient, True, 0, 0)
             expected.append((p, *states, last))
-        backend.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, updates)
-        for mine, wanted in zip(updates, expected, strict=True):
+        backend.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, steps)
+        for mine, wanted in zip(steps, expected, strict=True):
             for one, other in zip((mine.p, *mine.states, mine.last), wanted, strict=True):
                 if rule == ROWWISE:  # a row's mean square may be summed in another order
                     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

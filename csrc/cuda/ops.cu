@@ -1,0 +1,288 @@
+// The CUDA kernels on torch tensors: check, allocate, run on torch's current stream. What they mean is in
+// fastmtl/ops/embedding_bag.py and core/optimizer.h. Nothing here waits for the device.
+#include <thrust/iterator/counting_iterator.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_select.cuh>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "cuda/backward.h"
+
+// torch exports it; its header declares it only to those who see all of CUDA's
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastmtl::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+}
+
+struct IsStart {
+  const uint32_t* keys;
+  __device__ __forceinline__ bool operator()(int32_t i) const { return i == 0 || keys[i] != keys[i - 1]; }
+};
+
+class Gpu {
+ public:
+  explicit Gpu(const Tensor& like) : device_(like.device()), guard_(device_.index()) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream) == 0, "torch names no current stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_.index()), "multiprocessors");
+    multiprocessors_ = count;
+  }
+  template <class T>
+  T* scratch(int64_t n) {
+    return static_cast<T*>(bytes(std::max<int64_t>(n, 1) * static_cast<int64_t>(sizeof(T))));
+  }
+  template <class T>
+  void zero(T* at, int64_t n) {
+    check(cudaMemsetAsync(at, 0, static_cast<size_t>(n) * sizeof(T), stream_), "memset");
+  }
+  template <class... Parameters, class... Args>
+  void run(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, Args... args) {
+    constexpr int64_t kWithoutAsking = 48 * 1024;
+    if (shared > kWithoutAsking) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+            "shared memory");
+    }
+    kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared), stream_>>>(args...);
+    check(cudaGetLastError(), "launch");
+  }
+  void sort(const uint32_t* keys, const int32_t* order, uint32_t* keys_out, int32_t* order_out, int64_t n, int bits) {
+    with_storage("sort", [&](void* storage, size_t& size) {
+      return cub::DeviceRadixSort::SortPairs(storage, size, keys, keys_out, order, order_out, n, 0, bits, stream_);
+    });
+  }
+  void starts(const uint32_t* keys, int64_t n, int32_t* out, int32_t* count) {
+    with_storage("select", [&](void* storage, size_t& size) {
+      return cub::DeviceSelect::If(storage, size, thrust::counting_iterator<int32_t>(0), out, count, n, IsStart{keys},
+                                   stream_);
+    });
+  }
+  int64_t multiprocessors() const { return multiprocessors_; }
+
+ private:
+  void* bytes(int64_t n) {
+    memory_.push_back(torch::stable::empty({n}, ScalarType::Byte, std::nullopt, device_));
+    return memory_.back().mutable_data_ptr();
+  }
+  template <class F>
+  void with_storage(const char* what, const F& f) {
+    size_t size = 0;
+    check(f(nullptr, size), what);
+    check(f(bytes(static_cast<int64_t>(std::max<size_t>(size, 1))), size), what);
+  }
+
+  torch::stable::Device device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int64_t multiprocessors_ = 1;
+  std::vector<Tensor> memory_;  // torch gives it to others only behind what this stream does with it
+};
+
+void check_tensor(const Tensor& tensor, ScalarType dtype, std::vector<int64_t> sizes, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), name, " must be contiguous on a GPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = sizes[i] < 0 || tensor.size(static_cast<int64_t>(i)) == sizes[i];
+  STD_TORCH_CHECK(fits, name, " has the wrong shape");
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+// A table, its states as many as the rule has.
+Target checked_target(const Tensor& p, const std::vector<Tensor>& states, const Tensor& last, int64_t rule) {
+  const int64_t rows = p.size(0), dim = p.size(1);
+  check_tensor(p, ScalarType::Float, {rows, dim}, "the table");
+  check_tensor(last, ScalarType::Int, {rows}, "last");
+  STD_TORCH_CHECK(rule >= 0 && rule <= kRowwiseAdagrad, "there is no rule ", rule);
+  const int64_t wanted = rule == kRowwiseAdagrad ? 1 : states_of(rule);
+  STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == wanted, "rule ", rule, " has ", wanted, " states");
+  float* state[2] = {nullptr, nullptr};
+  for (size_t i = 0; i < states.size(); ++i) {
+    if (rule == kRowwiseAdagrad) {
+      check_tensor(states[i], ScalarType::Float, {rows}, "a state");
+    } else {
+      check_tensor(states[i], ScalarType::Float, {rows, dim}, "a state");
+    }
+    state[i] = data<float>(states[i]);
+  }
+  return {nullptr, nullptr, data<float>(p), state[0], state[1], data<int32_t>(last), nullptr, nullptr, dim};
+}
+
+// Whether rows can be read 16 bytes at a time.
+bool rows_are_aligned(const Target& t) {
+  return t.dim % 4 == 0 && aligned(t.out) && aligned(t.p) && aligned(t.first) && aligned(t.second);
+}
+
+void check_rowwise(int64_t rule, const Target& t, bool vectors) {
+  STD_TORCH_CHECK(rule != kRowwiseAdagrad || t.dim <= (vectors ? 128 : 32), "row-wise Adagrad: rows of ", t.dim,
+                  " columns are too wide for a warp; the triton backend takes them");
+}
+
+// plan: bags [n_bags, 12] int64, columns [n_sorted, 2], tables [n, 4], lookups [m, 3] int32, places [n_tiny_rows]
+// int64; see embedding_plan.py. widest: the largest vocabulary of a tiny table. align: a power of two that divides
+// every output column a row begins at.
+void backward(const Tensor& grad, const Tensor& ids, const std::vector<Tensor>& plan, int64_t n_tiny, int64_t widest,
+              int64_t align, bool mean, int64_t n_table_rows, int64_t n_listed, int64_t rule, Target t) {
+  STD_TORCH_CHECK(grad.is_cuda() && ids.is_cuda() && grad.dim() == 2 && ids.dim() == 2 && grad.size(0) == ids.size(0),
+                  "grad [B, W] and ids [B, S] must be on a GPU");
+  const bool half = grad.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((half || grad.scalar_type() == ScalarType::Float) && (grad.stride(1) == 1 || grad.size(1) <= 1),
+                  "grad must be float32 or bfloat16, its rows dense");
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, "ids must be int32 or int64");
+  STD_TORCH_CHECK(plan.size() == 5, "a plan has five tensors");
+  check_tensor(plan[0], ScalarType::Long, {-1, kBagPlanFields}, "bags");
+  check_tensor(plan[1], ScalarType::Int, {-1, 2}, "columns");
+  check_tensor(plan[2], ScalarType::Int, {-1, 4}, "tables");
+  check_tensor(plan[3], ScalarType::Int, {-1, 3}, "lookups");
+  check_tensor(plan[4], ScalarType::Long, {-1}, "places");
+  const Shape shape = {ids.size(0), plan[0].size(0), plan[1].size(0), n_tiny, n_table_rows};
+  STD_TORCH_CHECK(shape.n_rows * std::max(shape.n_sorted, shape.n_tiny) < std::numeric_limits<int32_t>::max() &&
+                      n_table_rows < std::numeric_limits<uint32_t>::max(),
+                  "more than 2^31 lookups or 2^32 rows");
+  const bool vectors =
+      rows_are_aligned(t) && align % 4 == 0 && grad.stride(0) % 4 == 0 && aligned(grad.mutable_data_ptr());
+  check_rowwise(rule, t, vectors);
+
+  Gpu gpu(ids);
+  const IdView view = {ids.mutable_data_ptr(), ids.stride(0), ids.stride(1), wide};
+  const Sorted sorted = sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape);
+  const Gradient gradient = {grad.mutable_data_ptr(), grad.stride(0), half};
+  const auto n_bags = static_cast<int32_t>(shape.n_bags);
+  const Lookups lookups = {sorted.keys,
+                           sorted.order,
+                           gradient,
+                           data<int32_t>(plan[1]),
+                           sorted.counted,
+                           shape.n_rows * shape.n_sorted,
+                           static_cast<uint32_t>(n_table_rows),
+                           static_cast<int32_t>(shape.n_sorted),
+                           n_bags,
+                           mean};
+  const TinyTables tiny = {sorted.tiny,
+                           data<int32_t>(plan[2]),
+                           data<int32_t>(plan[3]),
+                           data<int64_t>(plan[4]),
+                           shape.n_rows,
+                           0,
+                           static_cast<int32_t>(plan[2].size(0)),
+                           static_cast<int32_t>(n_tiny),
+                           static_cast<int32_t>(plan[4].size(0)),
+                           0};
+  const bool known = with_rule(rule, vectors, [&]<int RULE, int VEC>() {
+    add_segments<RULE, VEC>(gpu, lookups, t);
+    Target listed = t;
+    if (t.rows) {  // the tiny tables' rows are listed behind the others
+      listed.rows += n_listed;
+      listed.out += n_listed * t.dim;
+    }
+    add_tiny_tables<RULE, VEC>(gpu, tiny, widest, gradient, sorted.counted, n_bags, mean, listed, n_table_rows);
+  });
+  STD_TORCH_CHECK(known, "there is no rule ", rule);
+}
+
+// Gradients: into out [V, D], which must be zero, or, where `rows` is given, listed: out [n_listed + n_tiny_rows, D],
+// rows [the same], which must hold V (void).
+void embedding_bag_bwd(const Tensor& grad, const Tensor& ids, std::vector<Tensor> plan, int64_t n_tiny, int64_t widest,
+                       int64_t align, bool mean, int64_t n_table_rows, const Tensor& out, std::optional<Tensor> rows) {
+  check_tensor(out, ScalarType::Float, {-1, -1}, "out");
+  Target t{};
+  t.out = data<float>(out);
+  t.dim = out.size(1);
+  int64_t n_listed = 0;
+  if (rows) {
+    check_tensor(*rows, ScalarType::Long, {out.size(0)}, "rows");
+    t.rows = data<int64_t>(*rows);
+    n_listed = out.size(0) - plan.at(4).size(0);
+    STD_TORCH_CHECK(n_listed >= std::min(ids.size(0) * plan.at(1).size(0), n_table_rows), "out is too short");
+  } else {
+    STD_TORCH_CHECK(out.size(0) == n_table_rows, "out must have a row for each of the table");
+  }
+  backward(grad, ids, plan, n_tiny, widest, align, mean, n_table_rows, n_listed, kNoRule, t);
+}
+
+// The optimizer's step instead: step [9], now [1].
+void embedding_bag_bwd_step(const Tensor& grad, const Tensor& ids, std::vector<Tensor> plan, int64_t n_tiny,
+                            int64_t widest, int64_t align, bool mean, const Tensor& p, std::vector<Tensor> states,
+                            const Tensor& last, int64_t rule, const Tensor& step, const Tensor& now) {
+  Target t = checked_target(p, states, last, rule);
+  check_tensor(step, ScalarType::Float, {kStepFields}, "step");
+  check_tensor(now, ScalarType::Int, {1}, "now");
+  t.step = reinterpret_cast<const Step*>(data<float>(step));
+  t.now = data<int32_t>(now);
+  backward(grad, ids, plan, n_tiny, widest, align, mean, p.size(0), 0, rule, t);
+}
+
+// See table_replay and table_step of fastmtl/backends/cuda.py.
+void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
+                int64_t first_step, std::optional<Tensor> rows, std::optional<Tensor> grads, int64_t n, int64_t start,
+                int64_t upto, bool lazily, std::optional<Tensor> clock, const Tensor& behind) {
+  const Target t = checked_target(p, states, last, rule);
+  check_tensor(steps, ScalarType::Float, {-1, kStepFields}, "steps");
+  check_tensor(behind, ScalarType::Int, {1}, "behind");
+  STD_TORCH_CHECK(steps.size(0) > 0 && n >= 0, "there is no step to take");
+  if (rows) check_tensor(*rows, ScalarType::Long, {n}, "rows");
+  if (grads) check_tensor(*grads, ScalarType::Float, {n, t.dim}, "grads");
+  if (clock) check_tensor(*clock, ScalarType::Int, {1}, "clock");
+  const Work work = {rows ? data<int64_t>(*rows) : nullptr,
+                     grads ? data<float>(*grads) : nullptr,
+                     n,
+                     start,
+                     p.size(0),
+                     reinterpret_cast<const Step*>(data<float>(steps)),
+                     first_step,
+                     steps.size(0),
+                     upto,
+                     clock ? data<int32_t>(*clock) : nullptr,
+                     lazily,
+                     data<int32_t>(behind)};
+  const bool vectors = rows_are_aligned(t) && aligned(work.grads);
+  check_rowwise(rule, t, vectors);
+  Gpu gpu(p);
+  with_rule(rule, vectors, [&]<int RULE, int VEC>() {
+    if constexpr (RULE != kNoRule) update_rows<RULE, VEC>(gpu, t, work);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
+  m.def(
+      "embedding_bag_bwd(Tensor grad, Tensor ids, Tensor[] plan, int n_tiny, int widest, int align, bool mean, "
+      "int n_table_rows, Tensor(a!) out, Tensor(b!)? rows) -> ()");
+  m.def(
+      "embedding_bag_bwd_step(Tensor grad, Tensor ids, Tensor[] plan, int n_tiny, int widest, int align, bool mean, "
+      "Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor step, Tensor now) -> ()");
+  m.def(
+      "table_rows(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
+      "Tensor? rows, Tensor? grads, int n, int start, int upto, bool lazily, Tensor? clock, Tensor(d!) behind) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
+  m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
+  m.impl("embedding_bag_bwd_step", TORCH_BOX(&embedding_bag_bwd_step));
+  m.impl("table_rows", TORCH_BOX(&table_rows));
+}
+
+}  // namespace fastmtl::cuda
