@@ -15,8 +15,9 @@ RULES = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rowwise_ada
 ROWWISE_ADAGRAD = RULES.index("rowwise_adagrad")
 #: For each rule how many states it has: of the table's shape ``[V, D]``, but ``[V]`` where the rule is row-wise.
 STATES = (0, 1, 1, 2, 2, 1, 1)
-#: Numbers of one step, those of ``fastmtl.optim.rules.FIELDS``.
-FIELDS = 9
+#: The numbers of one step, those of ``fastmtl.optim.rules.FIELDS``.
+STEP_FIELDS = ("l2", "shrink", "keep", "fresh", "fresh_square", "ahead", "root", "eps", "neg_lr")
+FIELDS = len(STEP_FIELDS)
 
 
 class Update(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..backends import native
+from ..backends.updates import Update
 from ..spec import EmbeddingSpec
 
 
@@ -53,13 +54,20 @@ def table_gradients(
     index: list[Any] | None,
 ) -> list[Tensor | None]:
     """From the gradient ``[B, W]`` of the output those of the weights that need one: dense, or sparse where there is
-    an index."""
+    an index; none where an optimizer's step took their place."""
     if index is None:
         return module.embedding_bag_bwd(grad, ids, columns, spec, shapes, needs)
+    if _holds_updates(index):
+        module.embedding_bag_bwd_step(grad, ids, columns, spec, index)
+        return [None] * len(shapes)
     pairs = module.embedding_bag_bwd_sparse(grad, ids, columns, spec, shapes, index)
     return [
         None if pair is None else _sparse(pair[0], pair[1], shape) for pair, shape in zip(pairs, shapes, strict=True)
     ]
+
+
+def _holds_updates(index: list[Any] | None) -> bool:
+    return index is not None and any(isinstance(found, Update) for found in index)
 
 
 def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
@@ -84,7 +92,8 @@ def embedding_bag(
         dense: ``[B, spec.n_dense]`` floats copied behind the bags, or None where there are none.
         spec: how each bag is looked up.
         index: for each weight the native backend's index of these ids, or None where it needs no gradient: the
-            gradients then are sparse tensors of the rows that were looked up. Other backends do not look at it.
+            gradients then are sparse tensors of the rows that were looked up. Backends for GPUs take
+            :class:`fastmtl.backends.updates.Update` instead, steps of an optimizer that their backward is to take.
 
     Returns:
         ``[B, spec.width(columns)]``: the pooled bags in the spec's order, then the dense columns.
@@ -98,5 +107,6 @@ def embedding_bag(
     if torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or (dense is not None and dense.requires_grad)
     ):
-        return _EmbeddingBag.apply(module, ids, columns, dense, spec, index if module is native else None, *weights)
+        known = index if module is native or _holds_updates(index) else None
+        return _EmbeddingBag.apply(module, ids, columns, dense, spec, known, *weights)
     return module.embedding_bag_fwd(weights, ids, columns, dense, spec)

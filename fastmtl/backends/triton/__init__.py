@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +123,29 @@ def embedding_bag_bwd_step(
     from .embedding_bag_backward import embedding_bag_bwd_step as run
 
     run(grad, ids, columns, spec, updates)
+
+
+def embedding_bag_rows(
+    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
+) -> list[Tensor | None]:
+    """The rows of each weight that a batch looks up, unique but for void entries (V_total)."""
+    from .embedding_bag_backward import embedding_bag_rows as run
+
+    return run(ids, columns, spec, shapes, needs)
+
+
+def table_replay(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.table_replay`."""
+    from .optimizer import table_replay as run
+
+    run(*arguments)
+
+
+def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.advance`."""
+    from .optimizer import advance as run
+
+    run(ring, step, clock, now, slot, numbers)
 
 
 def expert_gate_fwd(

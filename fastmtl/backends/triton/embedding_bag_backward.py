@@ -392,3 +392,21 @@ def embedding_bag_bwd_step(
             rows = sort_rows(ids, table, void)
             _add_segments(grad, rows, table, update.p, void, update=update)
             add_tiny_tables(grad, rows.tiny, rows.counted, table, update.p, None, void, update)
+
+
+def embedding_bag_rows(
+    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
+) -> list[Tensor | None]:
+    """The rows of each weight that a batch looks up: ``[M]`` int64, each once, the other entries V_total (void); those
+    of tiny tables whether they are looked up or not."""
+    tables = plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device) if spec.bags else ()
+    found: list[Tensor | None] = []
+    for (n_weight_rows, _), need, table in zip(shapes, needs, tables, strict=True):
+        if not need:
+            found.append(None)
+            continue
+        keys = sort_rows(ids, table, n_weight_rows).keys.long()
+        repeated = torch.zeros(len(keys), dtype=torch.bool, device=ids.device)
+        torch.eq(keys[1:], keys[:-1], out=repeated[1:])
+        found.append(torch.cat([keys.masked_fill_(repeated, n_weight_rows), table.tiny_rows]))
+    return found

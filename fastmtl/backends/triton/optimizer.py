@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..updates import Update, behind_on, check_gradients, check_range, check_update
+from ..updates import STEP_FIELDS, Update, behind_on, check_gradients, check_range, check_update
 from . import configs
 from .launch import cdiv, launch
 from .optimizer_rules import NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
@@ -83,6 +83,29 @@ def table_rows_kernel(
         store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)
     tl.debug_barrier()  # threads that share a row have all read `last`
     tl.store(Last_ptr + row, tl.zeros_like(last) + now, mask=live)
+
+
+@triton.jit(do_not_specialize=["slot", "now"])
+def advance_kernel(
+    Ring_ptr, Step_ptr, Clock_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
+):
+    """The numbers of the step that begins, by value: nothing on the host has to live until the device reads it."""
+    tl.store(Clock_ptr, now)
+    _store_step(Ring_ptr + slot * 9, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
+    _store_step(Step_ptr, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
+
+
+@triton.jit
+def _store_step(to, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr):
+    tl.store(to, l2)
+    tl.store(to + 1, shrink)
+    tl.store(to + 2, keep)
+    tl.store(to + 3, fresh)
+    tl.store(to + 4, fresh_square)
+    tl.store(to + 5, ahead)
+    tl.store(to + 6, root)
+    tl.store(to + 7, eps)
+    tl.store(to + 8, neg_lr)
 
 
 @triton.jit
@@ -225,3 +248,28 @@ def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:
         "Now_ptr": update.now,
         "RULE": update.rule,
     }
+
+
+def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+    """Write a step's numbers into ``ring[slot]`` and ``step``, its number into the clock.
+
+    Args:
+        ring: ``[n_kept, 9]`` float32.
+        step: ``[9]`` float32.
+        clock: ``[1]`` int32.
+        now: the step's number.
+        slot: a row of the ring.
+        numbers: as many as there are fields.
+    """
+    named = dict(zip(STEP_FIELDS, map(float, numbers), strict=True))
+    launch(
+        advance_kernel,
+        (1,),
+        configs.Warps(1),
+        Ring_ptr=ring,
+        Step_ptr=step,
+        Clock_ptr=clock,
+        now=now,
+        slot=slot,
+        **named,
+    )
