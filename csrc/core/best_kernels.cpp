@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/inference_kernels.h"
 #include "core/kernels.h"
 #include "core/packed_gemm.h"
 
@@ -84,6 +85,14 @@ const Kernels& best_kernels() {
   if (best_isa() == kAvx2) return avx2::kernels();
 #endif
   return baseline::kernels();
+}
+
+const InferenceKernels& best_inference_kernels() {
+#ifdef FASTMTL_X86
+  if (best_isa() >= kAvx512) return avx512::inference_kernels();
+  if (best_isa() == kAvx2) return avx2::inference_kernels();
+#endif
+  return baseline::inference_kernels();
 }
 
 const PackedGemm& best_packed_gemm() {

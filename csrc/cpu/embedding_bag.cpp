@@ -26,7 +26,7 @@ Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::op
     dims.push_back(weight.size(1));
     tables.push_back(weight.const_data_ptr<float>());
   }
-  const Bag* bags = checked_bags(plan, rows, dims, ids, width);
+  const Bag* bags = checked_bags(plan, rows, dims, ids.size(1), width);
   const int64_t n_bags = plan.size(0);
   const float* dense_data = nullptr;
   int64_t n_dense = 0, dense_row = 0, dense_column = 0;
@@ -95,7 +95,7 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
     results.push_back(empty_f32({rows[t], dims[t]}));
     out[t] = results.back().mutable_data_ptr<float>();
   }
-  const Bag* bags = checked_bags(plan, rows, dims, ids, grad.size(1));
+  const Bag* bags = checked_bags(plan, rows, dims, ids.size(1), grad.size(1));
   const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   const std::vector<Unit> units =
       plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted.needs, wanted.size(), n_rows, threads);
@@ -124,7 +124,7 @@ Tensor empty_of(int64_t n, ScalarType dtype) {
 std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes) {
   check_ids(ids);
   const Wanted wanted(shapes);
-  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids, std::numeric_limits<int64_t>::max() / 2);
+  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids.size(1), std::numeric_limits<int64_t>::max() / 2);
   const int64_t n_rows = ids.size(0), n_columns = ids.size(1);
   STD_TORCH_CHECK(n_columns == 0 || n_rows <= std::numeric_limits<int32_t>::max() / n_columns, "a batch of ", n_rows,
                   " x ", n_columns, " ids is too large for a sparse gradient");
@@ -181,7 +181,7 @@ std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& i
   check_ids(ids);
   const Tensor rows_dense = dense_rows(grad);
   const Wanted wanted(shapes);
-  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids, grad.size(1));
+  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids.size(1), grad.size(1));
   const int64_t n_rows = ids.size(0), n_columns = ids.size(1), n_bags = plan.size(0);
   STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
   std::vector<int64_t> bag_of(static_cast<size_t>(n_columns), -1);

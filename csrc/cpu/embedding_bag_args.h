@@ -9,7 +9,7 @@ namespace fastmtl::cpu {
 // The plan [F, kBagFields] as bags, checked against the tensors it will index, so that no plan can make a kernel read
 // or write out of bounds.
 inline const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& rows, const std::vector<int64_t>& dims,
-                               const Tensor& ids, int64_t width) {
+                               int64_t id_columns, int64_t width) {
   check_cpu(plan, ScalarType::Long, 2, "plan");
   STD_TORCH_CHECK(plan.is_contiguous() && plan.size(1) == kBagFields, "plan must be [F, ", kBagFields, "] contiguous");
   const Bag* bags = reinterpret_cast<const Bag*>(plan.const_data_ptr<int64_t>());
@@ -19,8 +19,8 @@ inline const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& r
     STD_TORCH_CHECK(bag.dim == dims[bag.table], "bag ", f, " has width ", bag.dim, ", its weight ", dims[bag.table]);
     STD_TORCH_CHECK(bag.offset >= 0 && bag.vocab >= 0 && bag.offset <= rows[bag.table] - bag.vocab, "bag ", f,
                     " ends behind its weight of ", rows[bag.table], " rows");
-    STD_TORCH_CHECK(bag.column >= 0 && bag.length >= 0 && bag.column <= ids.size(1) - bag.length, "bag ", f,
-                    " ends behind the ", ids.size(1), " id columns");
+    STD_TORCH_CHECK(bag.column >= 0 && bag.length >= 0 && bag.column <= id_columns - bag.length, "bag ", f,
+                    " ends behind the ", id_columns, " id columns");
     const int64_t out = bag.dim * (bag.pooling == kConcat ? bag.length : 1);
     STD_TORCH_CHECK(bag.out >= 0 && bag.out <= width - out, "bag ", f, " ends behind the output's ", width, " columns");
     STD_TORCH_CHECK(bag.oov >= kRaise && bag.oov < bag.vocab, "bag ", f, " replaces unknown ids by a row it lacks");

@@ -9,11 +9,7 @@ namespace fastmtl::cpu {
 // The plan (int64): I, N, E, L, activation, G, output_layer, C | dims [L] | for each input the first and last + 1 of
 // its experts [N, 2], and of its gates' columns [N, 2] | for each gate its first column, its fan-in, its experts. The
 // layer points into the plan, which must outlive it.
-inline ExpertGateLayer checked_layer(const Tensor& plan) {
-  check_cpu(plan, ScalarType::Long, 1, "plan");
-  STD_TORCH_CHECK(plan.is_contiguous(), "plan must be contiguous");
-  const int64_t* at = plan.const_data_ptr<int64_t>();
-  const int64_t* const end = at + plan.size(0);
+inline ExpertGateLayer checked_layer(const int64_t* at, const int64_t* const end) {
   const auto take = [&](int64_t n) {
     STD_TORCH_CHECK(n >= 0 && n <= end - at, "plan is too short");
     const int64_t* from = at;
@@ -62,6 +58,13 @@ inline ExpertGateLayer checked_layer(const Tensor& plan) {
   }
   STD_TORCH_CHECK(column == spec.gate_columns, "plan: gates must cover their columns");
   return spec;
+}
+
+inline ExpertGateLayer checked_layer(const Tensor& plan) {
+  check_cpu(plan, ScalarType::Long, 1, "plan");
+  STD_TORCH_CHECK(plan.is_contiguous(), "plan must be contiguous");
+  const int64_t* at = plan.const_data_ptr<int64_t>();
+  return checked_layer(at, at + plan.size(0));
 }
 
 // Hands out the tensors of a list in order, each checked for its size.

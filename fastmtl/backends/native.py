@@ -64,7 +64,7 @@ def _kept_plan(key: tuple, spec: object) -> Tensor | None:
 def _keep_plan(key: tuple, spec: object, plan: Any) -> Tensor:
     if len(_plans) >= 256:  # sequence lengths may differ from batch to batch
         _plans.clear()
-    tensor = torch.tensor(plan, dtype=torch.int64)
+    tensor = torch.as_tensor(plan, dtype=torch.int64)
     _plans[key] = (spec, tensor)
     return tensor
 
@@ -76,8 +76,8 @@ _OOV: dict[str | int, str | int] = {"raise": -2, "zero": -1}
 _BAG_FIELDS = 12
 
 
-def _bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
-    """``[F, 12]``: the fields of ``Bag`` in csrc/core/embedding_bag.h."""
+def bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
+    """The lookup as the library reads it: ``[F, 12]``, the fields of ``Bag`` in csrc/core/embedding_bag.h."""
     key = (id(spec), columns)
     plan = _kept_plan(key, spec)
     if plan is None:
@@ -111,7 +111,7 @@ def embedding_bag_fwd(
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
     try:
-        return _ops.embedding_bag_fwd.default(weights, ids, dense, _bag_plan(spec, columns), spec.width(columns))
+        return _ops.embedding_bag_fwd.default(weights, ids, dense, bag_plan(spec, columns), spec.width(columns))
     except RuntimeError:
         eager.raise_bad_id(ids, columns, spec)
         raise
@@ -126,7 +126,7 @@ def embedding_bag_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
-    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, _bag_plan(spec, columns), _wanted(shapes, needs)))
+    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, bag_plan(spec, columns), _wanted(shapes, needs)))
     return [next(grads) if need else None for need in needs]
 
 
@@ -145,7 +145,7 @@ def embedding_bag_index(
 
     It depends on the ids alone: it can be made before the lookup and serves every backward after it.
     """
-    flat = iter(_ops.embedding_bag_index.default(ids, _bag_plan(spec, columns), _wanted(shapes, needs)))
+    flat = iter(_ops.embedding_bag_index.default(ids, bag_plan(spec, columns), _wanted(shapes, needs)))
     return [RowIndex(next(flat), next(flat), next(flat)) if need else None for need in needs]
 
 
@@ -163,7 +163,7 @@ def embedding_bag_bwd_sparse(
     """
     needs = [found is not None for found in index]
     parts = [part for found in index if found is not None for part in found]
-    plan = _bag_plan(spec, columns)
+    plan = bag_plan(spec, columns)
     values = iter(_ops.embedding_bag_bwd_sparse.default(grad, ids, plan, _wanted(shapes, needs), parts))
     return [None if found is None else (found.rows, next(values)) for found in index]
 
@@ -171,20 +171,22 @@ def embedding_bag_bwd_sparse(
 # ----------------------------------------------------------------------------------------------- expert_gate
 
 
+def layer_numbers(spec: ExpertGateSpec) -> list[int]:
+    """The layer as csrc/cpu/expert_gate_args.h reads it."""
+    flat = [spec.in_features, spec.n_inputs, spec.n_experts, len(spec.dims), ACTIVATIONS.index(spec.activation)]
+    flat += [len(spec.gates), spec.output_layer, spec.gate_rows, *spec.dims]
+    for spans in (spec.expert_spans, spec.gate_input_spans):
+        for span in spans:
+            flat += span
+    for gate, span in zip(spec.gates, spec.gate_spans, strict=True):
+        flat += (span.start, len(gate.experts), *gate.experts)
+    return flat
+
+
 def _layer_plan(spec: ExpertGateSpec) -> Tensor:
-    """The layer as csrc/cpu/expert_gate.cpp reads it."""
     key = (id(spec),)
     plan = _kept_plan(key, spec)
-    if plan is None:
-        flat = [spec.in_features, spec.n_inputs, spec.n_experts, len(spec.dims), ACTIVATIONS.index(spec.activation)]
-        flat += [len(spec.gates), spec.output_layer, spec.gate_rows, *spec.dims]
-        for spans in (spec.expert_spans, spec.gate_input_spans):
-            for span in spans:
-                flat += span
-        for gate, span in zip(spec.gates, spec.gate_spans, strict=True):
-            flat += (span.start, len(gate.experts), *gate.experts)
-        plan = _keep_plan(key, spec, flat)
-    return plan
+    return _keep_plan(key, spec, layer_numbers(spec)) if plan is None else plan
 
 
 def expert_gate_fwd(

@@ -17,7 +17,7 @@ from .lookups import random_lookup
 
 def test_schemas_name_every_mutation(base_seed):
     lookup = random_lookup(base_seed, batch=40)
-    plan = native._bag_plan(lookup.spec, lookup.columns)
+    plan = native.bag_plan(lookup.spec, lookup.columns)
     width = lookup.spec.width(lookup.columns)
     ops = torch.ops.fastmtl
     opcheck(

@@ -16,7 +16,7 @@ RANKS = {
     "cli": 10,
     "__init__": 9.5,
     "trainers": 9,
-    "utils": 8,
+    "utils": 8, "serving": 8,
     "weighting": 7, "models": 7, "data": 7, "optim": 7,
     "basic": 6,
     "ops": 5,

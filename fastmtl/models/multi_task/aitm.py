@@ -14,6 +14,7 @@ from ...basic.features import Feature
 from ...basic.layers import MLP
 from .base import MTLModel
 from .dialect import check_count, check_tower_list, mlp_config, translated
+from .packed import Draft
 
 
 class AIT(BatchedModule):
@@ -93,6 +94,13 @@ class AITM(MTLModel):
             info = gate(inputs[task - 1].unsqueeze(0)).squeeze(0)
             inputs[task] = ait(inputs[task], info)
         return self.towers(torch.stack(inputs))
+
+    def _describe(self, draft: Draft) -> list[int]:
+        matrices = draft.bank(self.bank, [0])
+        for task, (gate, ait) in enumerate(zip(self.info_gates, self.aits, strict=True), start=1):
+            (info,) = draft.bank(gate, [matrices[task - 1]])
+            matrices[task] = draft.transfer(ait, AIT, matrices[task], info)
+        return draft.towers(self.towers, matrices)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*self.embedding.parameters(), *self.bank.parameters()]

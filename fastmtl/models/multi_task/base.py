@@ -14,6 +14,7 @@ from ...basic.embedding import EmbeddingLayer, input_width
 from ...basic.features import Feature, SequenceFeature
 from ...basic.layers import check_task_type
 from ...errors import ConfigError, NotBuiltError
+from . import packed
 from .columns import BatchSchema, Schema, resolve_feature
 
 
@@ -81,6 +82,7 @@ class MTLModel(nn.Module):
         is_classification = torch.tensor([task_type == "classification" for task_type in self.task_types])
         self.register_buffer("is_classification", is_classification, persistent=False)
         self.is_built = False
+        self._packs: dict[bool, packed.Packed | None] = {}  # by whether in bf16
         if not self.features:
             raise ConfigError(f"{type(self).__name__}: the list of features is empty")
         if all(_is_complete(feature) for feature in self.features):
@@ -141,6 +143,10 @@ class MTLModel(nn.Module):
         """
         if not self.is_built:
             self._build_from_batch(x)
+        if not self.training and not torch.is_grad_enabled():
+            pack = packed.current(self)
+            if pack is not None:
+                return pack(x)
         return self._predict(self.embedding(x, self.embedding.features, squeeze_dim=True))
 
     def _predict(self, row: Tensor) -> Tensor:
@@ -160,6 +166,27 @@ class MTLModel(nn.Module):
         """The modules between a looked-up row ``[1, B, I]`` and the logits, each reading what the one before made and
         nothing else; empty where a model is no such chain and has a ``_logits`` or ``_predict`` of its own."""
         return []
+
+    def _describe(self, draft: packed.Draft) -> list[int]:
+        """Write down what ``_logits`` computes, from matrix 0 to the numbers of the tasks' logits.
+
+        A model without it is predicted with as it is trained, layer by layer.
+        """
+        raise ConfigError(f"{type(self).__name__} has no _describe")
+
+    def _describe_outputs(self, logits: list[int]) -> list[tuple[str, int, int]]:
+        """What ``_predict`` makes of the logits: kind and logits of each output, see ``Program.output``."""
+        kinds = {"classification": "probability", "regression": "logit"}
+        return [(kinds[task_type], logit, 0) for task_type, logit in zip(self.task_types, logits, strict=True)]
+
+    def train(self, mode: bool = True) -> MTLModel:
+        """Training or evaluation mode; what was packed for predictions is given up when training begins."""
+        if mode:
+            self._packs = {}
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packs": {}}
 
     def _build_from_batch(self, x: Mapping[str, Tensor]) -> None:
         names = [feature for feature in self.features if isinstance(feature, str)]

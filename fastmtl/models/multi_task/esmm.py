@@ -13,6 +13,7 @@ from ...basic.features import Feature
 from ...errors import BadDataError
 from .base import MTLModel
 from .dialect import mlp_config, translated
+from .packed import Draft
 
 
 class ESMM(MTLModel):
@@ -63,6 +64,13 @@ class ESMM(MTLModel):
     def _predict(self, row: Tensor) -> Tensor:
         cvr, ctr = torch.sigmoid(self.towers(row.unsqueeze(0))).unbind(1)
         return torch.stack([cvr, ctr, ctr * cvr], dim=1)
+
+    def _describe(self, draft: Draft) -> list[int]:
+        return draft.towers(self.towers, [0])
+
+    def _describe_outputs(self, logits: list[int]) -> list[tuple[str, int, int]]:
+        cvr, ctr = logits
+        return [("probability", cvr, 0), ("probability", ctr, 0), ("product", ctr, cvr)]
 
     def task_of(self, name: str) -> int | None:
         return {"tower_cvr": 0, "tower_ctr": 1}.get(name.split(".", 1)[0])

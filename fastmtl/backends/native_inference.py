@@ -1,0 +1,100 @@
+"""Whole models packed for prediction on the CPU: what csrc/core/inference.h is told, and the handle of what it made."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec import ExpertGateParams, ExpertGateSpec
+from . import native
+
+#: Kinds of outputs, in the order of OutputKind.
+_OUTPUTS = ("logit", "probability", "product")
+
+
+class Program:
+    """A model as stages over numbered matrices of some rows; matrix 0 is the looked-up row.
+
+    Args:
+        width: columns of a looked-up row.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._stages: list[list[int]] = []
+        self._outputs: list[tuple[int, int, int]] = []
+        self._learned: list[Tensor] = []
+        self._running: list[Tensor] = []
+        self._matrices, self._logits = 1, 0
+
+    def layer(self, spec: ExpertGateSpec, params: ExpertGateParams, inputs: Sequence[int]) -> list[int]:
+        """A layer of experts and gates on the matrices ``inputs``, one for each of the spec's.
+
+        Returns:
+            The numbers of its matrices (one a gate, without gates one an expert), with an output layer those of its
+            logits, one an expert.
+        """
+        plan = native.layer_numbers(spec)
+        stage = [1, len(plan), *plan, *inputs]
+        if spec.output_layer:
+            results = list(range(self._logits, self._logits + spec.n_experts))
+            self._logits += spec.n_experts
+            stage += results
+        else:
+            results = self._new_matrices(len(spec.gates) or spec.n_experts)
+        self._stages.append(stage)
+        self._learned += params.learned()
+        self._running += params.running()
+        return results
+
+    def transfer(self, qkv: Tensor, own: int, info: int) -> int:
+        """AITM's attention with the projections ``[3 D, D]``; returns its matrix."""
+        self._stages.append([0, qkv.shape[1], own, info])
+        self._learned.append(qkv)
+        return self._new_matrices(1)[0]
+
+    def _new_matrices(self, n: int) -> list[int]:
+        self._matrices += n
+        return list(range(self._matrices - n, self._matrices))
+
+    def output(self, kind: str, logit: int, other: int = 0) -> None:
+        """The next column of the predictions: a ``"logit"``, its ``"probability"``, or the ``"product"`` of two."""
+        self._outputs.append((_OUTPUTS.index(kind), logit, other))
+
+    def pack(self, bf16: bool) -> PackedProgram:
+        """Fold the batch normalisations and pack the weights, in fp32 or rounded to bf16."""
+        head = [self.width, self._logits, len(self._outputs), len(self._stages)]
+        plan = [*head, *(n for output in self._outputs for n in output), *(n for stage in self._stages for n in stage)]
+        number = torch.ops.fastmtl.inference_new.default(
+            torch.tensor(plan, dtype=torch.int64), self._learned, self._running, bf16
+        )
+        return PackedProgram(number)
+
+
+class PackedProgram:
+    """A packed model: constant, and safe to run from many threads at once. Made by :meth:`Program.pack`."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        weakref.finalize(self, torch.ops.fastmtl.inference_free.default, number)
+
+    def run(self, tables: list[Tensor], ids: list[Tensor], dense: list[Tensor], plan: Tensor) -> Tensor:
+        """Predict a batch.
+
+        Args:
+            tables: the weights that the bags read, as for :func:`fastmtl.ops.embedding_bag`.
+            ids: integer columns ``[B]`` or ``[B, L]``, which side by side are the bags' id columns.
+            dense: floating-point columns likewise.
+            plan: the lookup's, see :func:`fastmtl.backends.native.bag_plan`.
+
+        Returns:
+            Predictions ``[B, T]`` float32.
+
+        Raises:
+            RuntimeError: input that is refused: ids outside their vocabulary, dense values that are not finite,
+                columns of another dtype, length or number. It does not say what; the ordinary way does.
+        """
+        return torch.ops.fastmtl.inference_run.default(self._number, tables, ids, dense, plan)

@@ -1,0 +1,190 @@
+"""A model packed for prediction on the CPU: one pass over each tile of rows, from the lookup to the predictions.
+
+A pack is a copy of the dense parameters, good as long as they are what they were; the tables are read where they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import backend
+from ...backends import eager, native
+from ...backends.native_inference import Program
+from ...basic.bank import ExpertGate, TowerBank
+from ...basic.batch import ColumnBatch
+from ...basic.embedding import EmbeddingLayer
+from ...basic.features import DenseFeature, SequenceFeature
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from .base import MTLModel
+
+
+class Draft:
+    """What a model's ``_describe`` writes: its layers, in terms of its modules."""
+
+    def __init__(self, width: int) -> None:
+        self.program = Program(width)
+        self.modules: list[nn.Module] = []
+
+    def _note(self, module: nn.Module, kind: type) -> Any:
+        # a subclass (or a parametrised module, whose class torch replaces) may compute something else
+        if type(module) is not kind:
+            raise ConfigError(f"{type(module).__name__} is not {kind.__name__} itself")
+        self.modules.append(module)
+        return module
+
+    def bank(self, bank: nn.Module, inputs: Sequence[int]) -> list[int]:
+        """The matrices that a layer of experts and gates makes of the matrices ``inputs``."""
+        layer = self._note(bank, ExpertGate)
+        return self.program.layer(layer.spec, layer.params(), inputs)
+
+    def towers(self, towers: nn.Module, inputs: Sequence[int]) -> list[int]:
+        """The logits of all towers, task by task; ``inputs`` is one matrix a task, or one for all."""
+        bank_of = self._note(towers, TowerBank)
+        logits: dict[int, int] = {}
+        for bank, tasks in zip(bank_of.banks, bank_of.groups, strict=True):
+            mine = inputs if bank_of.shared_input else [inputs[task] for task in tasks]
+            logits.update(zip(tasks, self.bank(bank, mine), strict=True))
+        return [logits[task] for task in range(len(logits))]
+
+    def transfer(self, module: nn.Module, kind: type, own: int, info: int) -> int:
+        """The matrix that an attention with ``qkv`` weights makes of two."""
+        return self.program.transfer(self._note(module, kind).qkv, own, info)
+
+
+def why_not(model: MTLModel) -> str | None:
+    """Why ``model`` can't be packed here; None: it can."""
+    if native.unavailable():
+        return native.unavailable()
+    for kind in type(model).__mro__:
+        if "_describe" in kind.__dict__:
+            break
+        changed = {"forward", "_predict", "_logits", "_build"} & kind.__dict__.keys()
+        if changed:
+            return f"{kind.__name__} has {', '.join(sorted(changed))} of its own and no _describe"
+    if type(model.embedding) is not EmbeddingLayer:
+        return "its embedding layer is another class"
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point():
+            reason = native.unsupported("inference", tensor)
+            if reason:
+                return f"{name}: {reason}"
+    return None
+
+
+class Packed:
+    """A model's pack.
+
+    Args:
+        model: a built model for which :func:`why_not` has nothing to say.
+        bf16: weights and activations rounded to bf16, sums in fp32.
+
+    Raises:
+        ConfigError: a model made of other modules than its class makes.
+    """
+
+    def __init__(self, model: MTLModel, bf16: bool = False) -> None:
+        draft = Draft(model.input_dims)
+        logits = model._describe(draft)
+        for kind, a, b in model._describe_outputs(logits):
+            draft.program.output(kind, a, b)
+        self.embedding = model.embedding
+        self._modules = draft.modules
+        self._watched = [model.embedding, *draft.modules]
+        self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
+        self._stamp = self._read_stamp()
+        # what a stamp points to must not be freed and used again
+        self._kept = [tensor.detach() for store in self._stores for tensor in store.values()]
+        self._program = draft.program.pack(bf16)
+        self._features = self.embedding.features
+        self._spec = self.embedding._group(self._features)[1].spec
+        bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
+        self.id_names = [feature.name for feature in bags]
+        dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
+        self.dense_names = [feature.name for feature in dense]
+        self.dense_widths = [feature.embed_dim for feature in dense]
+        self._plan = native.bag_plan(self._spec, tuple(range(len(bags) + 1)))
+        # one column a bag: nothing about a batch must be found out first
+        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+
+    # ------------------------------------------------------------------------------------------ is it still good
+
+    def _read_stamp(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for store in self._stores for tensor in store.values()]
+
+    def is_current(self) -> bool:
+        """Whether the parameters are those that were packed.
+
+        Writing through ``parameter.data`` or a NumPy view goes unnoticed, as it does for autograd.
+        """
+        return self._read_stamp() == self._stamp
+
+    def stands_in(self) -> bool:
+        """Whether calling the modules would do the same: they are in evaluation mode and have no hooks."""
+        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self._watched)
+
+    # --------------------------------------------------------------------------------------------------- running
+
+    def tables(self) -> list[Tensor]:
+        """The tables, with every row current."""
+        embedding = self.embedding
+        if embedding.updater is not None:
+            embedding.updater.flush()
+        return embedding.weights()
+
+    def run(self, ids: list[Tensor], dense: list[Tensor], plan: Tensor | None = None) -> Tensor:
+        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
+        return self._program.run(self.tables(), ids, dense, self._plan if plan is None else plan)
+
+    def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
+        """Predict a batch; arguments, result and errors are the model's own."""
+        if self.is_plain and not isinstance(x, ColumnBatch):
+            try:
+                return self.run([x[name] for name in self.id_names], [x[name] for name in self.dense_names])
+            except (KeyError, RuntimeError):
+                pass  # something is wrong with it, or needs converting first
+        ids, columns, dense = self.embedding.inputs(x, self._features)
+        parts = [] if ids is None else [ids]
+        try:
+            return self.run(parts, [] if dense is None else [dense], native.bag_plan(self._spec, columns))
+        except RuntimeError:
+            if ids is not None:
+                eager.raise_bad_id(ids, columns, self._spec)
+            raise
+
+
+_guard = threading.Lock()
+
+
+def current(model: MTLModel) -> Packed | None:
+    """The model's pack, made anew where it is out of date; None where the model must be run the ordinary way.
+
+    Under autocast to bfloat16 it is one in bf16.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.forced() not in (None, "native"):
+        return None
+    bf16 = torch.is_autocast_enabled("cpu")
+    if bf16 and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+        return None
+    packs: dict[bool, Packed | None] = model._packs
+    pack = packs.get(bf16)
+    if pack is not None and pack.embedding is model.embedding and pack.is_current():
+        return pack if pack.stands_in() else None
+    with _guard:
+        now = packs.get(bf16)
+        if now is not pack and now is not None:  # another thread was here first
+            return now
+        if why_not(model) is None:
+            try:
+                packs[bf16] = pack = Packed(model, bf16)
+            except (ConfigError, RuntimeError):
+                return None  # the ordinary way runs it, or says what is wrong
+            return pack if pack.stands_in() else None
+        return None
