@@ -1,78 +1,22 @@
 // A whole model for prediction: batch normalisation folded into the linear layers, weights packed once, and for each
 // tile of rows one pass from the looked-up row to the predictions, in scratch memory that stays in the cache.
 //
-// Layout      a model is a list of stages over numbered matrices of a tile's rows. Matrix 0 is the looked-up row; a
-// stage
-//             appends its results. Matrices are float, or Bf16 in a model packed so; sums are fp32 in both.
+// Layout      of a model: inference_program.h. A tile's matrices are float, or Bf16 in a model packed so; sums are fp32
+//             in both.
 // Threading   a packed model is constant: any number of threads may run tiles of it at once, each with its own scratch.
 // Determinism a row's predictions depend on that row and the model alone: not on the batch it is in, nor on the cut
-// into
-//             tiles, nor on the number of threads.
+//             into tiles, nor on the number of threads.
 // Aliasing    none. The parameters are only read while the model is packed.
 #pragma once
 
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <type_traits>
 
-#include "core/expert_gate.h"
 #include "core/inference_kernels.h"
+#include "core/inference_program.h"
 
 namespace fastmtl {
-
-// Layer of experts and gates, with its parameters; reads `inputs`, appends one matrix a gate (an expert where there are
-// no gates), or with an output layer fills the columns `logits` of the tile's logits, one an expert.
-struct BankStage {
-  ExpertGateLayer layer;
-  ExpertGateParams params;
-  std::vector<int64_t> inputs, logits;
-};
-
-// AITM's attention; qkv is [3 width, width]. Appends one matrix.
-struct TransferStage {
-  int64_t width, own, info;
-  const float* qkv;
-};
-
-// One of the two, by `is_bank`.
-struct Stage {
-  bool is_bank;
-  BankStage bank;
-  TransferStage transfer;
-};
-
-enum OutputKind : int64_t { kLogit = 0, kProbability, kProduct, kOutputKinds };
-
-// A column of the predictions, from the logits in columns a and b.
-struct Output {
-  int64_t kind, a, b;
-};
-
-struct Program {
-  int64_t width;  // of the looked-up row
-  int64_t n_logits;
-  std::vector<Output> outputs;
-  std::vector<Stage> stages;
-};
-
-// Writes looked-up rows [begin, end) of a tile.
-struct RowSource {
-  virtual ~RowSource() = default;
-  virtual void fill(int64_t begin, int64_t end, float* to, int64_t ld) const = 0;
-};
-
-class Inference {
- public:
-  virtual ~Inference() = default;
-  virtual int64_t width() const = 0;
-  virtual int64_t n_outputs() const = 0;
-  virtual int64_t work() const = 0;  // multiply-adds a row
-  virtual bool is_bf16() const = 0;
-  virtual int64_t tile_rows() const = 0;                 // the most rows that stay in the cache together
-  virtual size_t scratch_bytes(int64_t rows) const = 0;  // whole cache lines
-  virtual void run(const RowSource& source, int64_t rows, float* out, std::byte* scratch) const = 0;
-};
 
 template <class T>
 class PackedInference final : public Inference {

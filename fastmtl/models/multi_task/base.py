@@ -144,7 +144,7 @@ class MTLModel(nn.Module):
         if not self.is_built:
             self._build_from_batch(x)
         if not self.training and not torch.is_grad_enabled():
-            pack = packed.current(self)
+            pack = packed.current(self, x)
             if pack is not None:
                 return pack(x)
         return self._predict(self.embedding(x, self.embedding.features, squeeze_dim=True))
@@ -170,9 +170,12 @@ class MTLModel(nn.Module):
     def _describe(self, draft: packed.Draft) -> list[int]:
         """Write down what ``_logits`` computes, from matrix 0 to the numbers of the tasks' logits.
 
-        A model without it is predicted with as it is trained, layer by layer.
+        Where it says nothing, predictions are made as training is, layer by layer.
         """
-        raise ConfigError(f"{type(self).__name__} has no _describe")
+        numbers = [0]
+        for layer in self.layers():
+            numbers = draft.layer(layer, numbers)
+        return numbers
 
     def _describe_outputs(self, logits: list[int]) -> list[tuple[str, int, int]]:
         """What ``_predict`` makes of the logits: kind and logits of each output, see ``Program.output``."""

@@ -13,7 +13,6 @@ from ...basic.layers import MLP
 from ...spec import Gate
 from .base import MTLModel
 from .dialect import check_count, check_tower_list, mlp_config, translated
-from .packed import Draft
 
 
 class MMOE(MTLModel):
@@ -63,9 +62,6 @@ class MMOE(MTLModel):
 
     def layers(self) -> list[nn.Module]:
         return [self.bank, self.towers]
-
-    def _describe(self, draft: Draft) -> list[int]:
-        return draft.towers(self.towers, draft.bank(self.bank, [0]))
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*self.embedding.parameters(), *self.bank.expert_parameters()]

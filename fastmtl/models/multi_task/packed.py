@@ -40,6 +40,10 @@ class Draft:
         self.modules.append(module)
         return module
 
+    def layer(self, layer: nn.Module, inputs: Sequence[int]) -> list[int]:
+        """What a link of a model's chain makes of the matrices ``inputs``: matrices, or towers' logits."""
+        return (self.towers if isinstance(layer, TowerBank) else self.bank)(layer, inputs)
+
     def bank(self, bank: nn.Module, inputs: Sequence[int]) -> list[int]:
         """The matrices that a layer of experts and gates makes of the matrices ``inputs``."""
         layer = self._note(bank, ExpertGate)
@@ -66,7 +70,7 @@ def why_not(model: MTLModel) -> str | None:
     for kind in type(model).__mro__:
         if "_describe" in kind.__dict__:
             break
-        changed = {"forward", "_predict", "_logits", "_build"} & kind.__dict__.keys()
+        changed = {"forward", "_predict", "_logits"} & kind.__dict__.keys()
         if changed:
             return f"{kind.__name__} has {', '.join(sorted(changed))} of its own and no _describe"
     if type(model.embedding) is not EmbeddingLayer:
@@ -93,6 +97,8 @@ class Packed:
     def __init__(self, model: MTLModel, bf16: bool = False) -> None:
         draft = Draft(model.input_dims)
         logits = model._describe(draft)
+        if not draft.modules:
+            raise ConfigError("neither layers() nor _describe says what it computes")
         for kind, a, b in model._describe_outputs(logits):
             draft.program.output(kind, a, b)
         self.embedding = model.embedding
@@ -163,12 +169,19 @@ class Packed:
 _guard = threading.Lock()
 
 
-def current(model: MTLModel) -> Packed | None:
-    """The model's pack, made anew where it is out of date; None where the model must be run the ordinary way.
+def _first(x: Mapping[str, Tensor]) -> Tensor | None:
+    return x.blocks[0] if isinstance(x, ColumnBatch) and x.blocks else next(iter(x.values()), None)
+
+
+def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
+    """The model's pack for the batch ``x``, made anew where it is out of date; None where the model must be run the
+    ordinary way.
 
     Under autocast to bfloat16 it is one in bf16.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.forced() not in (None, "native"):
+        return None
+    if type(_first(x)) is not Tensor:  # somebody watches what happens to it
         return None
     bf16 = torch.is_autocast_enabled("cpu")
     if bf16 and torch.get_autocast_dtype("cpu") is not torch.bfloat16:

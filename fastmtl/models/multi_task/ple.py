@@ -14,7 +14,6 @@ from ...basic.layers import MLP
 from ...spec import Gate
 from .base import MTLModel
 from .dialect import check_count, check_tower_list, mlp_config, translated
-from .packed import Draft
 
 
 class PLE(MTLModel):
@@ -85,12 +84,6 @@ class PLE(MTLModel):
 
     def layers(self) -> list[nn.Module]:
         return [*self.cgc_layers, self.towers]
-
-    def _describe(self, draft: Draft) -> list[int]:
-        matrices = [0]
-        for layer in self.cgc_layers:
-            matrices = draft.bank(layer, matrices)
-        return draft.towers(self.towers, matrices)
 
     def task_of(self, name: str) -> int | None:
         if name.startswith("cgc_layers."):

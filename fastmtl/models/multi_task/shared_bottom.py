@@ -12,7 +12,6 @@ from ...basic.features import Feature
 from ...basic.layers import MLP
 from .base import MTLModel
 from .dialect import check_tower_list, mlp_config, translated
-from .packed import Draft
 
 
 class SharedBottom(MTLModel):
@@ -50,9 +49,6 @@ class SharedBottom(MTLModel):
 
     def layers(self) -> list[nn.Module]:
         return [self.bank, self.towers]
-
-    def _describe(self, draft: Draft) -> list[int]:
-        return draft.towers(self.towers, draft.bank(self.bank, [0]))
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [*self.embedding.parameters(), *self.bank.parameters()]
