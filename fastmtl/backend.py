@@ -29,8 +29,6 @@ TABLE: dict[str, dict[str, ModuleType]] = {
 PREFERENCE = ("native", "triton", "cuda", "eager")
 #: The devices whose tensors a backend is made for: only there is it missed.
 DEVICES = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
-#: Backends whose expert_gate computes as autocast says.
-AUTOCAST = (triton, cuda, eager)
 
 _forced: str | None = None
 _told = False
@@ -95,8 +93,8 @@ def forced() -> str | None:
 
 def _refusal(module: ModuleType, op: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why ``module`` can't run ``op`` on these tensors right now; None: it can."""
-    if op == "expert_gate" and module not in AUTOCAST and torch.is_autocast_enabled(tensors[0].device.type):
-        return "autocast is on, which it does not follow"
+    if op == "expert_gate" and module is native and torch.is_autocast_enabled("cpu") and not native.computes_in_bf16():
+        return f"autocast asks for {torch.get_autocast_dtype('cpu')}, and it follows only torch.bfloat16"
     return module.unsupported(op, *tensors)
 
 

@@ -90,6 +90,8 @@ struct Normalised {
   float *mean, *rstd, *mean_rest, *rstd_rest;
 };
 struct ExpertGateSaved {
+  uint16_t* x = nullptr;  // the inputs in bf16, [N, B, ld_x], where the layer computes in bf16
+  int64_t ld_x = 0;
   std::vector<Normalised> hidden;
   Normalised gate{};
   float* weights = nullptr;  // [B, C], the gates' softmax

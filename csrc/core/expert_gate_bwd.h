@@ -5,6 +5,7 @@
 #pragma once
 
 #include "core/expert_gate.h"
+#include "core/expert_gate_products.h"
 
 namespace fastmtl {
 
@@ -40,20 +41,27 @@ class ExpertGateBackward {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) {
       factors_.push_back(hidden_factors(spec_, params_, saved_, l));
-      layers_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr, l + 1 < depth);
+      layers_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr, l + 1 < depth, bf16());
     }
     if (has_gates()) {
       factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-      layers_.emplace_back(tiles_, spec_.gate_columns, false, false);
+      layers_.emplace_back(tiles_, spec_.gate_columns, false, false, bf16());
       list_mixers();
     }
+    if (bf16()) packed_ = std::make_unique<PackedWeights>(spec_, params_, true);
+    const PackedInputs inputs(spec_, saved_, bf16() ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
         spec_.output_layer ? spec_.n_experts * (1 + (depth ? spec_.dims[depth - 1] : spec_.in_features)) : 0;
     out_sums_.assign(static_cast<size_t>(tiles_.count * out_columns), 0.0);
     const std::vector<WeightTask> weights = weight_tasks();
 
-    runtime_.team(2 * depth + 3, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
+    runtime_.team(2 * depth + 4, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
+      const int64_t packing = bf16() ? packed_->count() + inputs.count() : 0;
+      worker.run(packing, [&](int64_t i) {
+        if (i < inputs.count()) return inputs.pack(i);
+        packed_->pack(i - inputs.count());
+      });
       worker.run(tiles_.count, [&](int64_t tile) { part(tile, tiles_.at(tile)); });
       worker.run(has_gates() + (out_columns > 0), [&](int64_t) {
         if (has_gates()) return finish_norm(depth, factors_[depth].all());
@@ -67,7 +75,7 @@ class ExpertGateBackward {
           first_layer(tiles_.at(tile));
         });
       }
-      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i]); });
+      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i], inputs); });
     });
     for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
   }
@@ -75,18 +83,22 @@ class ExpertGateBackward {
  private:
   // dy, then dz, of one BatchNorm, and each tile's sums.
   struct LayerGrad {
-    int64_t columns, ld, n_sums;
-    Scratch dz, h;  // h: input of the next layer, for its weights' gradient
+    int64_t columns, ld, n_sums, ld_near;
     bool keeps_h;
+    Scratch dz, h;                       // h: input of the next layer, for its weights' gradient
+    Bf16Scratch dz_near, h_near;         // the same in bf16, where the layer computes in it: then h is not kept in fp32
     std::vector<double> sums;            // [tiles, n_sums, columns]
     std::vector<double> mean_dy, slope;  // see Kernels::linear_grad
-    LayerGrad(const Tiles& tiles, int64_t n, bool learned, bool keep_h)
+    LayerGrad(const Tiles& tiles, int64_t n, bool learned, bool keep_h, bool bf16)
         : columns(n),
           ld(row_stride(n)),
           n_sums(learned ? 3 : 2),
+          ld_near(bf16_stride(n)),
+          keeps_h(keep_h && !bf16),
           dz(tiles.rows * ld),
-          h(keep_h ? tiles.rows * ld : 0),
-          keeps_h(keep_h),
+          h(keeps_h ? tiles.rows * ld : 0),
+          dz_near(bf16 ? tiles.rows * ld_near : 0),
+          h_near(keep_h && bf16 ? tiles.rows * ld_near : 0),
           sums(static_cast<size_t>(tiles.count * n_sums * n)),
           mean_dy(static_cast<size_t>(n)),
           slope(static_cast<size_t>(n)) {}
@@ -103,6 +115,31 @@ class ExpertGateBackward {
     }
   };
 
+  // The bf16 inputs, packed for the gradient of the weights that read them.
+  class PackedInputs {
+   public:
+    PackedInputs(const ExpertGateLayer& spec, const ExpertGateSaved& saved, int64_t n_rows)
+        : saved_(saved),
+          features_(spec.in_features),
+          rows_(n_rows),
+          inputs_(n_rows ? spec.n_inputs : 0),
+          packed_(inputs_ * packed_bf16_size(features_, rows_)) {}
+    int64_t count() const { return inputs_ * n_pieces(features_); }
+    void pack(int64_t index) const {
+      const int64_t n = index / n_pieces(features_);
+      const Range columns = piece_of({0, features_}, index % n_pieces(features_));
+      best_packed_gemm().repack_bf16(columns.size(), rows_, saved_.x + n * rows_ * saved_.ld_x + columns.start,
+                                     saved_.ld_x, true, at(n) + columns.start * round_up(rows_, kPairDepth));
+    }
+    Bf16* at(int64_t n) const { return packed_.get() + n * packed_bf16_size(features_, rows_); }
+
+   private:
+    const ExpertGateSaved& saved_;
+    const int64_t features_, rows_, inputs_;
+    const Bf16Scratch packed_;
+  };
+
+  bool bf16() const { return saved_.x != nullptr; }
   bool has_gates() const { return !spec_.gates.empty(); }
   LayerGrad& gate_grad() { return layers_[spec_.depth()]; }
   const ColumnFactors& gate_factors() const { return factors_[spec_.depth()]; }
@@ -235,14 +272,34 @@ class ExpertGateBackward {
   void step_down(int64_t l, int64_t tile_index, Range rows) {
     LayerGrad &above = layers_[l], &below = layers_[l - 1];
     const int64_t width = spec_.dims[l], fan_in = spec_.fan_in(l);
+    const Scratch h(bf16() ? rows.size() * fan_in : 0);
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       finish_dz(tile(l, rows, {e * width, (e + 1) * width}), above, rows, e * width);
       float* dh = below.at(rows.start, e * fan_in);
-      runtime_.gemm(rows.size(), fan_in, width, above.at(rows.start, e * width), above.ld, false,
-                    params_.hidden[l].weight + e * width * fan_in, fan_in, false, dh, below.ld, false);
-      kernels_.hidden_grad(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), dh, below.ld, dh, below.ld,
-                           below.sums_of(tile_index, e * fan_in), below.h_at(rows.start, e * fan_in), below.ld);
+      const Tile t = tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in});
+      const GradSums sums = below.sums_of(tile_index, e * fan_in);
+      if (bf16()) {
+        product_near(above, l, rows, {e * width, (e + 1) * width}, fan_in, dh, below.ld, false);
+        kernels_.hidden_grad(t, dh, below.ld, dh, below.ld, sums, h.get(), fan_in);
+        best_packed_gemm().round_bf16(rows.size(), fan_in, h.get(), fan_in,
+                                      below.h_near.get() + rows.start * below.ld_near + e * fan_in, below.ld_near);
+      } else {
+        runtime_.gemm(rows.size(), fan_in, width, above.at(rows.start, e * width), above.ld, false,
+                      params_.hidden[l].weight + e * width * fan_in, fan_in, false, dh, below.ld, false);
+        kernels_.hidden_grad(t, dh, below.ld, dh, below.ld, sums, below.h_at(rows.start, e * fan_in), below.ld);
+      }
     }
+  }
+
+  // Rounds dz of these columns for their weights' gradient; to [rows, fan_in], if not null, takes dz W.
+  void product_near(const LayerGrad& grad, int64_t norm, Range rows, Range columns, int64_t fan_in, float* to,
+                    int64_t ld_to, bool accumulate) const {
+    Bf16* dz = grad.dz_near.get() + rows.start * grad.ld_near + columns.start;
+    best_packed_gemm().round_bf16(rows.size(), columns.size(), grad.at(rows.start, columns.start), grad.ld, dz,
+                                  grad.ld_near);
+    if (!to) return;
+    best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz, grad.ld_near,
+                                 packed_->at(norm, columns.start), to, ld_to, accumulate);
   }
 
   void first_layer(Range rows) {
@@ -252,8 +309,15 @@ class ExpertGateBackward {
       const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
       float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
       bool begun = false;
-      const auto send = [&](const LayerGrad& grad, Range columns, const float* weight) {
-        if (!to || columns.size() == 0) return;
+      const auto send = [&](int64_t norm, Range columns, const float* weight) {
+        if (columns.size() == 0) return;
+        const LayerGrad& grad = layers_[norm];
+        if (bf16()) {
+          product_near(grad, norm, rows, columns, fan_in, to, fan_in, begun);
+          begun = true;
+          return;
+        }
+        if (!to) return;
         runtime_.gemm(rows.size(), fan_in, columns.size(), grad.at(rows.start, columns.start), grad.ld, false,
                       weight + columns.start * fan_in, fan_in, false, to, fan_in, begun);
         begun = true;
@@ -261,50 +325,70 @@ class ExpertGateBackward {
       for (int64_t p = 0; p < n_pieces(experts.size()); ++p) {
         const Range piece = piece_of(experts, p);
         finish_dz(tile(0, rows, piece), layers_[0], rows, piece.start);
-        send(layers_[0], piece, params_.hidden[0].weight);
+        send(0, piece, params_.hidden[0].weight);
       }
-      if (has_gates()) send(gate_grad(), spec_.gate_columns_of[n], params_.gate.weight);
+      if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n], params_.gate.weight);
       if (to && !begun) std::fill_n(to, rows.size() * fan_in, 0.0f);
     }
   }
 
-  // rows of a weight's gradient = dz[:, rows]^T h, over the whole batch.
+  // Some rows of a weight's gradient = dz[:, columns]^T h over the whole batch; h is what the layer below kept from
+  // column `from` on, or without such a layer the input `from`.
   struct WeightTask {
-    const float *dz, *h;
-    int64_t ld_dz, ld_h, rows, columns;
+    const LayerGrad *grad, *below;
+    Range columns;
+    int64_t from, fan_in;
     float* to;
   };
 
   std::vector<WeightTask> weight_tasks() {
     std::vector<WeightTask> tasks;
-    const auto add = [&](const LayerGrad& grad, Range columns, const float* h, int64_t ld_h, int64_t fan_in,
-                         float* to) {
-      // about eight pieces, not so small that the product reads h more than it multiplies
-      const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, 64, 256);
+    const auto add = [&](const LayerGrad& grad, Range columns, const LayerGrad* below, int64_t from, int64_t fan_in,
+                         float* weight) {
+      // about eight pieces, not so small that a product reads (in bf16: packs) h more than it multiplies
+      const int64_t least = bf16() && below ? 256 : 64;
+      const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, least, 256);
       for (int64_t c = columns.start; c < columns.stop; c += piece) {
-        const int64_t n = std::min(piece, columns.stop - c);
-        tasks.push_back({grad.at(0, c), h, grad.ld, ld_h, n, fan_in, to + c * fan_in});
+        tasks.push_back({&grad, below, {c, std::min(columns.stop, c + piece)}, from, fan_in, weight + c * fan_in});
       }
     };
     for (int64_t l = spec_.depth() - 1; l > 0; --l) {
       for (int64_t e = 0; e < spec_.n_experts; ++e) {
-        add(layers_[l], {e * spec_.dims[l], (e + 1) * spec_.dims[l]}, layers_[l - 1].h_at(0, e * spec_.fan_in(l)),
-            layers_[l - 1].ld, spec_.fan_in(l), grads_.hidden[l].weight);
+        add(layers_[l], {e * spec_.dims[l], (e + 1) * spec_.dims[l]}, &layers_[l - 1], e * spec_.fan_in(l),
+            spec_.fan_in(l), grads_.hidden[l].weight);
       }
     }
     for (int64_t n = 0; spec_.depth() && n < spec_.n_inputs; ++n) {
       const Range experts = spec_.experts_of[n];
-      add(layers_[0], {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, x_.at(n, 0), x_.row_stride,
-          spec_.in_features, grads_.hidden[0].weight);
+      add(layers_[0], {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, nullptr, n, spec_.in_features,
+          grads_.hidden[0].weight);
       if (has_gates()) {
-        add(gate_grad(), spec_.gate_columns_of[n], x_.at(n, 0), x_.row_stride, spec_.in_features, grads_.gate.weight);
+        add(gate_grad(), spec_.gate_columns_of[n], nullptr, n, spec_.in_features, grads_.gate.weight);
       }
     }
     return tasks;
   }
 
-  void weight_gradient(const WeightTask& t) {
-    runtime_.gemm(t.rows, t.columns, tiles_.rows, t.dz, t.ld_dz, true, t.h, t.ld_h, false, t.to, t.columns, false);
+  void weight_gradient(const WeightTask& t, const PackedInputs& inputs) const {
+    const int64_t n = t.columns.size(), n_rows = tiles_.rows;
+    if (!bf16()) {
+      const float* h = t.below ? t.below->h_at(0, t.from) : x_.at(t.from, 0);
+      runtime_.gemm(n, t.fan_in, n_rows, t.grad->at(0, t.columns.start), t.grad->ld, true, h,
+                    t.below ? t.below->ld : x_.row_stride, false, t.to, t.fan_in, false);
+      return;
+    }
+    const PackedGemm& gemm = best_packed_gemm();
+    const Bf16* dz = t.grad->dz_near.get() + t.columns.start;
+    if (t.below) {
+      const Bf16Scratch scratch(wgrad_scratch_size(n_rows, n, t.fan_in));
+      gemm.wgrad_bf16(n_rows, n, t.fan_in, dz, t.grad->ld_near, t.below->h_near.get() + t.from, t.below->ld_near, t.to,
+                      t.fan_in, false, scratch.get());
+      return;
+    }
+    const int64_t ld = bf16_stride(n_rows);
+    const Bf16Scratch transposed(n * ld);
+    gemm.transpose_bf16(n_rows, n, dz, t.grad->ld_near, transposed.get(), ld);
+    gemm.gemm_bf16(n, t.fan_in, n_rows, transposed.get(), ld, inputs.at(t.from), t.to, t.fan_in, false);
   }
 
   const Runtime& runtime_;
@@ -323,6 +407,7 @@ class ExpertGateBackward {
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
   std::vector<LayerGrad> layers_;
+  std::unique_ptr<PackedWeights> packed_;  // null: fp32
   std::vector<int64_t> starts_, mixers_;
   std::vector<double> out_sums_;
 };

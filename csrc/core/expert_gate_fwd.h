@@ -4,13 +4,14 @@
 #pragma once
 
 #include "core/expert_gate.h"
+#include "core/expert_gate_products.h"
 
 namespace fastmtl {
 
 template <class Runtime>
 class ExpertGateForward {
  public:
-  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer.
+  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer. In bf16 where `saved` has the inputs so.
   ExpertGateForward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
                     int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved& saved,
                     float* out)
@@ -31,11 +32,13 @@ class ExpertGateForward {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
     if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
+    if (saved_.x) packed_ = std::make_unique<PackedWeights>(spec_, params_, false);
     const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
       for (int64_t l = 0; l < depth; ++l) use_running(params_.hidden[l], saved_.hidden[l], factors_[l]);
       if (has_gates()) use_running(params_.gate, saved_.gate, factors_[depth]);
-      runtime_.team(1, tiles_.count, work, [&](Phases::Worker& worker) {
+      runtime_.team(2, tiles_.count, work, [&](Phases::Worker& worker) {
+        pack(worker);
         worker.run(tiles_.count, [&](int64_t tile) {
           for (int64_t l = 0; l < depth; ++l) linear(l, tile);
           join(tiles_.at(tile));
@@ -45,7 +48,8 @@ class ExpertGateForward {
     }
     for (int64_t l = 0; l < depth; ++l) partials_.emplace_back(tiles_.count, spec_.columns(l));
     if (has_gates()) partials_.emplace_back(tiles_.count, spec_.gate_columns);
-    runtime_.team(2 * depth + 1, tiles_.count, work, [&](Phases::Worker& worker) {
+    runtime_.team(2 * depth + 2, tiles_.count, work, [&](Phases::Worker& worker) {
+      pack(worker);
       for (int64_t l = 0; l < depth; ++l) {
         worker.run(tiles_.count, [&](int64_t tile) { linear(l, tile); });
         const int64_t pieces = n_pieces(spec_.columns(l)), gates = l == 0 && has_gates();
@@ -66,6 +70,10 @@ class ExpertGateForward {
     Partials(int64_t tiles, int64_t n)
         : columns(n), mean(static_cast<size_t>(tiles * n)), m2(static_cast<size_t>(tiles * n)) {}
   };
+
+  void pack(Phases::Worker& worker) const {
+    if (packed_) worker.run(packed_->count(), [&](int64_t i) { packed_->pack(i); });
+  }
 
   bool has_gates() const { return !spec_.gates.empty(); }
 
@@ -94,6 +102,10 @@ class ExpertGateForward {
     const int64_t fan_in = spec_.fan_in(l), width = spec_.dims[l];
     if (l == 0) {
       for (int64_t n = 0; n < spec_.n_inputs; ++n) {
+        if (packed_) {
+          best_packed_gemm().round_bf16(rows.size(), fan_in, x_.at(n, rows.start), x_.row_stride, rounded(n, rows),
+                                        saved_.ld_x);
+        }
         const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
         for (int64_t piece = 0; piece < n_pieces(experts.size()); ++piece) {
           first_product(n, tile_index, piece_of(experts, piece), weight, to, 0);
@@ -103,10 +115,19 @@ class ExpertGateForward {
       return;
     }
     const Scratch h(rows.size() * fan_in);
+    const int64_t ld_near = bf16_stride(fan_in);
+    const Bf16Scratch near(packed_ ? rows.size() * ld_near : 0);
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       kernels_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), h.get(), fan_in);
-      runtime_.gemm(rows.size(), width, fan_in, h.get(), fan_in, false, weight + e * width * fan_in, fan_in, true,
-                    to.z + rows.start * to.ld + e * width, to.ld, false);
+      float* z = to.z + rows.start * to.ld + e * width;
+      if (packed_) {
+        best_packed_gemm().round_bf16(rows.size(), fan_in, h.get(), fan_in, near.get(), ld_near);
+        best_packed_gemm().gemm_bf16(rows.size(), width, fan_in, near.get(), ld_near, packed_->at(l, e * width), z,
+                                     to.ld, false);
+      } else {
+        runtime_.gemm(rows.size(), width, fan_in, h.get(), fan_in, false, weight + e * width * fan_in, fan_in, true, z,
+                      to.ld, false);
+      }
       note(to, tile_index, {e * width, (e + 1) * width}, l);
     }
   }
@@ -115,11 +136,18 @@ class ExpertGateForward {
                      int64_t norm) {
     if (columns.size() == 0) return;
     const Range rows = tiles_.at(tile_index);
-    runtime_.gemm(rows.size(), columns.size(), spec_.in_features, x_.at(n, rows.start), x_.row_stride, false,
-                  weight + columns.start * spec_.in_features, spec_.in_features, true,
-                  to.z + rows.start * to.ld + columns.start, to.ld, false);
+    float* z = to.z + rows.start * to.ld + columns.start;
+    if (packed_) {
+      best_packed_gemm().gemm_bf16(rows.size(), columns.size(), spec_.in_features, rounded(n, rows), saved_.ld_x,
+                                   packed_->at(norm, columns.start), z, to.ld, false);
+    } else {
+      runtime_.gemm(rows.size(), columns.size(), spec_.in_features, x_.at(n, rows.start), x_.row_stride, false,
+                    weight + columns.start * spec_.in_features, spec_.in_features, true, z, to.ld, false);
+    }
     note(to, tile_index, columns, norm);
   }
+
+  Bf16* rounded(int64_t n, Range rows) const { return saved_.x + (n * tiles_.rows + rows.start) * saved_.ld_x; }
 
   // The statistics of what a product has just written, while it is in the cache. Norms are counted through the hidden
   // layers, the gates' is last.
@@ -219,6 +247,7 @@ class ExpertGateForward {
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
   std::vector<Partials> partials_;
+  std::unique_ptr<PackedWeights> packed_;  // null: fp32
 };
 
 }  // namespace fastmtl

@@ -8,8 +8,8 @@ namespace fastmtl::cpu {
 namespace {
 
 // The saved tensors: z and the statistics (see Normalised) of each hidden layer, then z, the statistics and the weights
-// of the gates.
-std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows) {
+// of the gates, then, where the layer computes in bf16, its inputs so.
+std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows, bool bf16) {
   std::vector<Tensor> saved;
   for (int64_t l = 0; l < spec.depth(); ++l) {
     saved.push_back(empty_f32({n_rows, row_stride(spec.columns(l))}));
@@ -20,12 +20,25 @@ std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows) {
     saved.push_back(empty_f32({4, spec.gate_columns}));
     saved.push_back(empty_f32({n_rows, spec.gate_columns}));
   }
+  if (bf16) {
+    saved.push_back(torch::stable::empty({spec.n_inputs, n_rows, bf16_stride(spec.in_features)}, ScalarType::BFloat16,
+                                         std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  }
   return saved;
 }
 
 // Only the forward writes through the result.
 ExpertGateSaved read_saved(const ExpertGateLayer& spec, int64_t n_rows, std::vector<Tensor>& saved) {
   ExpertGateSaved result;
+  if (!saved.empty() && saved.back().scalar_type() == ScalarType::BFloat16) {
+    const Tensor x = saved.back();
+    saved.pop_back();
+    result.ld_x = bf16_stride(spec.in_features);
+    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == spec.n_inputs * n_rows * result.ld_x,
+                    "saved: the bf16 inputs must be [N, B, ", result.ld_x, "] on the CPU");
+    // the caller's list keeps it alive
+    result.x = static_cast<uint16_t*>(const_cast<void*>(x.const_data_ptr()));
+  }
   Reader reader(saved, "saved");
   const auto normalised = [&](int64_t columns) {
     Normalised normal;
@@ -55,15 +68,15 @@ Inputs read_inputs(const ExpertGateLayer& spec, const Tensor& x) {
 
 // Returns the output, then the saved tensors.
 std::vector<Tensor> expert_gate_fwd(const Tensor& input, std::vector<Tensor> learned, std::vector<Tensor> running,
-                                    const Tensor& plan, bool training, double dropout, int64_t seed) {
+                                    const Tensor& plan, bool training, double dropout, int64_t seed, bool bf16) {
   const ExpertGateLayer spec = checked_layer(plan);
   const Tensor x = dense_rows(input);
   const Inputs inputs = read_inputs(spec, x);
   const int64_t n_rows = x.size(1), depth = spec.depth();
   ExpertGateParams params = read_learned(spec, learned);
   read_running(spec, running, params);
-  std::vector<Tensor> saved = new_saved(spec, n_rows);
-  const ExpertGateSaved to_save = read_saved(spec, n_rows, saved);
+  std::vector<Tensor> saved = new_saved(spec, n_rows, bf16), listed = saved;
+  const ExpertGateSaved to_save = read_saved(spec, n_rows, listed);
   const int64_t matrices = spec.gates.empty() ? spec.n_experts : static_cast<int64_t>(spec.gates.size());
   Tensor out =
       spec.output_layer ? empty_f32({n_rows, spec.n_experts}) : empty_f32({matrices, n_rows, spec.dims[depth - 1]});
@@ -84,7 +97,8 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
   const Inputs inputs = read_inputs(spec, x);
   const int64_t n_rows = x.size(1), depth = spec.depth();
   const ExpertGateParams params = read_learned(spec, learned);
-  const ExpertGateSaved from_saved = read_saved(spec, n_rows, saved);
+  std::vector<Tensor> listed = saved;
+  const ExpertGateSaved from_saved = read_saved(spec, n_rows, listed);
 
   const Tensor dout = dense_rows(grad);
   OutputGrad dout_view;
@@ -161,7 +175,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "expert_gate_fwd(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor plan, bool training, float dropout, "
       "int "
-      "seed) -> Tensor[]");
+      "seed, bool bf16) -> Tensor[]");
   m.def(
       "expert_gate_bwd(Tensor grad, Tensor x, Tensor[] learned, Tensor[] saved, Tensor plan, bool training, float "
       "dropout, int seed, bool needs_x) -> Tensor[]");

@@ -189,6 +189,11 @@ def _layer_plan(spec: ExpertGateSpec) -> Tensor:
     return _keep_plan(key, spec, layer_numbers(spec)) if plan is None else plan
 
 
+def computes_in_bf16() -> bool:
+    """Whether autocast asks for products of bf16 operands: sums, statistics and weights stay in float32."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+
+
 def expert_gate_fwd(
     x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -197,7 +202,7 @@ def expert_gate_fwd(
     seed = torch.empty((), dtype=torch.int64).random_() if dropped else None
     out, *saved = _ops.expert_gate_fwd.default(
         x, params.learned(), params.running(), _layer_plan(spec), training,
-        spec.dropout if dropped else 0.0, 0 if seed is None else int(seed),
+        spec.dropout if dropped else 0.0, 0 if seed is None else int(seed), computes_in_bf16(),
     )  # fmt: skip
     return out, tuple(saved) if seed is None else (*saved, seed)
 

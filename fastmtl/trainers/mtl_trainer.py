@@ -269,14 +269,16 @@ class MTLTrainer:
 
     def _native_step(self) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
         """:meth:`_step` without autograd, where that is possible."""
-        if self.amp is not None or self._task_rates is not None or not self.reg_loss_fn.is_zero:
+        if self._task_rates is not None or not self.reg_loss_fn.is_zero:
             return None
-        gradients = NativeGradients.of(self.model, self.strategy)
+        with self._autocast():
+            gradients = NativeGradients.of(self.model, self.strategy)
         if gradients is None:
             return None
 
         def step(x: Mapping[str, Tensor], y: Any) -> Tensor:
-            losses, logits = gradients(x, labels_of(y, gradients.model))
+            with self._autocast():
+                losses, logits = gradients(x, labels_of(y, gradients.model))
             if torch.isnan(losses).any():
                 self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
             self.optimizer.step()
