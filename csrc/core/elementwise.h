@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/activations.h"
+#include "core/bf16.h"
 #include "core/kernels.h"
 
 namespace fastmtl::FASTMTL_ISA {
@@ -188,8 +189,9 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
 }
 
 // dy -> dz with fp32 constants.
-template <bool kStatistics>
-void linear_grad_near(const Tile& t, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope) {
+template <bool kStatistics, class To>
+void linear_grad_near(const Tile& t, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope, To* dz,
+                      int64_t ld_dz) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
     F32 mean[kVectors] = {}, scale[kVectors], m[kVectors] = {}, k[kVectors] = {};
@@ -207,22 +209,24 @@ void linear_grad_near(const Tile& t, float* dy, int64_t ld_dy, const double* mea
         const int64_t c = first + v * kLanes;
         F32 left = load(dy + r * ld_dy + c, n);
         if constexpr (kStatistics) left = left - m[v] - (load(t.z + r * t.ld + c, n) - mean[v]) * k[v];
-        store(dy + r * ld_dy + c, scale[v] * left, n);
+        store(dz + r * ld_dz + c, scale[v] * left, n);
       }
     }
   });
 }
 
-inline void linear_grad(const Tile& t, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope) {
-  if (!mean_dy) return linear_grad_near<false>(t, dy, ld_dy, mean_dy, slope);
-  if (!t.exact) return linear_grad_near<true>(t, dy, ld_dy, mean_dy, slope);
+template <class To>
+void linear_grad(const Tile& t, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope, To* dz,
+                 int64_t ld_dz) {
+  if (!mean_dy) return linear_grad_near<false>(t, dy, ld_dy, mean_dy, slope, dz, ld_dz);
+  if (!t.exact) return linear_grad_near<true>(t, dy, ld_dy, mean_dy, slope, dz, ld_dz);
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const F32 scale = load(t.scale + c, n), mean = load(t.mean + c, n);
     const F64 m = load(mean_dy + c, n), k = load(slope + c, n);
     for (int64_t r = 0; r < t.rows; ++r) {
       const F64 centred = wide(load(t.z + r * t.ld + c, n) - mean);
       const F64 left = wide(load(dy + r * ld_dy + c, n)) - m - centred * k;
-      store(dy + r * ld_dy + c, scale * narrow(left), n);
+      store(dz + r * ld_dz + c, scale * narrow(left), n);
     }
   });
 }

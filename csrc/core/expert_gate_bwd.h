@@ -103,6 +103,7 @@ class ExpertGateBackward {
           mean_dy(static_cast<size_t>(n)),
           slope(static_cast<size_t>(n)) {}
     float* at(int64_t row, int64_t column) const { return dz.get() + row * ld + column; }
+    Bf16* near_at(int64_t row, int64_t column) const { return dz_near.get() + row * ld_near + column; }
     float* h_at(int64_t row, int64_t column) const { return keeps_h ? h.get() + row * ld + column : nullptr; }
     GradSums sums_of(int64_t tile, int64_t column) {
       double* first = sums.data() + tile * n_sums * columns + column;
@@ -262,10 +263,16 @@ class ExpertGateBackward {
     }
   }
 
+  // dy to dz: in place, or in bf16 for the products.
   void finish_dz(const Tile& t, LayerGrad& grad, Range rows, int64_t column) {
-    kernels_.linear_grad(t, grad.at(rows.start, column), grad.ld,
-                         batch_statistics_ ? grad.mean_dy.data() + column : nullptr,
-                         batch_statistics_ ? grad.slope.data() + column : nullptr);
+    const double* mean_dy = batch_statistics_ ? grad.mean_dy.data() + column : nullptr;
+    const double* slope = batch_statistics_ ? grad.slope.data() + column : nullptr;
+    float* dy = grad.at(rows.start, column);
+    if (bf16()) {
+      kernels_.linear_grad_bf16(t, dy, grad.ld, mean_dy, slope, grad.near_at(rows.start, column), grad.ld_near);
+    } else {
+      kernels_.linear_grad(t, dy, grad.ld, mean_dy, slope, dy, grad.ld);
+    }
   }
 
   // dy of layer l to dz, and on to dy of layer l - 1.
@@ -291,15 +298,11 @@ class ExpertGateBackward {
     }
   }
 
-  // Rounds dz of these columns for their weights' gradient; to [rows, fan_in], if not null, takes dz W.
+  // to [rows, fan_in] = dz W in bf16.
   void product_near(const LayerGrad& grad, int64_t norm, Range rows, Range columns, int64_t fan_in, float* to,
                     int64_t ld_to, bool accumulate) const {
-    Bf16* dz = grad.dz_near.get() + rows.start * grad.ld_near + columns.start;
-    best_packed_gemm().round_bf16(rows.size(), columns.size(), grad.at(rows.start, columns.start), grad.ld, dz,
-                                  grad.ld_near);
-    if (!to) return;
-    best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz, grad.ld_near,
-                                 packed_->at(norm, columns.start), to, ld_to, accumulate);
+    best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), grad.near_at(rows.start, columns.start),
+                                 grad.ld_near, packed_->at(norm, columns.start), to, ld_to, accumulate);
   }
 
   void first_layer(Range rows) {
@@ -310,14 +313,13 @@ class ExpertGateBackward {
       float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
       bool begun = false;
       const auto send = [&](int64_t norm, Range columns, const float* weight) {
-        if (columns.size() == 0) return;
+        if (!to || columns.size() == 0) return;
         const LayerGrad& grad = layers_[norm];
         if (bf16()) {
           product_near(grad, norm, rows, columns, fan_in, to, fan_in, begun);
           begun = true;
           return;
         }
-        if (!to) return;
         runtime_.gemm(rows.size(), fan_in, columns.size(), grad.at(rows.start, columns.start), grad.ld, false,
                       weight + columns.start * fan_in, fan_in, false, to, fan_in, begun);
         begun = true;
@@ -378,7 +380,7 @@ class ExpertGateBackward {
       return;
     }
     const PackedGemm& gemm = best_packed_gemm();
-    const Bf16* dz = t.grad->dz_near.get() + t.columns.start;
+    const Bf16* dz = t.grad->near_at(0, t.columns.start);
     if (t.below) {
       const Bf16Scratch scratch(wgrad_scratch_size(n_rows, n, t.fan_in));
       gemm.wgrad_bf16(n_rows, n, t.fan_in, dz, t.grad->ld_near, t.below->h_near.get() + t.from, t.below->ld_near, t.to,

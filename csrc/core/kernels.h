@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "core/packed_gemm.h"
+
 namespace fastmtl {
 
 // In the order of fastmtl.spec.ACTIVATIONS.
@@ -87,9 +89,12 @@ struct Kernels {
   void (*hidden_grad)(const Tile& tile, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
                       float* h, int64_t ld_h);
 
-  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope), in place; both null: dz = scale * dy. In double where the
-  // tile is exact, because in a small batch almost nothing is left of the difference.
-  void (*linear_grad)(const Tile& tile, float* dy, int64_t ld_dy, const double* mean_dy, const double* slope);
+  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope); both null: dz = scale * dy. In double where the tile is
+  // exact, because in a small batch almost nothing is left of the difference. dz may be dy, or is rounded to bf16.
+  void (*linear_grad)(const Tile& tile, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope,
+                      float* dz, int64_t ld_dz);
+  void (*linear_grad_bf16)(const Tile& tile, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope,
+                           Bf16* dz, int64_t ld_dz);
 
   // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.
   void (*gate_softmax)(const Tile& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);

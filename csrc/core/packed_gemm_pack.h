@@ -6,34 +6,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/bf16.h"
 #include "core/packed_gemm.h"
-#include "core/simd.h"
 
 namespace fastmtl::FASTMTL_ISA {
-
-typedef uint16_t H16 __attribute__((vector_size(32)));
-
-// A quiet NaN stays one: rounding must not carry it into infinity.
-FASTMTL_INLINE Bf16 to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return static_cast<Bf16>(bits >> 16 | 0x40);
-  return static_cast<Bf16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-FASTMTL_INLINE H16 to_bf16(F32 value) {
-  const U32 bits = (U32)value;
-  const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const U32 nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(value == value ? rounded : nan, H16);
-}
-
-FASTMTL_INLINE float from_bf16(Bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
 
 inline void round_bf16(int64_t rows, int64_t cols, const float* from, int64_t ld, Bf16* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; ++r) {

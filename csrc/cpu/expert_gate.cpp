@@ -175,7 +175,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "expert_gate_fwd(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor plan, bool training, float dropout, "
       "int "
-      "seed, bool bf16) -> Tensor[]");
+      "seed, bool bf16=False) -> Tensor[]");
   m.def(
       "expert_gate_bwd(Tensor grad, Tensor x, Tensor[] learned, Tensor[] saved, Tensor plan, bool training, float "
       "dropout, int seed, bool needs_x) -> Tensor[]");

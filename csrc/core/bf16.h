@@ -1,0 +1,43 @@
+// Rounding between fp32 and bf16, to nearest, ties to even.
+//
+// Compiled once for each instruction set, see simd.h.
+#pragma once
+
+#include <cstring>
+
+#include "core/packed_gemm.h"
+#include "core/simd.h"
+
+namespace fastmtl::FASTMTL_ISA {
+
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+// A quiet NaN stays one: rounding must not carry it into infinity.
+FASTMTL_INLINE Bf16 to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return static_cast<Bf16>(bits >> 16 | 0x40);
+  return static_cast<Bf16>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+FASTMTL_INLINE H16 to_bf16(F32 value) {
+  const U32 bits = (U32)value;
+  const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const U32 nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(value == value ? rounded : nan, H16);
+}
+
+FASTMTL_INLINE float from_bf16(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// The first n lanes, rounded; as for store of fp32.
+FASTMTL_INLINE void store(Bf16* to, F32 v, int64_t n) {
+  const H16 rounded = to_bf16(v);
+  std::memcpy(to, &rounded, sizeof(Bf16) * static_cast<size_t>(n < kLanes ? n : kLanes));
+}
+
+}  // namespace fastmtl::FASTMTL_ISA
