@@ -41,8 +41,10 @@ def errors(result: Result, reference: Result) -> list[float]:
 
 
 def test_random_layers(base_seed):
-    """On average no worse than eager. One layer of few columns may be unlucky, and one with a kink may find an element on
-    its other side."""
+    """On average no worse than eager. One layer of few columns may be unlucky.
+
+    With a kink an element may lie on its other side, too.
+    """
     ratios = []
     for i in range(CASES):
         rng = random.Random(base_seed + i)

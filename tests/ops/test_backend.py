@@ -57,8 +57,10 @@ def test_a_forced_backend_that_cannot_run_the_tensors_raises(backend):
             assert backends.resolve("expert_gate", torch.zeros(1, dtype=torch.float64)) is eager
 
 
-def test_autocast_goes_to_eager():
+def test_native_follows_autocast_in_bf16_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backends.resolve("expert_gate", torch.zeros(1)) is backends.TABLE["expert_gate"][backends.available()[0]]
+    with torch.autocast("cpu", dtype=torch.float16):
         assert backends.resolve("expert_gate", torch.zeros(1)) is eager
 
 

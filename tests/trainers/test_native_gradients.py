@@ -47,6 +47,7 @@ def batch(rng: np.random.Generator, task_types: list[str]) -> tuple[dict[str, to
 
 @pytest.mark.parametrize("kind", [SharedBottom, MMOE, PLE])
 def test_gradients_are_autograds(kind, seed):
+    distances = []
     for case in range(10):
         rng = np.random.default_rng([seed, case])
         task_types = [str(rng.choice(["classification", "regression"])) for _ in range(rng.integers(1, 4))]
@@ -65,11 +66,12 @@ def test_gradients_are_autograds(kind, seed):
         assert logits.shape == y.shape
         torch.testing.assert_close(found, losses.detach(), rtol=1e-6, atol=1e-7)
         for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-            # rounding of the losses' gradient, carried through
-            distance = float((p.grad - q.grad).norm()) / (float(q.grad.norm()) + 1e-6)
-            assert distance < 1e-4, (case, name, distance)
+            # where a batch's gradients cancel, the rounding of the losses' gradient is more than elsewhere
+            distances.append(float((p.grad - q.grad).norm()) / (float(q.grad.norm()) + 1e-6))
+            assert distances[-1] < 5e-3, (case, name, distances[-1])
         for p, q in zip(model.buffers(), expected.buffers(), strict=True):
             assert torch.equal(p, q)
+    assert np.median(distances) < 2e-6
 
 
 def test_frozen_tables_get_no_gradient(seed):
