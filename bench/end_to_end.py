@@ -1,11 +1,14 @@
 """Samples a second from rows to a validated model: torch-rechub against fastmtl, each with its own loader and trainer.
 
     python -m bench.end_to_end --shape census --rounds 5
+    python -m bench.end_to_end --shape ali-ccp --model ple --amp bf16
 
 Census is the real data set where its file is found (FASTMTL_DATA), otherwise made-up rows of its shape. First every
-contender trains one epoch from the same seed, and the epoch's losses must agree. Then each round trains every contender
-for an epoch with its validation, in turns that begin with another one each round; a ratio is the median of the rounds'
-ratios. Everything is fp32, Adam with weight decay, the same rows and batches.
+contender trains one epoch from the same seed, and the epoch's losses must agree. Then each round trains every
+contender for an epoch with its validation, in turns that begin with another one each round; a ratio is the median of
+the rounds' ratios. Everything is fp32, Adam with weight decay, the same rows and batches; ``--amp bf16`` adds fastmtl
+in bf16, and torch-rechub stays in fp32, having nothing else. Where the tables are large (ali-ccp), fastmtl's native
+backend trains them by its exact updates at sparse cost, which is its default.
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bench.floors import Machine
+from bench.models import MODELS, build, columns
 from bench.shapes import SHAPES, Shape
 from fastmtl import backend
 from fastmtl.data import find_census, load_census
 
 PEER = "torch-rechub"
-#: GFLOP/s in fp32 of one quiet Zen4 core: what the limits in the project's tables are made of.
-CORE_GFLOPS = 70
-LOSS_TOLERANCE = 1e-4
+#: Greatest relative distance of an epoch's loss from torch-rechub's.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 SEED = 2022
 
 
@@ -56,20 +60,24 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """A package, and for fastmtl the backend it is held to."""
+    """A package, and for fastmtl the backend it is held to (None: its own choice) and its precision."""
 
     name: str
     package: str
     backend: str | None = None
+    amp: str | None = None
 
-    def train(self, shape: Shape, rows: Rows, epochs: int) -> tuple[list[float], float]:
+    @property
+    def precision(self) -> str:
+        """``"fp32"`` or ``"bf16"``."""
+        return self.amp or "fp32"
+
+    def train(self, model_name: str, shape: Shape, rows: Rows, epochs: int) -> tuple[list[float], float]:
         """Train with the package's own loader and trainer.
 
         Returns:
             (the tasks' losses in the first epoch, seconds of ``fit``).
         """
-        features = importlib.import_module(f"{self.package}.basic.features")
-        models = importlib.import_module(f"{self.package}.models.multi_task")
         trainers = importlib.import_module(f"{self.package}.trainers")
         generator = importlib.import_module(f"{self.package}.utils.data").DataGenerator
         with contextlib.ExitStack() as stack:
@@ -80,18 +88,7 @@ class Contender:
             if self.backend is not None:
                 stack.enter_context(backend.use_backend(self.backend))
             torch.manual_seed(SEED)
-            model = models.MMOE(
-                [
-                    features.DenseFeature(name)
-                    if vocab is None
-                    else features.SparseFeature(name, vocab, shape.embed_dim)
-                    for name, vocab in rows.vocabs.items()
-                ],
-                ["classification"] * len(shape.task_names),
-                n_expert=shape.n_expert,
-                expert_params={"dims": list(shape.expert_dims)},
-                tower_params_list=[{"dims": list(shape.tower_dims)} for _ in shape.task_names],
-            )
+            model = build(self.package, model_name, shape, rows.vocabs)
             train, valid, _ = generator(rows.x_train, rows.y_train).generate_dataloader(
                 x_val=rows.x_valid, y_val=rows.y_valid, x_test=rows.x_valid, y_test=rows.y_valid,
                 batch_size=shape.batch_size,
@@ -103,6 +100,7 @@ class Contender:
                 n_epoch=epochs,
                 earlystop_patience=epochs + 1,
                 model_path=folder,
+                **({} if self.amp is None else {"amp": self.amp}),
             )
             gc.collect()
             start = time.perf_counter()
@@ -110,14 +108,16 @@ class Contender:
             return [float(loss) for loss in log[0][: len(shape.task_names)]], time.perf_counter() - start
 
 
-def contenders() -> tuple[list[Contender], dict[str, str]]:
-    """(who runs, backend -> why it does not)."""
+def contenders(amp: str | None = None) -> tuple[list[Contender], dict[str, str]]:
+    """(who runs, backend -> why it does not); with ``amp`` fastmtl in that precision too."""
     runs, missing = [Contender(PEER, "torch_rechub")], {}
     for name in ("eager", "native"):
         if name in backend.available():
             runs.append(Contender(f"fastmtl {name}", "fastmtl", name))
         else:
             missing[name] = str(backend.TABLE["expert_gate"][name].unavailable())
+    if amp is not None:
+        runs.append(Contender(f"fastmtl {amp}", "fastmtl", amp=amp))
     return runs, missing
 
 
@@ -138,19 +138,16 @@ def load(shape: Shape, limit: int | None) -> Rows:
         return Rows(x_train, train.y[:n], x_valid, valid.y[:n_valid], vocabs, "real rows")
     n, n_valid = _sizes(60_000, limit, 20_000)
     x, y = shape.rows(n + n_valid)
-    vocabs = {f"s{i}": size for i, size in enumerate(shape.vocabs)} | dict.fromkeys(
-        f"d{i}" for i in range(shape.n_dense)
-    )
     x_train = {name: column[:n] for name, column in x.items()}
     x_valid = {name: column[n:] for name, column in x.items()}
-    return Rows(x_train, y[:n], x_valid, y[n:], vocabs, "made-up rows")
+    return Rows(x_train, y[:n], x_valid, y[n:], columns(shape), "made-up rows")
 
 
 def _sizes(n: int, limit: int | None, n_valid: int) -> tuple[int, int]:
     return (n, n_valid) if limit is None or limit >= n else (limit, max(limit // 3, 1))
 
 
-def check_equality(runs: Sequence[Contender], shape: Shape, rows: Rows) -> dict[str, float]:
+def check_equality(runs: Sequence[Contender], model: str, shape: Shape, rows: Rows) -> dict[str, float]:
     """Train every contender for one epoch from one seed.
 
     Returns:
@@ -159,18 +156,24 @@ def check_equality(runs: Sequence[Contender], shape: Shape, rows: Rows) -> dict[
     Raises:
         SystemExit: when one is beyond the tolerance.
     """
-    expected, _ = runs[0].train(shape, rows, epochs=1)
+    expected, _ = runs[0].train(model, shape, rows, epochs=1)
     distances = {}
     for contender in runs[1:]:
-        losses, _ = contender.train(shape, rows, epochs=1)
+        losses, _ = contender.train(model, shape, rows, epochs=1)
         distances[contender.name] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-        if not distances[contender.name] <= LOSS_TOLERANCE:
+        if not distances[contender.name] <= LOSS_TOLERANCE[contender.precision]:
             raise SystemExit(f"{contender.name}: losses {losses}, {runs[0].name}: {expected}: not the same computation")
     return distances
 
 
 def measure(
-    runs: Sequence[Contender], shape: Shape, rows: Rows, rounds: int, epochs: int, tell: Callable[[str], None]
+    runs: Sequence[Contender],
+    model: str,
+    shape: Shape,
+    rows: Rows,
+    rounds: int,
+    epochs: int,
+    tell: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """contender -> samples a second of each round, the contenders in turns."""
     speeds: dict[str, list[float]] = {contender.name: [] for contender in runs}
@@ -178,26 +181,28 @@ def measure(
     for number in range(rounds):
         first = number % len(runs)
         for contender in (*runs[first:], *runs[:first]):
-            speeds[contender.name].append(n / contender.train(shape, rows, epochs)[1])
+            speeds[contender.name].append(n / contender.train(model, shape, rows, epochs)[1])
         latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
         tell(f"round {number + 1} of {rounds}: {latest} samples/s")
     return speeds
 
 
-def summary(speeds: dict[str, list[float]], shape: Shape) -> list[dict[str, Any]]:
-    """For each contender its figures; ratios are medians of the rounds' own ratios."""
-    limit = CORE_GFLOPS * torch.get_num_threads()
+def summary(
+    speeds: dict[str, list[float]], runs: Sequence[Contender], model: str, shape: Shape, machine: Machine
+) -> list[dict[str, Any]]:
+    """For each contender its figures; ratios are medians of the rounds' own ratios, the limit is the GEMM rate."""
     figures = []
-    for name, values in speeds.items():
+    for contender in runs:
+        name, values = contender.name, speeds[contender.name]
         speed = statistics.median(values)
-        gflops = speed * shape.training_flops / 1e9
+        gflops = speed * 3 * shape.flops(model) / 1e9
         figures.append(
             {
                 "contender": name,
                 "samples_per_second": speed,
                 "us_per_batch": shape.batch_size / speed * 1e6,
                 "gflops": gflops,
-                "fraction_of_limit": gflops / limit,
+                "fraction_of_limit": 1e9 * gflops / machine.rate(contender.precision),
                 "ratio": statistics.median(a / b for a, b in zip(values, speeds[PEER], strict=True)),
                 "rounds": values,
             }
@@ -209,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the table or JSON goes to stdout, progress to stderr."""
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="census")
+    parser.add_argument("--model", choices=MODELS, default="mmoe")
+    parser.add_argument("--amp", choices=("bf16",), help="run fastmtl in bf16 too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=1, help="epochs of a contender in a round (%(default)s)")
     parser.add_argument("--rows", type=int, help="training rows at most")
@@ -217,27 +224,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # torch-rechub's, of other packages
     shape = SHAPES[args.shape]
     rows = load(shape, args.rows)
-    runs, missing = contenders()
+    runs, missing = contenders(args.amp)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     tell(f"{shape.name}, {rows.note}: {len(rows.y_train):,} train, {len(rows.y_valid):,} valid")
+    machine = Machine.measured()
     tell(
-        f"MMoE {shape.n_expert} experts {list(shape.expert_dims)}, towers {list(shape.tower_dims)}, "
-        f"batch {shape.batch_size}; fp32, {torch.get_num_threads()} threads, "
-        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, torch {torch.__version__}"
+        f"{args.model}, experts {list(shape.expert_dims)}, towers {list(shape.tower_dims)}, batch {shape.batch_size}; "
+        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, torch {torch.__version__}; {machine}"
     )
     for name, why in missing.items():
         tell(f"fastmtl {name} does not run: {why}")
-    distances = check_equality(runs, shape, rows)
+    distances = check_equality(runs, args.model, shape, rows)
     tell("first epoch's losses agree: " + ", ".join(f"{name} to {d:.1e}" for name, d in distances.items()))
-    figures = summary(measure(runs, shape, rows, args.rounds, args.epochs, tell), shape)
+    speeds = measure(runs, args.model, shape, rows, args.rounds, args.epochs, tell)
+    figures = summary(speeds, runs, args.model, shape, machine)
     if args.json:
         print(
             json.dumps(
                 {
                     "shape": shape.name,
+                    "model": args.model,
                     "rows": {"note": rows.note, "train": len(rows.y_train), "valid": len(rows.y_valid)},
                     "threads": torch.get_num_threads(),
                     "loss_distance": distances,

@@ -7,10 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 
+#: PLE on every shape: its levels, the experts of each task's own and the shared ones of a level.
+PLE_LEVELS, PLE_SPECIFIC, PLE_SHARED = 2, 4, 2
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A data set's columns, and the MMoE that is trained on it.
+    """A data set's columns, and the MMoE or PLE that is trained on it.
 
     Args:
         name: the data set.
@@ -41,15 +44,29 @@ class Shape:
         """Columns of a looked-up row."""
         return len(self.vocabs) * self.embed_dim + self.n_dense
 
+    def flops(self, model: str = "mmoe") -> int:
+        """Floating-point operations of the linear layers for one row, forward.
+
+        Args:
+            model: ``"mmoe"`` or ``"ple"``.
+        """
+        n_task = len(self.task_names)
+        towers = n_task * sum(a * b for a, b in pairwise((self.expert_dims[-1], *self.tower_dims, 1)))
+        if model == "mmoe":
+            expert = sum(a * b for a, b in pairwise((self.input_width, *self.expert_dims)))
+            return 2 * (self.n_expert * expert + n_task * self.input_width * self.n_expert + towers)
+        experts = n_task * PLE_SPECIFIC + PLE_SHARED
+        width, total = self.input_width, towers
+        for level in range(PLE_LEVELS):
+            gates = n_task * (PLE_SPECIFIC + PLE_SHARED) + (experts if level + 1 < PLE_LEVELS else 0)
+            total += experts * sum(a * b for a, b in pairwise((width, *self.expert_dims))) + width * gates
+            width = self.expert_dims[-1]
+        return 2 * total
+
     @property
     def training_flops(self) -> int:
-        """Floating-point operations of the linear layers for one row: forward, and twice that backward."""
-        n_task = len(self.task_names)
-        widths = (self.input_width, *self.expert_dims)
-        experts = self.n_expert * sum(a * b for a, b in pairwise(widths))
-        gates = n_task * self.input_width * self.n_expert
-        towers = n_task * sum(a * b for a, b in pairwise((self.expert_dims[-1], *self.tower_dims, 1)))
-        return 3 * 2 * (experts + gates + towers)
+        """The same of MMoE's training for one row: forward, and twice that backward."""
+        return 3 * self.flops()
 
     def rows(self, n: int, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Made-up rows of this shape.

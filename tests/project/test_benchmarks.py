@@ -1,0 +1,121 @@
+"""The benchmarks' own arithmetic, and one small run of each: equality is checked, figures fit together."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import contenders, floors, measure
+from bench.shapes import ALI_CCP, CENSUS, Shape
+from bench.test_inference import measure_inference
+from bench.test_ops import measure_op
+from bench.test_steps import measure_steps
+from fastmtl import backend
+
+TINY = replace(CENSUS, name="tiny", vocabs=(7, 30, 4), n_dense=2, expert_dims=(8,), n_expert=3, batch_size=64)
+RATES = floors.Machine(fp32=1e11, bf16=4e11, copy=1e10)
+NATIVE = ["fastmtl native", "fastmtl native bf16"] if "native" in backend.available() else []
+NAMES = [contenders.PEER, contenders.PEER_BF16, "fastmtl eager", *NATIVE]
+
+
+class Report:
+    """Takes what a benchmark reports."""
+
+    def add(self, title, lines, **figures):
+        assert all(name in "\n".join(lines) for name in (one["contender"] for one in figures["figures"]))
+
+
+class Clock:
+    """pytest-benchmark's fixture, as far as it is used."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, rounds, iterations):
+        for _ in range(rounds * iterations):
+            result = target()
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _peer():
+    pytest.importorskip("torch_rechub")
+
+
+def test_operations_of_the_reference_shapes():
+    """The counts that the design is made of: MMoE 2.12, PLE 3.95 MFLOP a row of ali-ccp, forward."""
+    linear = 376 * 256 + 256 * 128
+    towers = 2 * (128 * 64 + 64 * 32 + 32)
+    assert ALI_CCP.flops() == 2 * (8 * linear + 2 * 376 * 8 + towers) == 2_117_504
+    gates = 376 * (6 + 6 + 10) + 128 * 12
+    assert ALI_CCP.flops("ple") == 2 * (10 * linear + 10 * (128 * 256 + 256 * 128) + gates + towers) == 3_951_904
+    assert ALI_CCP.training_flops == 3 * ALI_CCP.flops()
+
+
+def test_floor_by_hand():
+    shape = Shape("s", (10, 20), 0, 4, 2, (3,), (2,), 8, ("a",), (0.5,))
+    lookup = 8 * 2 * (8 + 2 * 4 * 4)
+    traffic = lookup + 4 * (8 * 2 * 4 + 4 * (13 * 5 + 6 * 30 / 32) + 7 * 100)
+    floor = floors.step_floor(RATES, shape, "mmoe", 8, "bf16", touched=5, dense_params=100)
+    assert floor == pytest.approx(3 * 8 * shape.flops() / 4e11 + traffic / 1e10)
+    assert floors.forward_floor(RATES, shape, "mmoe", 8, "fp32") == pytest.approx(
+        8 * shape.flops() / 1e11 + lookup / 1e10
+    )
+
+
+def test_ratios_are_medians_of_the_rounds_ratios():
+    times = {"a": [1.0, 2.0, 6.0], "b": [0.5, 2.0, 1.5]}
+    one, two = measure.figures(times, 10, 4e9, {"a": 0.5, "b": 0.25}, ("a", "absent"))
+    assert one["ratios"] == {"a": 1.0}
+    assert two["ratios"] == {"a": 2.0}
+    assert two["ms"] == 1500
+    assert two["samples_per_second"] == pytest.approx(10 / 1.5)
+    assert two["gflops"] == pytest.approx(4 / 1.5)
+    assert two["over_floor"] == 6
+
+
+def test_turns_begin_with_another_one_each_round():
+    order = []
+    turns = measure.Turns({name: lambda name=name: order.append(name) for name in "abc"}, 0)
+    for _ in range(3):
+        turns.round()
+    assert order == list("abcbcacab")
+    assert all(len(times) == 3 for times in turns.times.values())
+
+
+@pytest.mark.parametrize("model", ["mmoe", "ple"])
+def test_steps(model):
+    setting = contenders.Setting(TINY, model, 64, n_batches=3)
+    clock = Clock()
+    found = measure_steps(setting, False, 2, 0, clock, Report(), RATES)
+    assert [one["contender"] for one in found if "FBGEMM" not in one["contender"]] == NAMES
+    for one in found:
+        assert one["samples_per_second"] == pytest.approx(64e3 / one["ms"])
+        assert one["over_floor"] == pytest.approx(one["ms"] / one["floor_ms"])
+        assert clock.extra_info[one["contender"]] == one["ms"]
+    assert setting.dense_params == sum(
+        p.numel() for name, p in contenders.build("torch_rechub", model, TINY).named_parameters() if "embed" not in name
+    )
+
+
+def test_a_contender_that_computes_something_else_is_not_timed():
+    setting = contenders.Setting(TINY, "mmoe", 64, n_batches=3)
+    runs, _ = contenders.contenders(compiled=False)
+    runners = {one.name: one.make(setting) for one in runs}
+    with torch.no_grad():
+        next(p for p in runners["fastmtl eager"].model.parameters() if p.ndim == 2).add_(0.3)
+    with pytest.raises(SystemExit, match="fastmtl eager: its losses are"):
+        contenders.check_steps(runs, runners)
+
+
+def test_inference():
+    setting = contenders.Setting(TINY, "mmoe", 64, n_batches=2)
+    found = measure_inference(setting, (1, 64), 1, 0, Clock(), Report(), RATES)
+    for batch, figures in found.items():
+        assert all(one["samples_per_second"] == pytest.approx(1e3 * batch / one["ms"]) for one in figures)
+
+
+@pytest.mark.parametrize("what", ["embedding_bag", "expert_gate"])
+def test_ops(what):
+    found = measure_op(what, contenders.Setting(TINY, "mmoe", 64, n_batches=1), 1, 0, Clock(), Report(), RATES)
+    assert set(found) == {"forward", "forward + backward"}
