@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "core/pool.h"
@@ -35,7 +36,12 @@ inline Tensor dense_rows(const Tensor& tensor) {
 // Uninitialised; large ones come from the pool and go back to it.
 inline Tensor empty_f32(std::vector<int64_t> sizes) {
   size_t bytes = sizeof(float);
-  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  for (int64_t size : sizes) {
+    // from_blob's own refusal would end the process
+    STD_TORCH_CHECK(size >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes) &&
+                        bytes <= static_cast<size_t>(std::numeric_limits<int64_t>::max()),
+                    "a result of ", size, " elements and more is too large");
+  }
   if (bytes >= Pool::kLarge) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];

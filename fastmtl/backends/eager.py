@@ -223,7 +223,7 @@ def embedding_bag(
 def _embedding_bag_exported(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
-    """The op bag by bag, for a graph in another runtime's terms: lengths stay symbolic, ids are not checked."""
+    """The op bag by bag, for a graph in another runtime's terms: lengths stay symbolic, unknown ids end its run."""
     pieces = []
     for f, bag in enumerate(spec.bags):
         part = ids[:, columns[f] : columns[f + 1]]
@@ -236,6 +236,9 @@ def _embedding_bag_exported(
                 keep = known if keep is None else keep & known
             else:
                 part = torch.where(known, part, int(bag.oov))
+        else:
+            # other runtimes take -1 for the last row, and refuse what is beyond it
+            part = torch.where(part < 0, bag.vocab, part)
         table = weights[bag.table][bag.offset : bag.offset + bag.vocab]
         emb = F.embedding(part if keep is None else torch.where(keep, part, 0), table)
         if keep is not None:
