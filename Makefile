@@ -25,7 +25,7 @@ endif
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test gpu-check lint format wheel bench clean
+.PHONY: help train test gpu-check lint format wheel bench soak sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,8 +57,14 @@ wheel: $(VENV)/.package  ## dist/*.whl with the native library
 	  { echo "dist/*.whl carries no native library: it could not be built here, see $(INSTALL_LOG)" >&2; exit 1; }
 	@ls -l dist
 
-bench: $(VENV)/.dev  ## fastmtl against torch-rechub, end to end in one run; ARGS="--shape aliexpress"
-	$(BIN)/python -m bench.end_to_end $(ARGS)
+bench: $(VENV)/.dev  ## fastmtl against torch-rechub and others, docs/performance.md; ARGS="-k 'steps and ali' --json FILE"
+	$(BIN)/python -m pytest bench -q -W ignore --benchmark-columns=median,rounds $(ARGS)
+
+soak: $(VENV)/.dev  ## what must never go wrong, at length, docs/reliability.md; ARGS="--row 1 --count 2000 --seed 7"
+	PYTHONPATH=tests $(BIN)/python -m reliability.soak $(ARGS)
+
+sanitize: $(VENV)/.dev  ## the native library under the address and undefined-behaviour sanitizers; ARGS="--count 1000000"
+	PYTHONPATH=tests $(BIN)/python -m reliability.sanitize $(ARGS)
 
 clean:  ## remove $(VENV) and all that was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,236 @@
+"""Wrong arguments for every op of the native library: each call works or raises, and none touches foreign memory.
+
+    python -m reliability.fuzz COUNT SEED [FILE]      # FILE: eight bytes, the number of the case that runs now
+
+A case is a right call in which one to three things are wrong: a number, a dtype, a shape, a stride, a missing tensor,
+an id, an offset, an entry of a plan. Case n depends on the seed and n alone. What is foreign memory only the
+sanitizers can tell, see reliability/sanitize.py; without them a case must at least not end the process.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from native.layers import new_params
+from native.lookups import random_lookup
+from torch import Tensor
+
+from fastmtl.backends import native
+from fastmtl.optim.rules import FIELDS, RULES
+from fastmtl.spec import ExpertGateSpec, Gate
+
+#: Mutations of one right call: making it costs more than twenty wrong ones.
+BLOCK = 50
+#: For numbers: not such that an output of their size could be allocated.
+NUMBERS = (-1, 0, 1, 2, 3, -2, 2**40, -(2**40), 2**62, -(2**63), 2**63 - 1)
+#: For what lies in a tensor of integers.
+IDS = (-1, 0, 1, -2, 7, 2**31 - 1, -(2**31), 2**31, 2**32 + 1, 2**62, -(2**63), 2**63 - 1)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
+#: Numbers of state that each of the optimizers' rules keeps for a weight.
+STATES = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "adamw": 2, "adagrad": 1}
+REFUSALS = (MemoryError, RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, OverflowError)
+
+Call = tuple[str, list[Any]]
+
+
+# ----------------------------------------------------------------------------------------------------- right calls
+
+
+def lookups(rng: random.Random) -> list[Call]:
+    """Forward, backward, index and sparse backward of one small lookup."""
+    lookup = random_lookup(rng.randrange(2**31), batch=rng.choice((1, 2, 5, 130)))
+    plan = native._bag_plan(lookup.spec, lookup.columns)
+    width = lookup.spec.width(lookup.columns)
+    shapes = [n for w in lookup.weights for n in w.shape]
+    index = torch.ops.fastmtl.embedding_bag_index(lookup.ids, plan, shapes)
+    return [
+        ("embedding_bag_fwd", [lookup.weights, lookup.ids, lookup.dense, plan, width]),
+        ("embedding_bag_bwd", [lookup.grad, lookup.ids, plan, shapes]),
+        ("embedding_bag_index", [lookup.ids, plan, shapes]),
+        ("embedding_bag_bwd_sparse", [lookup.grad, lookup.ids, plan, shapes, list(index)]),
+    ]
+
+
+def layers(rng: random.Random) -> list[Call]:
+    """Forward and backward of one small layer."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    output_layer = rng.random() < 0.3
+    n_inputs, n_experts = rng.choice((1, 1, 2)), rng.choice((1, 2, 5))
+    gates = () if output_layer or rng.random() < 0.3 else (Gate(0, tuple(range(n_experts))), Gate(n_inputs - 1, (0,)))
+    dims = tuple(rng.choice((1, 3, 17)) for _ in range(rng.choice((0, 1, 2) if output_layer else (1, 2))))
+    activation = rng.choice(("relu", "prelu", "dice", "softmax", "gelu"))
+    inputs = tuple(sorted(rng.randrange(n_inputs) for _ in range(n_experts)))
+    spec = ExpertGateSpec(rng.choice((1, 4, 19)), inputs, dims, activation, gates=gates, output_layer=output_layer)
+    params, plan = new_params(spec, generator), native._layer_plan(spec)
+    x = torch.randn(spec.n_inputs, rng.choice((1, 2, 9)), spec.in_features, generator=generator)
+    training, dropout = rng.random() < 0.6, rng.choice((0.0, 0.3))
+    forward = [x, params.learned(), params.running(), plan, training, dropout, 7]
+    out, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
+    backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, True]
+    return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
+
+
+def tables(rng: random.Random) -> list[Call]:
+    """The optimizers' ops on a small table and a small parameter, and the losses."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    height, dim, rule = rng.choice((1, 5, 40)), rng.choice((1, 4, 17)), rng.randrange(len(RULES))
+    now = rng.randrange(1, 5)  # steps 0 .. now are kept
+    p = torch.randn(height, dim, generator=generator)
+    rows = torch.randperm(height, generator=generator)[: rng.randrange(height + 1)].sort().values
+    grads = torch.randn(len(rows), dim, generator=generator)
+    steps = torch.rand(now + 1, len(FIELDS), generator=generator)
+    last = torch.randint(0, now, (height,), generator=generator).int()
+    states = [p.abs() for _ in range(STATES[RULES[rule]])]
+    counters = [torch.zeros(())] if rng.random() < 0.5 else []
+    logits, kinds = torch.randn(height, dim, generator=generator), torch.rand(dim, generator=generator) < 0.5
+    return [
+        ("table_replay", [p, states, last, rule, steps, 0, rows, 0, 0, now]),
+        ("table_replay", [p, states, last, rule, steps, 0, None, 0, height, now]),
+        ("table_step", [p, states, last, rule, steps, 0, rows, grads, rng.random() < 0.5, 0, height]),
+        ("dense_step", [[p], [p.clone()], states, counters, rule, [0.1] * len(FIELDS), 1.0]),
+        ("task_losses", [logits, (logits > 0).float(), kinds, torch.ones(dim)]),
+    ]
+
+
+MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (lookups, lookups, layers, layers, tables)
+
+
+# ----------------------------------------------------------------------------------------------------- wrong calls
+
+
+def wrong_tensor(tensor: Tensor, rng: random.Random) -> Tensor | None:
+    """The tensor with one thing wrong."""
+    kind = rng.randrange(9)
+    if kind == 0:
+        return tensor.to(rng.choice(DTYPES))
+    if kind == 1:
+        return tensor.unsqueeze(rng.randrange(tensor.ndim + 1))
+    if kind == 2 and tensor.ndim:
+        axis = rng.randrange(tensor.ndim)
+        return tensor.narrow(axis, 0, rng.randrange(tensor.shape[axis] + 1))
+    if kind == 3 and tensor.ndim:
+        axis = rng.randrange(tensor.ndim)
+        return torch.cat([tensor, tensor], axis)
+    if kind == 4 and tensor.ndim >= 2:
+        return tensor.transpose(0, -1)
+    if kind == 5 and tensor.ndim and tensor.numel():  # stride 0
+        return tensor.flatten()[:1].expand(tensor.shape)
+    if kind == 6 and tensor.ndim:  # every second one, of a tensor that ends where its window does
+        wide = torch.repeat_interleave(tensor, 2, -1)
+        return wide[..., ::2]
+    if kind == 7:
+        return rng.choice((None, tensor.new_empty(0), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")))
+    return wrong_value(tensor, rng)
+
+
+def wrong_value(tensor: Tensor, rng: random.Random) -> Tensor:
+    """The tensor with one other number in it."""
+    if not tensor.numel() or tensor.is_meta:
+        return tensor
+    changed = tensor.clone()  # keeps a dense tensor's strides
+    at = tuple(rng.randrange(n) for n in changed.shape)
+    if changed.dtype.is_floating_point:
+        changed[at] = rng.choice((float("nan"), float("inf"), -float("inf"), 6e4, 0.0))
+    elif changed.dtype is torch.int64:
+        changed[at] = rng.choice(
+            (*IDS, int(changed[at]) + 1, int(changed[at]) - 1) if abs(int(changed[at])) < 2**60 else IDS
+        )
+    elif changed.dtype is torch.int32:
+        changed[at] = rng.choice([i for i in IDS if -(2**31) <= i < 2**31])
+    return changed
+
+
+def wrong(value: Any, rng: random.Random) -> Any:
+    """An argument with one thing wrong."""
+    if isinstance(value, Tensor):
+        # a plan's, an index's and the ids' numbers are what kernels index with
+        is_index = not value.dtype.is_floating_point and rng.random() < 0.7
+        return wrong_value(value, rng) if is_index else wrong_tensor(value, rng)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice((*NUMBERS, value + 1, value - 1))
+    if isinstance(value, float):
+        return rng.choice((float("nan"), float("inf"), -1.0, 0.0, 1.0, 1e38))
+    if isinstance(value, list):
+        changed = list(value)
+        if changed and rng.random() < 0.7:
+            at = rng.randrange(len(changed))
+            changed[at] = wrong(changed[at], rng)
+        elif changed and rng.random() < 0.5:
+            del changed[rng.randrange(len(changed))]
+        elif changed:
+            changed.insert(rng.randrange(len(changed)), rng.choice(changed))
+        return changed
+    return value
+
+
+def cases(first: int, count: int, seed: int) -> Iterator[tuple[int, str, list[Any]]]:
+    """(number, op, arguments) of the cases ``first .. first + count - 1``."""
+    number = first
+    while number < first + count:
+        block = number // BLOCK
+        rng = random.Random(seed * 1_000_003 + block)
+        calls = MAKERS[block % len(MAKERS)](rng)
+        for i in range(BLOCK):
+            name, args = calls[rng.randrange(len(calls))]
+            args = list(args)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                at = rng.randrange(len(args))
+                args[at] = wrong(args[at], rng)
+            if block * BLOCK + i == number and number < first + count:
+                yield number, name, args
+                number += 1
+
+
+def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda number: None) -> tuple[int, int]:
+    """(calls that worked, calls that raised); written tensors are copies, so that no case depends on an earlier one."""
+    worked = refused = 0
+    ops = {name: getattr(torch.ops.fastmtl, name).default for name in NAMES}
+    for number, name, args in cases(first, count, seed):
+        tell(number)
+        args = [copy.deepcopy(arg) if name in WRITING else arg for arg in args]
+        try:
+            ops[name](*args)
+            worked += 1
+        except REFUSALS:
+            refused += 1
+    return worked, refused
+
+
+NAMES = (
+    "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
+    "expert_gate_bwd", "table_replay", "table_step", "dense_step", "task_losses",
+)  # fmt: skip
+WRITING = ("expert_gate_fwd", "table_replay", "table_step", "dense_step")
+
+
+def main(first: int, count: int, seed: int, path: str) -> None:
+    """Run cases, noting in a file which one runs: what is left when the process dies."""
+    torch.set_num_threads(1)  # threads add nothing to what is read
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 8) as note:
+
+        def tell(number: int) -> None:
+            note[:] = number.to_bytes(8, "little")
+
+        worked, refused = run(first, count, seed, tell)
+    print(worked, refused)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), sys.argv[4])
