@@ -54,7 +54,7 @@ Call = tuple[str, list[Any]]
 def lookups(rng: random.Random) -> list[Call]:
     """Forward, backward, index and sparse backward of one small lookup."""
     lookup = random_lookup(rng.randrange(2**31), batch=rng.choice((1, 2, 5, 130)))
-    plan = native._bag_plan(lookup.spec, lookup.columns)
+    plan = native.bag_plan(lookup.spec, lookup.columns)
     width = lookup.spec.width(lookup.columns)
     shapes = [n for w in lookup.weights for n in w.shape]
     index = torch.ops.fastmtl.embedding_bag_index(lookup.ids, plan, shapes)
