@@ -37,9 +37,11 @@ class Bag:
         offset: first row of the table in that weight.
         vocab: rows of the table; valid ids are ``0 .. vocab - 1``.
         dim: width D of the table.
-        pooling: ``"sum"``, ``"mean"`` (over the ids that are no padding; an empty bag gives zeros) or ``"concat"``.
+        pooling: ``"sum"``, ``"mean"`` (over the ids that are no padding), ``"max"`` (of each number apart; of
+            equal ones the first has the gradient) or ``"concat"``. An empty bag gives zeros.
         padding: ids that stand for "nothing": they add zero, are not counted by the mean and get no gradient.
         oov: what an id outside the vocabulary does: ``"raise"``, ``"zero"`` (as padding) or a row of the table.
+        is_ragged: whether the ids are in a :class:`Ragged` list; such a bag has no id columns and no "concat".
     """
 
     name: str
@@ -50,6 +52,22 @@ class Bag:
     pooling: str = "sum"
     padding: tuple[int, ...] = ()
     oov: str | int = "raise"
+    is_ragged: bool = False
+
+
+class Ragged(NamedTuple):
+    """Bags of any length: the ids of all ragged bags of a batch in one list.
+
+    Args:
+        ids: ``[N]`` int64 or int32.
+        offsets: ``[R, B + 1]`` int64 or int32, ascending throughout; the r-th ragged bag of the spec has in row b the
+            ids ``offsets[r, b]:offsets[r, b + 1]``.
+        scales: ``[N]`` float32, what each id's embedding is multiplied by; None: nothing.
+    """
+
+    ids: torch.Tensor
+    offsets: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,11 @@ class EmbeddingSpec:
 
     bags: tuple[Bag, ...]
     n_dense: int = 0
+
+    @cached_property
+    def is_common(self) -> bool:
+        """Whether no bag is ragged or takes a maximum."""
+        return not any(bag.is_ragged or bag.pooling == "max" for bag in self.bags)
 
     @property
     def n_tables(self) -> int:

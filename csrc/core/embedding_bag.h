@@ -19,7 +19,7 @@
 
 namespace fastmtl {
 
-enum Pooling : int64_t { kSum = 0, kMean = 1, kConcat = 2 };
+enum Pooling : int64_t { kSum = 0, kMean = 1, kConcat = 2, kMax = 3 };  // kMax backward: embedding_bag_general.h
 
 // What to do with an id outside the vocabulary; any other value is the row that stands for it.
 enum Oov : int64_t { kRaise = -2, kZero = -1 };
@@ -120,9 +120,14 @@ void pool(const Bag& bag, const float* table, const Ids<Id>& ids, int64_t begin,
           std::memset(to + l * dim, 0, sizeof(float) * dim);
         }
       } else if (from) {
-        ++counted;
+        if (bag.pooling == kMax && counted > 0) {
 #pragma omp simd
-        for (int64_t d = 0; d < dim; ++d) to[d] += from[d];
+          for (int64_t d = 0; d < dim; ++d) to[d] = from[d] > to[d] ? from[d] : to[d];
+        } else {
+#pragma omp simd
+          for (int64_t d = 0; d < dim; ++d) to[d] += from[d];
+        }
+        ++counted;
       }
     }
     if (bag.pooling == kMean && counted > 1) {

@@ -50,6 +50,21 @@ inline void sort_by_row(std::vector<uint64_t>& keys, std::vector<uint64_t>& spar
 
 }  // namespace detail
 
+// An index from sorted keys: the row behind `begin` in the upper half, the entry in the lower one.
+inline UnitIndex collect_rows(const std::vector<uint64_t>& keys, int64_t begin) {
+  UnitIndex index;
+  index.entries.reserve(keys.size());
+  for (uint64_t key : keys) {
+    const int64_t row = begin + static_cast<int64_t>(key >> 32);
+    if (index.rows.empty() || index.rows.back() != row) {
+      index.rows.push_back(row);
+      index.starts.push_back(static_cast<int64_t>(index.entries.size()));
+    }
+    index.entries.push_back(static_cast<int32_t>(key & 0x7fffffff));
+  }
+  return index;
+}
+
 // The lookups of a unit, which must have fewer than 2^32 rows, in a batch of fewer than 2^31 ids.
 template <class Id>
 UnitIndex index_unit(const Unit& unit, const Bag* bags, const Ids<Id>& ids, int64_t n_rows, int64_t n_columns) {
@@ -69,17 +84,7 @@ UnitIndex index_unit(const Unit& unit, const Bag* bags, const Ids<Id>& ids, int6
     }
   }
   detail::sort_by_row(keys, spare, static_cast<uint64_t>(unit.end - unit.begin));
-  UnitIndex index;
-  index.entries.reserve(keys.size());
-  for (uint64_t key : keys) {
-    const int64_t row = unit.begin + static_cast<int64_t>(key >> 32);
-    if (index.rows.empty() || index.rows.back() != row) {
-      index.rows.push_back(row);
-      index.starts.push_back(static_cast<int64_t>(index.entries.size()));
-    }
-    index.entries.push_back(static_cast<int32_t>(key & 0x7fffffff));
-  }
-  return index;
+  return collect_rows(keys, unit.begin);
 }
 
 // What the values of all rows need to know of the batch.

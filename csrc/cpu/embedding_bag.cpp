@@ -95,7 +95,7 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
     results.push_back(empty_f32({rows[t], dims[t]}));
     out[t] = results.back().mutable_data_ptr<float>();
   }
-  const Bag* bags = checked_bags(plan, rows, dims, ids.size(1), grad.size(1));
+  const Bag* bags = without_max(checked_bags(plan, rows, dims, ids.size(1), grad.size(1)), plan.size(0));
   const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   const std::vector<Unit> units =
       plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted.needs, wanted.size(), n_rows, threads);
@@ -181,7 +181,7 @@ std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& i
   check_ids(ids);
   const Tensor rows_dense = dense_rows(grad);
   const Wanted wanted(shapes);
-  const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids.size(1), grad.size(1));
+  const Bag* bags = without_max(checked_bags(plan, wanted.rows, wanted.dims, ids.size(1), grad.size(1)), plan.size(0));
   const int64_t n_rows = ids.size(0), n_columns = ids.size(1), n_bags = plan.size(0);
   STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
   std::vector<int64_t> bag_of(static_cast<size_t>(n_columns), -1);

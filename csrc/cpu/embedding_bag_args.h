@@ -28,6 +28,14 @@ inline const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& r
   return bags;
 }
 
+// The common backward knows no maximum: that needs the tables.
+inline const Bag* without_max(const Bag* bags, int64_t n_bags) {
+  for (int64_t f = 0; f < n_bags; ++f) {
+    STD_TORCH_CHECK(bags[f].pooling >= kSum && bags[f].pooling <= kConcat, "bag ", f, " has no pooling of this op");
+  }
+  return bags;
+}
+
 // Calls f with the ids as Ids<int32_t> or Ids<int64_t>.
 template <class F>
 void with_ids(const Tensor& ids, F&& f) {

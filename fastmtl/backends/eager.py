@@ -22,6 +22,7 @@ from ..spec import (
     ExpertGateParams,
     ExpertGateSpec,
     GateParams,
+    Ragged,
     Span,
 )
 
@@ -66,19 +67,21 @@ class _Plan(NamedTuple):
 _plans: dict[tuple, _Plan] = {}
 
 
-def _plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+def plan_of(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+    """:func:`make_plan`, kept for the next batch."""
     if torch.compiler.is_compiling():
-        return _make_plan(spec, columns, device)
+        return make_plan(spec, columns, device)
     key = (spec, columns, device)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 256:  # sequence lengths may differ from batch to batch
             _plans.clear()
-        plan = _plans[key] = _make_plan(spec, columns, device)
+        plan = _plans[key] = make_plan(spec, columns, device)
     return plan
 
 
-def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+def make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.device) -> _Plan:
+    """A spec and the bags' column offsets as index tensors on ``device``."""
     bags = spec.bags
     bag_of = [f for f in range(len(bags)) for _ in range(columns[f + 1] - columns[f])]
 
@@ -134,7 +137,7 @@ def _make_plan(spec: EmbeddingSpec, columns: tuple[int, ...], device: torch.devi
     )
 
 
-def _resolve(
+def resolve(
     ids: Tensor,
     vocab: Tensor,
     offset: Tensor,
@@ -167,11 +170,17 @@ def _refuse(ids: Tensor, refused: Tensor, vocab: Tensor, columns: Sequence[int],
         raise BadIdError.at(names[feature], int(ids[row, column]), row, int(vocab[column]))
 
 
-def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
-    """Raise :class:`BadIdError` for the first id of ``ids [B, S]`` that its bag refuses; return if there is none."""
-    plan = _plan(spec, columns, ids.device)
-    refused = _resolve(ids, *plan[:5])[2]
+def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, ragged: Ragged | None = None) -> None:
+    """Raise :class:`BadIdError` for the first id of ``ids [B, S]``, then of the ragged ones, that its bag refuses;
+    return if there is none."""
+    plan = plan_of(spec, columns, ids.device)
+    refused = resolve(ids, *plan[:5])[2]
     _refuse(ids, refused, plan.vocab, columns, [bag.name for bag in spec.bags])
+    if ragged is not None:
+        from .eager_general import padded
+
+        for r, bag in enumerate(bag for bag in spec.bags if bag.is_ragged):
+            padded(ragged, r, bag)
 
 
 @torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
@@ -180,7 +189,7 @@ def _checked_rows(
     replacement: Tensor | None, columns: list[int], names: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`_resolve` and its check as one opaque op, so that torch.compile keeps both without a graph break."""
-    rows, keep, refused = _resolve(ids, vocab, offset, padding, has_padding, replacement)
+    rows, keep, refused = resolve(ids, vocab, offset, padding, has_padding, replacement)
     _refuse(ids, refused, vocab, columns, names.split("\n"))
     return rows, torch.ones_like(rows, dtype=torch.bool) if keep is None else keep
 
@@ -190,28 +199,41 @@ def _(ids: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
 
 
-def _rows(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+def rows_of(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+    """Rows of the weights ``[B, S]`` and a mask of the lookups that count (None: all); refused ids raise."""
     names = [bag.name for bag in spec.bags]
     if torch.compiler.is_compiling():
         rows, keep = _checked_rows(ids, *plan[:5], list(columns), "\n".join(names))
         return rows, None if plan.padding is None and plan.replacement is None else keep
-    rows, keep, refused = _resolve(ids, *plan[:5])
+    rows, keep, refused = resolve(ids, *plan[:5])
     _refuse(ids, refused, plan.vocab, columns, names)
     return rows, keep
 
 
 def embedding_bag(
-    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    dense: Tensor | None,
+    spec: EmbeddingSpec,
+    scales: Tensor | None = None,
+    ragged: Ragged | None = None,
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and scales is None and ragged is None:
         return _embedding_bag_exported(weights, ids, columns, dense, spec)
+    if weights and weights[0].is_cpu and weights[0].dtype in (torch.float16, torch.bfloat16):
+        weights, dense = [weight.float() for weight in weights], None if dense is None else dense.float()
+    if not (spec.is_common and scales is None and ragged is None):
+        from .eager_general import embedding_bag_general
+
+        return embedding_bag_general(weights, ids, columns, dense, spec, scales, ragged)
     pieces = []
     order = None
     if spec.bags:
-        plan = _plan(spec, columns, ids.device)
+        plan = plan_of(spec, columns, ids.device)
         order = plan.order
-        rows, keep = _rows(ids, columns, spec, plan)
+        rows, keep = rows_of(ids, columns, spec, plan)
         for weight, table in zip(weights, plan.tables, strict=True):
             pieces.append(_lookup(weight, rows, keep, table))
     if dense is not None:
@@ -245,6 +267,10 @@ def _embedding_bag_exported(
             emb = emb * keep.unsqueeze(-1).to(emb.dtype)
         if bag.pooling == "concat":
             emb = emb.flatten(1)
+        elif bag.pooling == "max":
+            counts = torch.ones_like(part, dtype=torch.bool) if keep is None else keep
+            emb = torch.where(counts.unsqueeze(-1), emb, -torch.inf).amax(dim=1)
+            emb = torch.where(counts.any(dim=1, keepdim=True), emb, 0)
         else:
             counted = part.shape[1] if keep is None else keep.sum(dim=1, keepdim=True).clamp(min=1)
             emb = emb.sum(dim=1)
@@ -286,8 +312,8 @@ def embedding_bag_bwd_sparse(
         shapes: of the weights.
         needs: which weights' gradients are wanted.
     """
-    plan = _plan(spec, columns, ids.device)
-    rows, keep, refused = _resolve(ids, *plan[:5])
+    plan = plan_of(spec, columns, ids.device)
+    rows, keep, refused = resolve(ids, *plan[:5])
     keep = ~refused if keep is None else keep & ~refused
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     start = 0

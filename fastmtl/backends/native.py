@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import ACTIVATIONS, EmbeddingSpec, ExpertGateParams, ExpertGateSpec
+from ..spec import ACTIVATIONS, EmbeddingSpec, ExpertGateParams, ExpertGateSpec, Ragged
 from . import eager
 
 #: The library's ops bring their own backward; autograd lives in fastmtl/ops.
@@ -42,10 +42,13 @@ def unavailable() -> str | None:
     return _WHY_NOT
 
 
+_TABLES_OF_16_BITS = (torch.bfloat16, torch.float16)
+
+
 def unsupported(op: str, *tensors: Tensor) -> str | None:
     """Why this backend can't run ``op`` on these tensors; None: it can."""
     for tensor in tensors:
-        if tensor.dtype is not torch.float32:
+        if tensor.dtype is not torch.float32 and not (op == "embedding_bag" and tensor.dtype in _TABLES_OF_16_BITS):
             return f"it computes in torch.float32 only, not in {tensor.dtype}"
         if not tensor.is_cpu:
             return f"it runs on the CPU only, not on {tensor.device}"
@@ -71,7 +74,7 @@ def _keep_plan(key: tuple, spec: object, plan: Any) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- embedding_bag
 
-_POOLINGS = {"sum": 0, "mean": 1, "concat": 2}
+_POOLINGS = {"sum": 0, "mean": 1, "concat": 2, "max": 3}
 _OOV: dict[str | int, str | int] = {"raise": -2, "zero": -1}
 _BAG_FIELDS = 12
 
@@ -128,6 +131,61 @@ def embedding_bag_bwd(
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
     grads = iter(_ops.embedding_bag_bwd.default(grad, ids, bag_plan(spec, columns), _wanted(shapes, needs)))
     return [next(grads) if need else None for need in needs]
+
+
+def embedding_bag_general_fwd(
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    dense: Tensor | None,
+    spec: EmbeddingSpec,
+    scales: Tensor | None,
+    ragged: Ragged | None,
+) -> Tensor:
+    """See :func:`fastmtl.ops.embedding_bag`: all that it can do."""
+    flat = _ragged_arguments(ids, spec, scales, ragged)
+    dense = None if dense is None else dense.float()
+    try:
+        return _ops.embedding_bag_general_fwd.default(
+            weights, ids, dense, bag_plan(spec, columns), spec.width(columns), *flat
+        )
+    except RuntimeError:
+        eager.raise_bad_id(ids, columns, spec, ragged)
+        raise
+
+
+def embedding_bag_general_bwd(
+    grad: Tensor,
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    scales: Tensor | None,
+    ragged: Ragged | None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None, Tensor | None]:
+    """Backward of :func:`embedding_bag_general_fwd`.
+
+    Returns:
+        For each weight ``(rows [n] ascending and unique, their gradients [n, D] float32)``; the gradients of
+        ``scales`` and of ``ragged.scales``, where there are such.
+    """
+    flat = _ragged_arguments(ids, spec, scales, ragged)
+    found = _ops.embedding_bag_general_bwd.default(grad, weights, ids, bag_plan(spec, columns), *flat)
+    pairs = [(found[2 * t], found[2 * t + 1]) for t in range(len(weights))]
+    rest = iter(found[2 * len(weights) :])
+    d_scales = None if scales is None else next(rest)
+    return pairs, d_scales, None if ragged is None or ragged.scales is None else next(rest)
+
+
+def _ragged_arguments(ids: Tensor, spec: EmbeddingSpec, scales: Tensor | None, ragged: Ragged | None) -> tuple:
+    numbers, at = [], 0
+    for bag in spec.bags:
+        numbers.append(at if bag.is_ragged else -1)
+        at += bag.is_ragged
+    if ragged is None:
+        return numbers, scales, None, None, None
+    given = None if ragged.scales is None else ragged.scales.contiguous()
+    return numbers, scales, ragged.ids.contiguous(), ragged.offsets.contiguous(), given
 
 
 def _wanted(shapes: list[torch.Size], needs: list[bool]) -> list[int]:

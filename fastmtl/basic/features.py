@@ -12,7 +12,7 @@ from .initializers import RandomNormal
 
 #: torch-rechub's default start of a table.
 SMALL_NORMAL = RandomNormal(0, 0.0001)
-POOLINGS = ("mean", "sum", "concat")
+POOLINGS = ("mean", "sum", "max", "concat")
 Initializer = Callable[..., nn.Embedding]
 
 
@@ -97,7 +97,8 @@ class SequenceFeature(_TableFeature):
 
     Args:
         name, vocab_size, embed_dim, shared_with, initializer, oov: as in :class:`SparseFeature`.
-        pooling: ``"mean"`` or ``"sum"`` over the ids that are no padding; ``"concat"``: L vectors side by side.
+        pooling: ``"mean"``, ``"sum"`` or ``"max"`` over the ids that are no padding (of none: zeros); ``"concat"``: L
+            vectors side by side.
         padding_idx: id that means "nothing", beside -1, which always does.
         max_len: L, for ``"concat"``; None: taken from the first data the model sees.
     """

@@ -46,6 +46,8 @@ class NativeGradients:
         params = list(model.parameters())
         if not banks or not all(p.dtype == torch.float32 and p.is_cpu for p in params):
             return None
+        if any(getattr(feature, "pooling", None) == "max" for feature in cast(MTLModel, model).embedding.features):
+            return None  # its gradient needs the tables
         if any(backend.resolve(op, *params) is not native for op in backend.TABLE):
             return None
         return cls(cast(MTLModel, model), banks, factors)
