@@ -25,7 +25,7 @@ endif
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test gpu-check lint format wheel bench soak sanitize clean
+.PHONY: help train test gpu-check gpu lint format wheel bench soak sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test: $(VENV)/.dev  ## install the development tools and run the tests; ARGS="-k
 
 gpu-check: $(VENV)/.gpu  ## install Triton and check the GPU kernels without a GPU: interpreter and compilers
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+gpu:  ## on a CUDA machine: build, test, sanitize and measure into bench/results, with what it has installed
+	@test -n "$(PYTHON)" || { echo "make gpu: no Python 3.11 or newer here: make gpu PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m bench.gpu_session $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .

@@ -1,0 +1,62 @@
+"""The CUDA library on a GPU: its numbers against eager in float64 and against triton's. (Without one it runs on the
+CPU, see ../test_cuda_on_cpu.py.)"""
+
+import pytest
+import torch
+from triton_cases import check, random_lookup
+
+from fastmtl.backends import cuda, eager, updates
+from fastmtl.backends.triton import optimizer as triton_updates
+
+pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
+STEP = [0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1]
+
+
+def gradients(lookup, grad, dtype):
+    weights = [weight.to(dtype).requires_grad_() for weight in lookup.weights]
+    values = None if lookup.dense is None else lookup.dense.to(dtype)
+    out = eager.embedding_bag(weights, lookup.ids, lookup.columns, values, lookup.spec)
+    found = torch.autograd.grad(out, weights, grad.to(dtype), allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_gradients_sanitized(case, seed, device):
+    lookup = random_lookup(seed + case, batch=23)
+    grad = torch.randn(23, lookup.spec.width(lookup.columns), generator=torch.Generator().manual_seed(seed))
+    shapes, needs = [weight.shape for weight in lookup.weights], [True] * len(lookup.weights)
+    arguments = (grad.to(device), lookup.ids.to(device), lookup.columns, lookup.spec, shapes, needs)
+    mine = cuda.embedding_bag_bwd(*arguments)
+    check(mine, gradients(lookup, grad, torch.float32), gradients(lookup, grad, torch.float64))
+    for whole, (rows, values) in zip(mine, cuda.embedding_bag_bwd_sparse(*arguments), strict=True):
+        live = rows < len(whole)
+        listed = torch.zeros_like(whole)
+        listed[rows[live]] = values[live]
+        assert torch.equal(listed, whole)
+    again = cuda.embedding_bag_bwd(*arguments)
+    assert all(torch.equal(one, other) for one, other in zip(mine, again, strict=True))
+
+
+@pytest.mark.parametrize("rule", range(len(updates.RULES)), ids=updates.RULES)
+def test_steps_sanitized(rule, seed, device):
+    """Replays and steps: triton's bits (a row-wise mean may be summed in another order)."""
+    rng = torch.Generator().manual_seed(seed)
+    for dim in (3, 16):
+        p = torch.randn(300, dim, generator=rng).to(device)
+        like = p[:, 0] if rule == updates.ROWWISE_ADAGRAD else p
+        states = [torch.rand(like.shape, generator=rng).to(device) for _ in range(updates.STATES[rule])]
+        last = (40 - torch.randint(1, 10, (300,), generator=rng)).int().to(device)
+        steps = torch.tensor([STEP] * 12, device=device)
+        rows = torch.randperm(300, generator=rng)[:90].to(device)
+        grads = torch.randn(90, dim, generator=rng).to(device)
+        found = []
+        for module in (cuda, triton_updates):
+            table = (p.clone(), [state.clone() for state in states], last.clone())
+            module.table_step(*table, rule, steps, 29, rows, grads, False, 50, 200)
+            found.append((table[0], *table[1], table[2]))
+        updates.check_reached(p.device)
+        for mine, theirs in zip(*found, strict=True):
+            if rule == updates.ROWWISE_ADAGRAD:
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(mine, theirs)
