@@ -241,8 +241,9 @@ def test_every_form_of_a_batch_gives_the_same_bits():
     assert torch.equal(predictor(x | {"user": x["user"].int(), "item": x["item"].to(torch.uint8)}), want)
 
 
-def test_sequences_and_dense_alone():
-    sequence = SequenceFeature("items", 9, embed_dim=4, pooling="mean", padding_idx=0)
+@pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
+def test_sequences_and_dense_alone(pooling):
+    sequence = SequenceFeature("items", 9, embed_dim=4, pooling=pooling, padding_idx=0)
     model = MMOE([sequence, DenseFeature("price")], ["regression"], 2, EXPERT, [TOWER]).eval()
     enliven(model, torch.Generator().manual_seed(0))
     for length in (1, 3, 7):
