@@ -40,15 +40,6 @@ FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a
 
 inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                        int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) {
-  if (m < 4 && transpose_b && !transpose_a) {  // too few rows to pack b for
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        float& to = c[i * ld_c + j];
-        to = (accumulate ? to : 0.0f) + dot(a + i * ld_a, b + j * ld_b, k);
-      }
-    }
-    return;
-  }
   const int64_t step_row = transpose_a ? 1 : ld_a, step_k = transpose_a ? ld_a : 1;
   std::vector<float> packed;
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -69,7 +60,8 @@ inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t 
     for (; i + 4 <= m; i += 4) {
       product_rows<4, 2>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
     }
-    for (; i < m; ++i) product_rows<1, 8>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
+    // in the same parts: equal rows give equal results, wherever they lie
+    for (; i < m; ++i) product_rows<1, 2>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
   }
 }
 
