@@ -144,7 +144,7 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
   });
 }
 
-template <class Act, bool kDropout, bool kKeepHidden, bool kExact>
+template <class Act, bool kDropout, bool kExact>
 void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
                              const GradSums& sums, float* h, int64_t ld_h) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
@@ -172,7 +172,7 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
         }
         if constexpr (Act::kLearned) sum[v][2] += Act::dalpha(y, d);
         store(dy + r * ld_dy + c, g, n);
-        if constexpr (kKeepHidden) {
+        if (h) {
           F32 value = Act::forward(y, k[v].alpha);
           if constexpr (kDropout) value *= mask;
           store(h + r * ld_h + c, value, n);

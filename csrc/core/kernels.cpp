@@ -47,30 +47,13 @@ void hidden(const Tile& t, float* h, int64_t ld_h) {
   }
 }
 
-template <class Act, bool kDropout, bool kKeepHidden>
-void hidden_grad_of(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
-                    float* h, int64_t ld_h) {
-  if (t.exact) {
-    hidden_grad_elementwise<Act, kDropout, kKeepHidden, true>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-  } else {
-    hidden_grad_elementwise<Act, kDropout, kKeepHidden, false>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-  }
-}
-
 template <class Act>
 void hidden_grad_of(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
                     float* h, int64_t ld_h) {
-  if (t.dropout.on) {
-    if (h) {
-      hidden_grad_of<Act, true, true>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-    } else {
-      hidden_grad_of<Act, true, false>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-    }
-  } else if (h) {
-    hidden_grad_of<Act, false, true>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-  } else {
-    hidden_grad_of<Act, false, false>(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
-  }
+  const auto run =
+      t.exact ? (t.dropout.on ? hidden_grad_elementwise<Act, true, true> : hidden_grad_elementwise<Act, false, true>)
+              : (t.dropout.on ? hidden_grad_elementwise<Act, true, false> : hidden_grad_elementwise<Act, false, false>);
+  run(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
 }
 
 void hidden_grad(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,

@@ -30,9 +30,19 @@ class Layout:
         for name, column in columns.items():
             if column.ndim == 1:
                 by_dtype.setdefault(column.dtype, []).append(name)
-        blocks = [torch.stack([columns[name] for name in names], dim=1) for names in by_dtype.values()]
+        blocks = [_stack([columns[name] for name in names]) for names in by_dtype.values()]
         wide = {name: column for name, column in columns.items() if column.ndim != 1}
         return cls(tuple(map(tuple, by_dtype.values())), tuple(wide), tuple(columns)), blocks, wide
+
+
+def _stack(columns: list[Tensor], rows: int = 2048) -> Tensor:
+    """Columns ``[N]`` side by side, some rows at a time: what is written then stays in the cache until it is full."""
+    n = len(columns[0])
+    out = torch.empty(n, len(columns), dtype=columns[0].dtype, device=columns[0].device)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        torch.stack([column[part] for column in columns], dim=1, out=out[part])
+    return out
 
 
 class ColumnBatch(Mapping[str, Tensor]):

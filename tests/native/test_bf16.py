@@ -15,7 +15,7 @@ from fastmtl.errors import BackendError
 from fastmtl.ops import expert_gate
 from fastmtl.spec import ExpertGateSpec, Gate
 
-from .layers import KINKED, Case, Result, random_case, random_spec, run
+from .layers import Case, Result, random_case, random_spec, run
 
 CASES = 30 if os.environ.get("FASTMTL_ISA") else 100
 #: One rounding of an operand, relative; what a few of them leave is within a factor of that.
@@ -41,22 +41,21 @@ def errors(result: Result, reference: Result) -> list[float]:
 
 
 def test_random_layers(base_seed):
-    """On average no worse than eager. One layer of few columns may be unlucky.
-
-    With a kink an element may lie on its other side, too.
-    """
-    ratios = []
+    """On average no worse than eager. A few tensors may be unlucky: in a narrow layer few errors make up the norm, and
+    with a kink an element may lie on its other side."""
+    ratios, unlucky = [], []
     for i in range(CASES):
         rng = random.Random(base_seed + i)
         case = random_case(base_seed + i, random_spec(rng), rng.choice((64, 100, 257, 600)))
         reference = run(case, "eager", torch.float64)
         native, eager = errors(run_bf16(case, "native"), reference), errors(run_bf16(case, "eager"), reference)
         for t, (mine, theirs) in enumerate(zip(native, eager, strict=True)):
-            kinked = case.spec.activation in KINKED
-            assert kinked or mine <= 10 * theirs + 8 * EPSILON, (
-                f"seed {base_seed + i}, tensor {t}: {mine}, eager {theirs}; {case.spec}"
-            )
-        ratios += [math.log(m / t) for m, t in zip(native, eager, strict=True) if m > EPSILON / 8 and t > EPSILON / 8]
+            assert math.isfinite(mine)
+            if mine > 4 * (theirs + EPSILON):
+                unlucky.append(f"seed {base_seed + i}, tensor {t}: {mine}, eager {theirs}; {case.spec}")
+            if min(mine, theirs) > EPSILON / 8:
+                ratios.append(math.log(mine / theirs))
+    assert len(unlucky) <= 0.02 * len(ratios), unlucky
     assert math.exp(sum(ratios) / len(ratios)) < 1.1
 
 
