@@ -12,6 +12,7 @@ inline const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& r
                                int64_t id_columns, int64_t width) {
   check_cpu(plan, ScalarType::Long, 2, "plan");
   STD_TORCH_CHECK(plan.is_contiguous() && plan.size(1) == kBagFields, "plan must be [F, ", kBagFields, "] contiguous");
+  STD_TORCH_CHECK(width >= 0, "the output must have at least 0 columns, not ", width);
   const Bag* bags = reinterpret_cast<const Bag*>(plan.const_data_ptr<int64_t>());
   for (int64_t f = 0; f < plan.size(0); ++f) {
     const Bag& bag = bags[f];

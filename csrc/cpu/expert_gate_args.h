@@ -24,11 +24,17 @@ inline ExpertGateLayer checked_layer(const int64_t* at, const int64_t* const end
   spec.activation = head[4];
   spec.output_layer = head[6] != 0;
   spec.gate_columns = head[7];
-  STD_TORCH_CHECK(spec.in_features >= 0 && spec.n_inputs >= 1 && spec.n_experts >= 1, "plan: bad sizes");
+  // no product of two of them overflows
+  const auto fits = [](int64_t size, int64_t least) { return size >= least && size <= int64_t{1} << 24; };
+  STD_TORCH_CHECK(
+      fits(spec.in_features, 0) && fits(spec.n_inputs, 1) && fits(spec.n_experts, 1) && fits(spec.gate_columns, 0),
+      "plan: bad sizes");
   STD_TORCH_CHECK(spec.activation >= 0 && spec.activation < kActivations, "plan: no activation ", spec.activation);
   const int64_t* dims = take(head[3]);
   spec.dims.assign(dims, dims + head[3]);
-  for (int64_t width : spec.dims) STD_TORCH_CHECK(width >= 1, "plan: an empty layer");
+  for (int64_t width : spec.dims) {
+    STD_TORCH_CHECK(fits(width, 1) && fits(width * spec.n_experts, 1), "plan: an empty layer, or one too large");
+  }
   STD_TORCH_CHECK(!spec.dims.empty() || spec.output_layer, "plan: neither a hidden layer nor an output layer");
   STD_TORCH_CHECK(head[5] == 0 || !spec.output_layer, "plan: gates and an output layer");
   const auto ranges = [&](int64_t limit) {

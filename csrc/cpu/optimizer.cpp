@@ -43,6 +43,8 @@ Table checked_table(const Tensor& p, const std::vector<Tensor>& states, const Te
 History checked_history(const Tensor& steps, int64_t begin) {
   check_cpu(steps, ScalarType::Float, 2, "steps");
   STD_TORCH_CHECK(steps.is_contiguous() && steps.size(1) == kStepFields, "steps must be [n, ", kStepFields, "]");
+  // a row keeps its step in 32 bits
+  STD_TORCH_CHECK(begin >= 0 && begin <= INT32_MAX - steps.size(0), "the steps ", begin, " and on are out of range");
   return {reinterpret_cast<const Step*>(steps.const_data_ptr<float>()), begin, begin + steps.size(0)};
 }
 
