@@ -24,6 +24,7 @@ const OptimizerKernels& kernels() {
 Table checked_table(const Tensor& p, const std::vector<Tensor>& states, const Tensor& last, int64_t rule) {
   check_cpu(p, ScalarType::Float, 2, "table");
   check_cpu(last, ScalarType::Int, 1, "last");
+  STD_TORCH_CHECK(p.size(1) >= 1, "a table must have at least one column");
   STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
   STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == states_of(rule), "rule ", rule, " has ", states_of(rule),
                   " states, not ", states.size());

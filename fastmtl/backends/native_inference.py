@@ -66,12 +66,13 @@ class Program:
 
     def pack(self, bf16: bool) -> PackedProgram:
         """Fold the batch normalisations and pack the weights, in fp32 or rounded to bf16."""
+        return PackedProgram(torch.ops.fastmtl.inference_new.default(*self.arguments(), bf16))
+
+    def arguments(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The plan as csrc/cpu/inference.cpp reads it, and the tensors that it speaks of."""
         head = [self.width, self._logits, len(self._outputs), len(self._stages)]
         plan = [*head, *(n for output in self._outputs for n in output), *(n for stage in self._stages for n in stage)]
-        number = torch.ops.fastmtl.inference_new.default(
-            torch.tensor(plan, dtype=torch.int64), self._learned, self._running, bf16
-        )
-        return PackedProgram(number)
+        return torch.tensor(plan, dtype=torch.int64), self._learned, self._running
 
 
 class PackedProgram:

@@ -22,6 +22,7 @@ from native.lookups import random_lookup
 from torch import Tensor
 
 from fastmtl.backends import native
+from fastmtl.backends.native_inference import Program
 from fastmtl.optim.rules import FIELDS, RULES
 from fastmtl.spec import ExpertGateSpec, Gate
 
@@ -79,7 +80,7 @@ def layers(rng: random.Random) -> list[Call]:
     params, plan = new_params(spec, generator), native._layer_plan(spec)
     x = torch.randn(spec.n_inputs, rng.choice((1, 2, 9)), spec.in_features, generator=generator)
     training, dropout = rng.random() < 0.6, rng.choice((0.0, 0.3))
-    forward = [x, params.learned(), params.running(), plan, training, dropout, 7]
+    forward = [x, params.learned(), params.running(), plan, training, dropout, 7, rng.random() < 0.5]
     out, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
     backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, True]
     return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
@@ -107,7 +108,27 @@ def tables(rng: random.Random) -> list[Call]:
     ]
 
 
-MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (lookups, lookups, layers, layers, tables)
+def predictions(rng: random.Random) -> list[Call]:
+    """A lookup and a layer of towers packed, run, and given back."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    lookup = random_lookup(rng.randrange(2**31), batch=rng.choice((1, 2, 5, 130)))
+    width = lookup.spec.width(lookup.columns)
+    spec = ExpertGateSpec(width, (0, 0), (rng.choice((1, 17)),), output_layer=True)
+    program = Program(width)
+    for logit in program.layer(spec, new_params(spec, generator), [0]):
+        program.output("probability", logit)
+    new = [*program.arguments(), rng.random() < 0.5]
+    dense = [] if lookup.dense is None else [lookup.dense]
+    plan = native.bag_plan(lookup.spec, lookup.columns)
+    number = torch.ops.fastmtl.inference_new(*new)
+    return [
+        ("inference_new", new),
+        ("inference_run", [number, lookup.weights, [lookup.ids], dense, plan]),
+        ("inference_free", [torch.ops.fastmtl.inference_new(*new)]),
+    ]
+
+
+MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (lookups, layers, predictions, lookups, layers, tables)
 
 
 # ----------------------------------------------------------------------------------------------------- wrong calls
@@ -206,8 +227,10 @@ def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda 
         tell(number)
         args = [copy.deepcopy(arg) if name in WRITING else arg for arg in args]
         try:
-            ops[name](*args)
+            result = ops[name](*args)
             worked += 1
+            if name == "inference_new":
+                ops["inference_free"](result)
         except REFUSALS:
             refused += 1
     return worked, refused
@@ -215,7 +238,8 @@ def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda 
 
 NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
-    "expert_gate_bwd", "table_replay", "table_step", "dense_step", "task_losses",
+    "expert_gate_bwd", "table_replay", "table_step", "dense_step", "task_losses", "inference_new", "inference_run",
+    "inference_free",
 )  # fmt: skip
 WRITING = ("expert_gate_fwd", "table_replay", "table_step", "dense_step")
 
