@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/kernels runs on it itself"),
 ]
-FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "kernels").glob("test_triton_*.py"))
 
 
 @pytest.fixture(scope="module")
