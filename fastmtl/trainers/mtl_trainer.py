@@ -55,7 +55,7 @@ class MTLTrainer:
         progress: show a bar; None: where stderr is a terminal.
         embedding_update: how the tables are trained: ``"exact"``, torch's numbers at the cost of the rows looked up;
             ``"lazy"``: rows that are not looked up do not move, which trains another model; ``"dense"``: from
-            gradients of whole tables; None: exact where the tables are large and it is possible, see docs/optimizers.md.
+            gradients of whole tables; None: exact where the tables are large and it is possible (docs/optimizers.md).
         n_epochs, optimizer, task_weights_strategy, gradnorm_alpha, task_weights, task_specific_lr: the tutorial's
             keywords: ``n_epoch``; a MetaBalance (or an optimizer of torch); the adaptive method; its alpha; fixed loss
             weights; learning rates of tasks by name.

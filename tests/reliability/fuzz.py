@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from native.general_lookups import random_case
 from native.layers import new_params
 from native.lookups import random_lookup
 from torch import Tensor
@@ -64,6 +65,20 @@ def lookups(rng: random.Random) -> list[Call]:
         ("embedding_bag_bwd", [lookup.grad, lookup.ids, plan, shapes]),
         ("embedding_bag_index", [lookup.ids, plan, shapes]),
         ("embedding_bag_bwd_sparse", [lookup.grad, lookup.ids, plan, shapes, list(index)]),
+    ]
+
+
+def general_lookups(rng: random.Random) -> list[Call]:
+    """Forward and backward of one small lookup with maxima, scales, ragged bags or narrow tables."""
+    case = random_case(rng.randrange(2**31), rng.choice((torch.float32, torch.bfloat16)), rng.choice((1, 2, 9)))
+    flat = native._ragged_arguments(case.ids, case.spec, case.scales, case.ragged)
+    plan = native.bag_plan(case.spec, case.columns)
+    return [
+        (
+            "embedding_bag_general_fwd",
+            [case.weights, case.ids, case.dense, plan, case.spec.width(case.columns), *flat],
+        ),
+        ("embedding_bag_general_bwd", [case.grad, case.weights, case.ids, plan, *flat]),
     ]
 
 
@@ -128,7 +143,14 @@ def predictions(rng: random.Random) -> list[Call]:
     ]
 
 
-MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (lookups, layers, predictions, lookups, layers, tables)
+MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
+    lookups,
+    layers,
+    predictions,
+    general_lookups,
+    layers,
+    tables,
+)
 
 
 # ----------------------------------------------------------------------------------------------------- wrong calls
@@ -239,7 +261,7 @@ def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda 
 NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
     "expert_gate_bwd", "table_replay", "table_step", "dense_step", "task_losses", "inference_new", "inference_run",
-    "inference_free",
+    "inference_free", "embedding_bag_general_fwd", "embedding_bag_general_bwd",
 )  # fmt: skip
 WRITING = ("expert_gate_fwd", "table_replay", "table_step", "dense_step")
 
