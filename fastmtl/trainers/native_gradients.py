@@ -125,6 +125,7 @@ def _is_plain(model: nn.Module) -> bool:
     if any(getattr(torch_module, f"_global{hooks}", None) for hooks in _HOOKS):
         return False
     for module in model.modules():
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        # one that was left in evaluation mode normalises by its running statistics
+        if not module.training or "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             return False
     return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())

@@ -104,6 +104,10 @@ def test_whoever_needs_autograd_gets_it(seed):
     towers_differ = MMOE(FEATURES, types, 3, MLP, [{"dims": [5]}, {"dims": [4]}])
     assert not plain(towers_differ)
 
+    frozen = make(PLE, seed, types)
+    frozen.cgc_layers[0].eval()
+    assert not plain(frozen)
+
     watched = make(PLE, seed, types)
     handle = watched.towers.register_forward_hook(lambda *_: None)
     assert not plain(watched)
