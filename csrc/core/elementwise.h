@@ -144,7 +144,7 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
   });
 }
 
-template <class Act, bool kDropout, bool kExact>
+template <class Act, bool kDropout>
 void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
                              const GradSums& sums, float* h, int64_t ld_h) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
@@ -152,7 +152,8 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
     ColumnConstants k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
     F64 totals[kVectors][3] = {};
-    sum_rows<kExact ? 1 : 16>(t.rows, totals, [&](int64_t r, auto& sum) __attribute__((always_inline)) {
+    // in double: an error of these sums would be one of dz in the same direction in every row
+    for (int64_t r = 0; r < t.rows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         const F32 centred = load(t.z + r * t.ld + c, n) - k[v].mean;
@@ -164,13 +165,9 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
           d *= mask;
         }
         const F32 g = Act::backward(y, d, k[v].alpha);
-        sum[v][0] += g;
-        if constexpr (kExact) {
-          totals[v][1] += wide(g) * wide(centred);
-        } else {
-          sum[v][1] += g * centred;
-        }
-        if constexpr (Act::kLearned) sum[v][2] += Act::dalpha(y, d);
+        totals[v][0] += wide(g);
+        totals[v][1] += wide(g) * wide(centred);
+        if constexpr (Act::kLearned) totals[v][2] += wide(Act::dalpha(y, d));
         store(dy + r * ld_dy + c, g, n);
         if (h) {
           F32 value = Act::forward(y, k[v].alpha);
@@ -178,7 +175,7 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
           store(h + r * ld_h + c, value, n);
         }
       }
-    });
+    }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = first + v * kLanes;
       add_to(sums.dy + c, totals[v][0], n);
@@ -194,21 +191,29 @@ void linear_grad_near(const Tile& t, const float* dy, int64_t ld_dy, const doubl
                       int64_t ld_dz) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
+    // the constants' rests: rounding them would err in the same direction in every row
     F32 mean[kVectors] = {}, scale[kVectors], m[kVectors] = {}, k[kVectors] = {};
+    F32 rest_m[kVectors] = {}, rest_k[kVectors] = {};
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = first + v * kLanes;
       scale[v] = load(t.scale + c, n);
       if constexpr (kStatistics) {
         mean[v] = load(t.mean + c, n);
-        m[v] = narrow(load(mean_dy + c, n));
-        k[v] = narrow(load(slope + c, n));
+        const F64 exact_m = load(mean_dy + c, n), exact_k = load(slope + c, n);
+        m[v] = narrow(exact_m);
+        k[v] = narrow(exact_k);
+        rest_m[v] = narrow(exact_m - wide(m[v]));
+        rest_k[v] = narrow(exact_k - wide(k[v]));
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         F32 left = load(dy + r * ld_dy + c, n);
-        if constexpr (kStatistics) left = left - m[v] - (load(t.z + r * t.ld + c, n) - mean[v]) * k[v];
+        if constexpr (kStatistics) {
+          const F32 centred = load(t.z + r * t.ld + c, n) - mean[v];
+          left = left - m[v] - centred * k[v] - (rest_m[v] + centred * rest_k[v]);
+        }
         store(dz + r * ld_dz + c, scale[v] * left, n);
       }
     }

@@ -50,9 +50,7 @@ void hidden(const Tile& t, float* h, int64_t ld_h) {
 template <class Act>
 void hidden_grad_of(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
                     float* h, int64_t ld_h) {
-  const auto run =
-      t.exact ? (t.dropout.on ? hidden_grad_elementwise<Act, true, true> : hidden_grad_elementwise<Act, false, true>)
-              : (t.dropout.on ? hidden_grad_elementwise<Act, true, false> : hidden_grad_elementwise<Act, false, false>);
+  const auto run = t.dropout.on ? hidden_grad_elementwise<Act, true> : hidden_grad_elementwise<Act, false>;
   run(t, dh, ld_dh, dy, ld_dy, sums, h, ld_h);
 }
 

@@ -1,6 +1,7 @@
 // embedding_bag on torch tensors: check, allocate, run. What the op means is in fastmtl/ops/embedding_bag.py.
 #include "core/embedding_bag.h"
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 
@@ -10,7 +11,13 @@
 namespace fastmtl::cpu {
 namespace {
 
-constexpr int64_t kGrainRows = 128;  // rows a thread must have to be worth waking
+// Lookups that a thread must have to be worth waking: some 100 us, where a sleeping one takes 60 us to come.
+constexpr int64_t kGrainLookups = int64_t{1} << 15;
+
+int64_t useful_threads(const Tensor& ids) {
+  const int64_t threads = ids.size(0) * ids.size(1) / kGrainLookups;
+  return std::clamp<int64_t>(threads, 1, torch::stable::get_num_threads());
+}
 
 // A message that starts with "bad id" is how a refused id reaches Python.
 Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::optional<Tensor> dense,
@@ -44,7 +51,8 @@ Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::op
   BadId bad;
   std::mutex guard;
   with_ids(ids, [&](const auto& view) {
-    torch::stable::parallel_for(0, n_rows, kGrainRows, [&](int64_t begin, int64_t end) {
+    const int64_t grain = n_rows / useful_threads(ids) + 1;
+    torch::stable::parallel_for(0, n_rows, grain, [&](int64_t begin, int64_t end) {
       BadId mine;
       fastmtl::embedding_bag_fwd(tables.data(), view, bags, n_bags, begin, end, out, width, mine);
       for (int64_t b = begin; b < end; ++b) {
@@ -96,7 +104,7 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
     out[t] = results.back().mutable_data_ptr<float>();
   }
   const Bag* bags = without_max(checked_bags(plan, rows, dims, ids.size(1), grad.size(1)), plan.size(0));
-  const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = useful_threads(ids);
   const std::vector<Unit> units =
       plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted.needs, wanted.size(), n_rows, threads);
   const std::vector<std::vector<int64_t>> hands = deal(units, threads);
@@ -132,7 +140,7 @@ std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, s
     STD_TORCH_CHECK(height <= std::numeric_limits<uint32_t>::max(), "a table of ", height,
                     " rows is too high for a sparse gradient");
   }
-  const int64_t threads = n_rows < kGrainRows ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = useful_threads(ids);
   const std::vector<Unit> units = plan_bwd(bags, plan.size(0), wanted.rows.data(), wanted.dims.data(), wanted.needs,
                                            wanted.size(), n_rows, threads, 0.0);
   const std::vector<std::vector<int64_t>> hands = deal(units, threads);
@@ -216,7 +224,7 @@ std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& i
     float* to = values.mutable_data_ptr<float>();
     const int32_t* from_entries = entries.const_data_ptr<int32_t>();
     // shares of equal work: a row of a tiny table has thousands of entries, most have one
-    const int64_t pieces = n_rows < kGrainRows ? 1 : 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t threads = useful_threads(ids), pieces = threads == 1 ? 1 : 4 * threads;
     const auto cut = [&](int64_t piece) {
       if (piece == pieces) return n;
       return std::lower_bound(from_starts, from_starts + n, n_entries * piece / pieces) - from_starts;
