@@ -260,16 +260,20 @@ class MTLTrainer:
         losses = self._losses(outputs.float(), labels)
         self.model.zero_grad()
         self.strategy.backward(losses, self.reg_loss_fn(self.model))
+        self._update()
+        return losses.detach()
+
+    def _update(self) -> None:
+        """Move the parameters by their gradients."""
         if self._task_rates is not None:
             self._task_rates.step(self.optimizer)
         else:
             self.optimizer.step()
         self.strategy.after_step()
-        return losses.detach()
 
     def _native_step(self) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
         """:meth:`_step` without autograd, where that is possible."""
-        if self._task_rates is not None or not self.reg_loss_fn.is_zero:
+        if not self.reg_loss_fn.is_zero:
             return None
         with self._autocast():
             gradients = NativeGradients.of(self.model, self.strategy)
@@ -281,8 +285,7 @@ class MTLTrainer:
                 losses, logits = gradients(x, labels_of(y, gradients.model))
             if torch.isnan(losses).any():
                 self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
-            self.optimizer.step()
-            self.strategy.after_step()
+            self._update()
             return losses
 
         return step
