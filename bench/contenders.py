@@ -160,7 +160,9 @@ class FastRunner(Runner):
             if self.count == 0:
                 # for as long as this runner lives: the rows are current when an epoch ends, not after each step
                 self.stack.enter_context(sparse_updates(self.bare, self.trainer.optimizer))
-            return self.trainer._step(*self._next(self.setting.column_batches))
+                self.model.train()
+                self.train_step = self.trainer._native_step() or self.trainer._step
+            return self.train_step(*self._next(self.setting.column_batches))
 
     def predict(self, x: Mapping[str, Tensor]) -> Tensor:
         with self._forced():
