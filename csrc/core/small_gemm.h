@@ -1,7 +1,8 @@
 // A matrix product for small operands: sixteen columns of c at a time, some rows of it in registers.
 //
 // Compiled once for each instruction set, see simd.h; contract in kernels.h. An element of c is summed over k in
-// several parts, which hides the latency of the addition and halves the rounding; the order depends on the sizes alone.
+// several parts, which hides the latency of the addition and halves the rounding, and a deep one in stretches, beside
+// whose sums the next one's terms are not small; the order depends on the sizes alone.
 #pragma once
 
 #include <algorithm>
@@ -11,19 +12,20 @@
 
 namespace fastmtl::FASTMTL_ISA {
 
-// kRows rows of c from row i on, sixteen columns wide: panel is [k, kLanes] with a row stride; k is summed in kParts.
+constexpr int64_t kStretch = 128;  // of k, whose sum is then added to the others'
+
+// kRows rows of c from row i on, sixteen columns wide, summed over the k from p to stop in kParts: panel is [k, kLanes]
+// with a row stride.
 template <int kRows, int kParts>
-FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a, int64_t step_row, int64_t step_k,
-                                 const float* panel, int64_t ld_panel, float* c, int64_t ld_c, bool accumulate) {
-  F32 total[kParts][kRows] = {};
-  int64_t p = 0;
-  for (; p + kParts <= k; p += kParts) {
+FASTMTL_INLINE void stretch_of_rows(int64_t i, int64_t p, int64_t stop, const float* a, int64_t step_row,
+                                    int64_t step_k, const float* panel, int64_t ld_panel, F32 (&total)[kParts][kRows]) {
+  for (; p + kParts <= stop; p += kParts) {
     for (int part = 0; part < kParts; ++part) {
       const F32 row = load(panel + (p + part) * ld_panel);
       for (int r = 0; r < kRows; ++r) total[part][r] += a[(i + r) * step_row + (p + part) * step_k] * row;
     }
   }
-  for (; p < k; ++p) {
+  for (; p < stop; ++p) {
     const F32 row = load(panel + p * ld_panel);
     for (int r = 0; r < kRows; ++r) total[0][r] += a[(i + r) * step_row + p * step_k] * row;
   }
@@ -32,9 +34,21 @@ FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a
       for (int r = 0; r < kRows; ++r) total[part][r] += total[part + width][r];
     }
   }
+}
+
+template <int kRows, int kParts>
+FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a, int64_t step_row, int64_t step_k,
+                                 const float* panel, int64_t ld_panel, float* c, int64_t ld_c, bool accumulate) {
+  F32 sum[kParts][kRows] = {};
+  stretch_of_rows<kRows, kParts>(i, 0, std::min(k, kStretch), a, step_row, step_k, panel, ld_panel, sum);
+  for (int64_t p = kStretch; p < k; p += kStretch) {
+    F32 more[kParts][kRows] = {};
+    stretch_of_rows<kRows, kParts>(i, p, std::min(k, p + kStretch), a, step_row, step_k, panel, ld_panel, more);
+    for (int r = 0; r < kRows; ++r) sum[0][r] += more[0][r];
+  }
   for (int r = 0; r < kRows; ++r) {
     float* to = c + (i + r) * ld_c;
-    store(to, accumulate ? load(to, n) + total[0][r] : total[0][r], n);
+    store(to, accumulate ? load(to, n) + sum[0][r] : sum[0][r], n);
   }
 }
 
