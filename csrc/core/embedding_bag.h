@@ -299,7 +299,7 @@ void scatter_row(const Bag& bag, const Unit& unit, const float* grad_row, const 
 template <class Id>
 void embedding_bag_bwd(const Unit& unit, const Bag* bags, int64_t dim, const float* grad, int64_t grad_stride,
                        const Ids<Id>& ids, int64_t n_rows, float* dweight) {
-  std::memset(dweight + unit.begin * dim, 0, sizeof(float) * dim * (unit.end - unit.begin));
+  std::fill_n(dweight + unit.begin * dim, dim * (unit.end - unit.begin), 0.0f);
   if (unit.bags.size() == 1 && bags[unit.bags[0]].length == 1) {
     const Bag& bag = bags[unit.bags[0]];
     if (dim == 4) {

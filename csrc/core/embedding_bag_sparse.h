@@ -116,7 +116,7 @@ void sum_rows(const SparseGrad& from, int64_t dim_given, const int64_t* starts, 
   const int64_t n_ids = from.n_rows * from.n_columns;
   for (int64_t i = begin; i < end; ++i) {
     float* to = values + i * dim;
-    std::memset(to, 0, sizeof(float) * dim);
+    std::fill_n(to, dim, 0.0f);
     for (int64_t k = starts[i]; k < starts[i + 1]; ++k) {
       const int64_t entry = entries[k];
       if (entry < 0 || entry >= n_ids) continue;
