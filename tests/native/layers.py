@@ -92,6 +92,10 @@ class Result:
     def tensors(self) -> list[Tensor]:
         return [self.out, self.dx, *self.gradients, *self.running]
 
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What is computed and what is its gradient."""
+        return [self.out, *self.running], [self.dx, *self.gradients]
+
 
 def in_any_layout(tensor: Tensor, rng: random.Random) -> Tensor:
     """The same numbers: contiguous, transposed, or a window of something wider."""
