@@ -23,6 +23,10 @@ BUILD = ROOT / "build" / "sanitize"
 LIBRARY = BUILD / "_native.so"
 #: Set where fastmtl is to load that library instead of its own.
 VARIABLE = "FASTMTL_SANITIZED"
+#: Builds of the kernels, None the one that runs by itself; one that this processor lacks falls back to the baseline.
+ISAS = (None, "baseline", "avx2", "avx512", "avx512_bf16")
+#: Wrong calls on one build, then comes the next one.
+CHUNK = 20_000
 #: Findings after which there is nothing more to learn.
 MOST_FINDINGS = 20
 
@@ -56,8 +60,12 @@ def build() -> None:
             raise SystemExit(f"{' '.join(command)}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
 
 
-def environment() -> dict[str, str]:
-    """The sanitizers' runtime comes before everything else; Python's own leaks are not looked at."""
+def environment(isa: str | None = None) -> dict[str, str]:
+    """The sanitizers' runtime comes before everything else; Python's own leaks are not looked at.
+
+    Args:
+        isa: the build of the kernels that is forced.
+    """
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so.6")
@@ -73,23 +81,43 @@ def environment() -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "TORCH_SHOW_CPP_STACKTRACES": "0",
         "PYTHONPATH": os.pathsep.join(paths),
+        **({} if isa is None else {"FASTMTL_ISA": isa}),
     }
 
 
 def run_tests() -> None:
-    """tests/native; the tests of other builds load their own library and are left out."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "reliability.sanitized", "-p", "no:cacheprovider"]
-    command += [str(ROOT / "tests" / "native"), "-k", "not each_build and not does_not_load"]
+    """tests/native; then, on every other build of the kernels that this processor runs, those of its tests that differ.
+
+    The tests that start processes of their own load the library that is installed, and are left out.
+    """
+    for isa in ISAS:
+        folder = ROOT / "tests" / "native"
+        files = [folder / f"test_{name}.py" for name in ("expert_gate", "packed_gemm", "bf16", "dropout")]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "reliability.sanitized", "-p", "no:cacheprovider"]
+        command += ["-k", "not each_build and not does_not_load", *map(str, [folder] if isa is None else files)]
+        done = subprocess.run(command, env=environment(isa), capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(f"tests/native, {isa or 'best'} build:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+
+
+def check_that_it_sees() -> None:
+    """A lookup whose ids may not be read must end in a report: sanitizers that see nothing find nothing.
+
+    Raises:
+        SystemExit: it was not reported.
+    """
+    command = [sys.executable, "-m", "reliability.sanitized", "forbidden"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"tests/native under the sanitizers:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+    if done.returncode == 0 or "AddressSanitizer: use-after-poison" not in done.stderr:
+        raise SystemExit(f"the sanitizers missed a forbidden read, exit {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 def run_fuzz(count: int, seed: int, sanitized: bool = True) -> tuple[int, int, list[str]]:
-    """Wrong calls, in a process of their own that is begun anew behind each that ends it.
+    """Wrong calls, on one build of the kernels after the other, ``CHUNK`` in a process; one begins anew behind a call
+    that ends it.
 
     Returns:
-        (calls that worked, calls that raised, what ended the process, a line each).
+        (calls that worked, calls that raised, what ended a process, a line each).
     """
     worked = refused = first = 0
     findings: list[str] = []
@@ -100,28 +128,34 @@ def run_fuzz(count: int, seed: int, sanitized: bool = True) -> tuple[int, int, l
         note.flush()
         while first < count and len(findings) < MOST_FINDINGS:
             module = "reliability.sanitized" if sanitized else "reliability.fuzz"
-            words = [str(first), str(count - first), str(seed), note.name]
+            isa = ISAS[first // CHUNK % len(ISAS)]
+            stop = min(count, (first // CHUNK + 1) * CHUNK)
+            words = [str(first), str(stop - first), str(seed), note.name]
             done = subprocess.run(
-                [sys.executable, "-m", module, *words], env=environment() if sanitized else plain, capture_output=True,
-                text=True, cwd=ROOT,
+                [sys.executable, "-m", module, *words], env=environment(isa) if sanitized else plain,
+                capture_output=True, text=True, cwd=ROOT,
             )  # fmt: skip
             if done.returncode == 0:
                 a, b = map(int, done.stdout.split()[-2:])
-                return worked + a, refused + b, findings
+                worked, refused, first = worked + a, refused + b, stop
+                continue
             number = int.from_bytes(Path(note.name).read_bytes(), "little")
             what = re.search(r"(?:runtime error|ERROR: AddressSanitizer|what\(\)|Error): .*", done.stderr)
-            findings.append(f"case {number} (seed {seed}): {what.group() if what else done.stderr[-300:]!r}")
+            findings.append(
+                f"case {number} (seed {seed}, {isa or 'best'} build): {what.group() if what else done.stderr[-300:]!r}"
+            )
             first = number + 1
     return worked, refused, findings
 
 
 def soak(count: int, seed: int) -> str:
-    """Build, tests/native, ``count`` wrong calls."""
+    """Build, a forbidden read, tests/native, ``count`` wrong calls."""
     build()
+    check_that_it_sees()
     run_tests()
     worked, refused, findings = run_fuzz(count, seed)
     assert not findings, "\n".join(["", *findings])
-    return f"tests/native, and {count:,} wrong calls: {worked:,} worked, {refused:,} were refused, 0 findings"
+    return f"tests/native, {count:,} wrong calls, on all builds: {worked:,} worked, {refused:,} refused, 0 findings"
 
 
 def main() -> None:
