@@ -2,11 +2,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "core/optimizer.h"
 #include "core/optimizer_lanes.h"
+#include "core/optimizer_quick.h"
 
 namespace fastmtl::FASTMTL_ISA {
 namespace {
@@ -54,23 +56,32 @@ void update(const Spread& s, Lanes g, float* p_at, float* first_at, float* secon
 }
 
 // Rows on their way through steps: copies that lie together.
-struct Tile {
-  static constexpr int64_t kFloats = 1024;  // of each array: three of them fit into the L1 cache
-  static constexpr int64_t kMost = 128;     // rows
+class Tile {
+ public:
+  static constexpr int64_t kFloats = 512;  // of each array: all of them fit into the L1 cache
+  static constexpr int64_t kMost = 128;    // rows
 
   explicit Tile(int64_t dim)
       : dim(dim),
         padded((dim + Lanes::kCount - 1) / Lanes::kCount * Lanes::kCount),
         capacity(std::clamp<int64_t>(kFloats / padded, 1, kMost)),
-        p(static_cast<size_t>(capacity * padded), 0.0f),
-        first(p.size(), 0.0f),
-        second(p.size(), 0.0f),
-        grad(static_cast<size_t>(padded), 0.0f) {}
+        memory_(static_cast<size_t>(kArrays * stride() + kLine), 0.0f) {
+    void* at = memory_.data();
+    size_t space = memory_.size() * sizeof(float);
+    p = static_cast<float*>(std::align(kLine * sizeof(float), sizeof(float), at, space));
+    first = p + stride();
+    second = first + stride();
+    grad = second + stride();
+    least = grad + stride();
+  }
+  Tile(const Tile&) = delete;
+  Tile& operator=(const Tile&) = delete;
 
   const int64_t dim;
   const int64_t padded;  // a row's floats here: whole lanes, so that rows may differ in their steps
   const int64_t capacity;
-  std::vector<float> p, first, second, grad;
+  float *p, *first, *second, *grad;
+  float* least;  // what the quick steps collect
 
   static void copy(const float* from, float* to, int64_t n) {
     if (n == 16) {  // the usual width, as one instruction
@@ -83,6 +94,7 @@ struct Tile {
     copy(t.p + row * dim, &p[i * padded], dim);
     if (t.first) copy(t.first + row * dim, &first[i * padded], dim);
     if (t.second) copy(t.second + row * dim, &second[i * padded], dim);
+    for (int64_t d = i * padded + dim; d < (i + 1) * padded; ++d) p[d] = first[d] = second[d] = 1.0f;
   }
   void scatter(const Table& t, int64_t row, int64_t i, int64_t step) const {
     copy(&p[i * padded], t.p + row * dim, dim);
@@ -90,9 +102,17 @@ struct Tile {
     if (t.second) copy(&second[i * padded], t.second + row * dim, dim);
     t.last[row] = static_cast<int32_t>(step);
   }
+
+ private:
+  static constexpr int64_t kArrays = 5, kLine = 16;
+  std::vector<float> memory_;
+
+  // Whole lines, or every access takes two; and some more, or a load from one array waits for stores to another whose
+  // address has the same low 12 bits.
+  int64_t stride() const { return (capacity * padded + kLine - 1) / kLine * kLine + 13 * kLine; }
 };
 
-void prefetch(const Table& t, int64_t row) {
+[[gnu::always_inline]] inline void prefetch(const Table& t, int64_t row) {
   constexpr int64_t kLine = 64 / sizeof(float), kLines = 4;
   for (int64_t d = 0; d < std::min(t.dim, kLines * kLine); d += kLine) {
     __builtin_prefetch(t.p + row * t.dim + d, 1);
@@ -187,49 +207,102 @@ bool pass_quietly(const Table& t, const History& history, bool any_l2, int64_t r
   return true;
 }
 
-// Takes the missed steps of the picked rows; meanwhile the rows of the pick after it are fetched.
+// Brings picked rows up to step `upto`.
 template <Rule R>
-void replay_tile(Tile& tile, Pick& pick, const Pick& after, const Table& t, const History& history, bool any_l2,
-                 int64_t upto) {
-  pick.sort();
-  int64_t n = 0, fetched = 0;
-  for (int64_t i = 0; i < pick.n; ++i) {
-    if (pass_quietly<R>(t, history, any_l2, pick.rows[i], upto)) continue;
-    pick.rows[n] = pick.rows[i];
-    pick.lags[n] = pick.lags[i];
-    tile.gather(t, pick.rows[n], n);
-    ++n;
+class Replay {
+ public:
+  Replay(const Table& table, const History& history, int64_t upto)
+      : table_(table), history_(history), upto_(upto), tile_(table.dim) {
+    for (int64_t step = history.begin; step <= upto; ++step) {
+      const Step& s = history.steps[step - history.begin];
+      any_l2_ |= s.l2 != 0.0f;
+      if constexpr (kQuickRule) is_quick_ &= quick_.emplace_back(s).is_ordinary();
+    }
   }
-  int64_t active = 0;
-  for (int64_t lag = n > 0 ? pick.lags[0] : 0; lag > 0; --lag) {
-    while (active < n && pick.lags[active] >= lag) ++active;
-    const int64_t due = fetched + (after.n - fetched + lag - 1) / lag;
-    for (; fetched < due; ++fetched) prefetch(t, after.rows[fetched]);
-    const Spread s(history.steps[upto + 1 - lag - history.begin]);
-    const int64_t end = active * tile.padded;
-    float *p = tile.p.data(), *first = tile.first.data(), *second = tile.second.data();
-    for (int64_t i = 0; i < end; i += Lanes::kCount) {
+
+  int64_t capacity() const { return tile_.capacity; }
+
+  // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched.
+  void run(Pick& pick, const Pick& after) {
+    pick.sort();
+    int64_t n = 0, steps = 0;
+    for (int64_t i = 0; i < pick.n; ++i) {
+      if (pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
+      pick.rows[n] = pick.rows[i];
+      pick.lags[n] = pick.lags[i];
+      tile_.gather(table_, pick.rows[n], n);
+      steps += pick.lags[n];
+      ++n;
+    }
+    if (is_quick_) std::fill_n(tile_.least, (n * tile_.padded + QuickAdam::kGroup - 1) / 4, FLT_MAX);
+    int64_t active = 0, taken = 0, fetched = 0;
+    for (int64_t lag = n > 0 ? pick.lags[0] : 0; lag > 0; --lag) {
+      while (active < n && pick.lags[active] >= lag) ++active;
+      // as many rows are fetched as there is work to hide it behind
+      taken += active;
+      for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) prefetch(table_, after.rows[fetched]);
+      step(upto_ + 1 - lag, 0, active);
+    }
+    for (; fetched < after.n; ++fetched) prefetch(table_, after.rows[fetched]);
+    if (is_quick_) check(pick, n);
+    for (int64_t i = 0; i < n; ++i) tile_.scatter(table_, pick.rows[i], i, upto_);
+  }
+
+ private:
+  static constexpr bool kQuickRule = kHasQuick && (R == kAdam || R == kAdamW);
+
+  // One step of the tile's rows begin .. end - 1.
+  void step(int64_t number, int64_t begin, int64_t end) {
+    begin *= tile_.padded;
+    end *= tile_.padded;
+    float *p = tile_.p, *first = tile_.first, *second = tile_.second;
+    if constexpr (kQuickRule) {
+      if (is_quick_) {
+        const QuickStep& s = quick_[static_cast<size_t>(number - history_.begin)];
+        return QuickAdam::step<R == kAdamW>(s, p, first, second, tile_.least, end);
+      }
+    }
+    const Spread s(history_.steps[number - history_.begin]);
+    for (int64_t i = begin; i < end; i += Lanes::kCount) {
       update<R>(s, Lanes::load(p + i) * s.l2, p + i, first + i, second + i);
     }
   }
-  for (; fetched < after.n; ++fetched) prefetch(t, after.rows[fetched]);
-  for (int64_t i = 0; i < n; ++i) tile.scatter(t, pick.rows[i], i, upto);
-}
+
+  // Takes the steps again of rows for which the quick ones may not be exact.
+  void check(const Pick& pick, int64_t n) {
+    const int64_t end = n * tile_.padded;
+    for (int64_t from = 0; from < end; from += QuickAdam::kGroup) {
+      const int64_t to = std::min(from + QuickAdam::kGroup, end);
+      if (QuickAdam::is_exact(tile_.p + from, tile_.second + from, tile_.least + from / 4, to - from)) continue;
+      is_quick_ = false;
+      for (int64_t i = from / tile_.padded; i * tile_.padded < to; ++i) {
+        tile_.gather(table_, pick.rows[i], i);
+        for (int64_t lag = pick.lags[i]; lag > 0; --lag) step(upto_ + 1 - lag, i, i + 1);
+      }
+      is_quick_ = true;
+    }
+  }
+
+  const Table& table_;
+  const History& history_;
+  const int64_t upto_;
+  Tile tile_;
+  bool any_l2_ = false, is_quick_ = kQuickRule;
+  std::vector<QuickStep> quick_;
+};
 
 template <Rule R>
 bool replay_rule(const Table& t, const History& history, const int64_t* rows, int64_t begin, int64_t end,
                  int64_t upto) {
   const FlushTiny guard;
-  Tile tile(t.dim);
-  bool any_l2 = false;
-  for (int64_t i = 0; i < history.end - history.begin; ++i) any_l2 |= history.steps[i].l2 != 0.0f;
+  Replay<R> replay(t, history, upto);
   Picker picker(t, history, rows, begin, end, upto);
   Pick picks[2];
-  if (!picker.next(picks[0], tile.capacity)) return false;
+  if (!picker.next(picks[0], replay.capacity())) return false;
   for (int64_t i = 0; i < picks[0].n; ++i) prefetch(t, picks[0].rows[i]);
   for (int turn = 0; picks[turn].n > 0; turn ^= 1) {
-    if (!picker.next(picks[turn ^ 1], tile.capacity)) return false;
-    replay_tile<R>(tile, picks[turn], picks[turn ^ 1], t, history, any_l2, upto);
+    if (!picker.next(picks[turn ^ 1], replay.capacity())) return false;
+    replay.run(picks[turn], picks[turn ^ 1]);
   }
   return true;
 }
@@ -247,8 +320,17 @@ void apply_rule(const Table& t, const Step& step, int64_t number, const int64_t*
       prefetch(t, rows[i + kAhead]);
       __builtin_prefetch(t.last + rows[i + kAhead], 1);
     }
+    if (tile.padded == t.dim) {  // whole lanes: where they lie
+      const int64_t at = rows[i] * t.dim;
+      for (int64_t k = 0; k < t.dim; k += Lanes::kCount) {
+        const Lanes g = fma(Lanes::load(t.p + at + k), s.l2, Lanes::load(grads + i * t.dim + k));
+        update<R>(s, g, t.p + at + k, t.first + at + k, t.second + at + k);
+      }
+      t.last[rows[i]] = static_cast<int32_t>(number);
+      continue;
+    }
     tile.gather(t, rows[i], 0);
-    Tile::copy(grads + i * t.dim, tile.grad.data(), t.dim);
+    Tile::copy(grads + i * t.dim, tile.grad, t.dim);
     for (int64_t k = 0; k < tile.padded; k += Lanes::kCount) {
       const Lanes g = fma(Lanes::load(&tile.p[k]), s.l2, Lanes::load(&tile.grad[k]));
       update<R>(s, g, &tile.p[k], &tile.first[k], &tile.second[k]);

@@ -20,6 +20,7 @@ namespace fastmtl::FASTMTL_ISA {
 struct Lanes {
   static constexpr int64_t kCount = 16;
   __m512 v;
+  Lanes() = default;
   Lanes(__m512 x) : v(x) {}
   Lanes(float x) : v(_mm512_set1_ps(x)) {}
   static Lanes load(const float* from) { return _mm512_loadu_ps(from); }

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstring>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "core/kernels.h"
 #include "cpu/tensors.h"
 
@@ -115,6 +119,27 @@ void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+// Asks for huge pages where the tensors lie, for those of many megabytes: rows that are read in no order then find
+// their address in the processor's table of pages. Nothing but time depends on it, so that a refusal is no error.
+void in_huge_pages(std::vector<Tensor> tensors) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack: at once, not by and by
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), "only memory of the CPU has pages");
+    const auto at = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t begin = (at + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (at + static_cast<uintptr_t>(tensor.numel() * tensor.element_size())) / kPage * kPage;
+    if (begin + 4 * kPage > end) continue;
+    if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0) {
+      (void)madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+    }
+  }
+#else
+  (void)tensors;
+#endif
+}
+
 constexpr int64_t kChunk = 4096;          // numbers of a parameter that one thread takes at once
 constexpr int64_t kGrainNumbers = 65536;  // and must have in all to be worth waking
 
@@ -196,12 +221,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "table_step(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor rows, Tensor grads, bool lazily, int begin, int end) -> ()");
+  m.def("in_huge_pages(Tensor[] tensors) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("dense_step", TORCH_BOX(&dense_step));
   m.impl("table_replay", TORCH_BOX(&table_replay));
   m.impl("table_step", TORCH_BOX(&table_step));
+  m.impl("in_huge_pages", TORCH_BOX(&in_huge_pages));
 }
 
 }  // namespace fastmtl::cpu

@@ -27,6 +27,7 @@ class _Pending:
         self.table = table
         self.last = torch.zeros(len(table), dtype=torch.int32)  # for each row the step up to which it is current
         self.steps = torch.zeros(_KEPT, len(FIELDS))
+        self.is_placed = False  # whether huge pages were asked for
         self.restart(0)
 
     def restart(self, now: int) -> None:
@@ -160,6 +161,10 @@ class TableOptimizer(torch.optim.Optimizer):
         rows, values = _rows_of(table.grad)
         state = self.state[table]
         is_first = prepare_state(self, table, rule)
+        states = [state[name] for name in rule.states]
+        if not pending.is_placed:
+            torch.ops.fastmtl.in_huge_pages([table, pending.last, *states])
+            pending.is_placed = True
         if "step" in state:
             state["step"] += 1
         pending.record(step_numbers(rule, group, float(state.get("step", pending.now + 1)), is_first))
@@ -169,7 +174,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if not is_still and pending.is_current:
             pending.last.fill_(pending.now - 1)
         torch.ops.fastmtl.table_step(
-            table, [state[name] for name in rule.states], pending.last, rule.number,
+            table, states, pending.last, rule.number,
             pending.history, pending.begin, rows, values, is_still, begin, end,
         )  # fmt: skip
         pending.is_current = is_still
