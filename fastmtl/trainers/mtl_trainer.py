@@ -178,7 +178,8 @@ class MTLTrainer:
                 )
             return None
         tables = [table for table in inner.embedding.parameters() if table.requires_grad]
-        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked)
+        features = inner.embedding.features
+        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked, features)
 
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
