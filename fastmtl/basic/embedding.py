@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import BadDataError, ConfigError
 from ..spec import Bag, EmbeddingSpec
-from .batch import ColumnBatch, Layout
+from .batch import ColumnBatch, Layout, ReadyBatch
 from .batched import BatchedModule, View
 from .features import DenseFeature, Feature, SequenceFeature
 
@@ -148,6 +148,10 @@ class EmbeddingLayer(BatchedModule):
             group = self._groups[key] = _Group(bags, dense, spec)
         return key, group
 
+    def spec_of(self, features: Sequence[Feature]) -> EmbeddingSpec:
+        """How ``features`` are looked up together: one object for the same features."""
+        return self._group(features)[1].spec
+
     def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
         # the table's padding row stays zero whoever reads it
@@ -176,6 +180,8 @@ class EmbeddingLayer(BatchedModule):
             dense ``[B, n_dense]`` (or None).
         """
         key, group = self._group(features)
+        if isinstance(x, ReadyBatch) and x.names == key:
+            return x.ids, x.columns, x.dense
         if isinstance(x, ColumnBatch):
             device = x.blocks[0].device if x.blocks else None
             place = (x.layout, key, device)
@@ -272,7 +278,7 @@ class EmbeddingLayer(BatchedModule):
         """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
         reads are current then."""
         ids, columns, dense = self.inputs(x, features)
-        spec = self._group(features)[1].spec
+        spec = self.spec_of(features)
         weights = self.weights()
         if ids is None:
             return Lookup(weights, None, columns, dense, spec, None)

@@ -40,7 +40,7 @@ class NativeGradients:
     def of(cls, model: nn.Module, strategy: Strategy) -> NativeGradients | None:
         """For a bare model on the native backend that nobody watches, and losses summed with fixed factors."""
         factors = strategy.factors()
-        if factors is None or type(strategy).backward is not Strategy.backward or not _is_plain(model):
+        if factors is None or type(strategy).backward is not Strategy.backward or not is_unwatched(model):
             return None
         banks = _chain(cast(MTLModel, model))
         params = list(model.parameters())
@@ -118,7 +118,7 @@ def _chain(model: MTLModel) -> list[ExpertGate]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_plain(model: nn.Module) -> bool:
+def is_unwatched(model: nn.Module) -> bool:
     """Whether it is a model of ours, whose parts nobody has wrapped, changed or hooked into."""
     if not isinstance(model, MTLModel) or type(model).forward is not MTLModel.forward or torch.is_anomaly_enabled():
         return False

@@ -75,6 +75,13 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
     return None
 
 
+def plans_in_use() -> list[Any]:
+    """What holds the tensors that launches read beside their arguments; who replays launches must keep it."""
+    from . import embedding_plan, layer_plan
+
+    return [*embedding_plan.kept(), *layer_plan.kept()]
+
+
 def embedding_bag_fwd(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
