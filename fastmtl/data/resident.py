@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..basic.batch import ColumnBatch, Layout
 from ..errors import ConfigError
-from .datasets import PredictDataset, TorchDataset
+from .datasets import TorchDataset
 from .loader import ColumnLoader
 from .schema import ColumnInfo, Schema
 
@@ -48,7 +48,7 @@ def _dtype(column: ColumnInfo) -> torch.dtype:
     if column.kind in ("float", "vector"):
         return torch.float32
     low, high = column.min_id or 0, column.max_id or 0
-    return torch.int32 if -(2**31) <= low and high < 2**31 else torch.int64
+    return torch.int32 if low >= -(2**31) and high < 2**31 else torch.int64
 
 
 class ResidentLoader:
@@ -79,7 +79,7 @@ class ResidentLoader:
         self._dtypes = [part.dtype for part in parts]
         self.has_labels = isinstance(source, TorchDataset)
         if isinstance(source, TorchDataset):
-            self._sources.append(source.y.T)
+            self._sources.append(list(source.y.T))
             self._shapes.append((source.y.shape[1],))
             self._dtypes.append(torch.float32)
         self._n_rows = len(source)
@@ -268,18 +268,28 @@ def _half_of_free(device: torch.device) -> int:
     return 0 if device.type == "meta" else 2**62
 
 
-def resident(loader: Any, device: torch.device, budget: int | None = None) -> ResidentLoader:
-    """A loader whose batches are on ``device``.
+def has_columns(loader: Any) -> bool:
+    """Whether a loader is one that :func:`resident` takes."""
+    return isinstance(loader, (ColumnLoader, ResidentLoader))
+
+
+def resident(loader: Any, device: torch.device) -> ResidentLoader:
+    """The loader whose batches are on ``device``: made at the first call, kept as long as the loader itself.
 
     Args:
-        loader: a ColumnLoader, or a ResidentLoader for the same device, which is returned.
-        device, budget: see :class:`ResidentLoader`.
+        loader: a ColumnLoader (whose data set is not changed from here on), or a ResidentLoader, which is returned.
+        device: see :class:`ResidentLoader`.
 
     Raises:
-        ConfigError: another kind of loader.
+        ConfigError: another kind of loader, or a ResidentLoader of another device.
     """
-    if isinstance(loader, ResidentLoader) and loader.device == device:
+    if isinstance(loader, ResidentLoader):
+        if loader.device != device:
+            raise ConfigError(f"the loader's batches are on {loader.device}, and are wanted on {device}")
         return loader
-    if not isinstance(loader, ColumnLoader) or not isinstance(loader.source, PredictDataset):
+    if not isinstance(loader, ColumnLoader):
         raise ConfigError(f"resident: columns come from a ColumnLoader, not from {type(loader).__name__}")
-    return ResidentLoader(loader, device, budget)
+    kept = vars(loader).setdefault("_resident", {})
+    if device not in kept:
+        kept[device] = ResidentLoader(loader, device)
+    return kept[device]

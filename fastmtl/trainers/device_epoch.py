@@ -1,7 +1,7 @@
 """An epoch on a GPU, during which the host waits for nothing.
 
-The next batch is cut, and its ids sorted, beside the step on this one. A step is replayed from a CUDA graph where that is
-possible. Losses are summed on the device; refused ids and losses that are NaN are written down there, copied behind
+The next batch is cut, and its ids sorted, beside the step on this one. A step is replayed from a CUDA graph where that
+is possible. Losses are summed on the device; refused ids and losses that are NaN are written down there, copied behind
 each step and looked at before a later one.
 """
 
@@ -17,9 +17,7 @@ from torch import nn
 from .. import backend
 from ..backends.deferred import PLACES, Watch, watching
 from ..basic.loss_func import RegularizationLoss, device_losses
-from ..data.datasets import TorchDataset
-from ..data.loader import ColumnLoader
-from ..data.resident import ResidentLoader, RowBatch, resident
+from ..data.resident import RowBatch, has_columns, resident
 from ..errors import BadDataError
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
@@ -74,7 +72,6 @@ class DeviceEpochs:
         self._losses = torch.zeros(n_task, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._layouts = Layouts()
-        self._loaders: dict[int, tuple[ColumnLoader, ResidentLoader]] = {}
         self._graphs: GraphStep | None = None
         self._slots: Slots | None = None
         self._was_told = False
@@ -87,6 +84,9 @@ class DeviceEpochs:
             slot.provide()
             outputs = self.model(slot.x)
         losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
+        lost = torch.isnan(losses.detach())
+        if isinstance(self.optimizer, DeviceOptimizer):
+            self.optimizer.veto(lost.any())
         for p in self.model.parameters():
             p.grad = None
         self.strategy.backward(losses, self.penalty(self.model))
@@ -96,7 +96,7 @@ class DeviceEpochs:
             self._losses.copy_(losses)
             self._total.add_(self._losses)
             first = self.watch.found[PLACES:]
-            first.copy_(torch.where(torch.isnan(self._losses) & (first < 0), self._count, first))
+            first.copy_(torch.where(lost & (first < 0), self._count, first))
 
     def step(self, slot: Slot) -> None:
         """Take the step on ``slot``, recorded or not."""
@@ -163,9 +163,7 @@ class DeviceEpochs:
             self._graphs = None
         else:
             if self._graphs is None:
-                self._graphs = GraphStep(
-                    self.work, self._recorder, self.model, self.optimizer, self._progress is False
-                )
+                self._graphs = GraphStep(self.work, self._recorder, self.model, self.optimizer, self._progress is False)
             with self._autocast():
                 precision = torch.is_autocast_enabled(self.device.type)
             self._graphs.begin_epoch(self._slots.live(), (precision, id(self.strategy)))
@@ -184,11 +182,9 @@ class DeviceEpochs:
             yield before
 
     def _batches(self, loader: Iterable) -> Iterator[RowBatch | GivenBatch]:
-        if isinstance(loader, ResidentLoader) or (
-            isinstance(loader, ColumnLoader) and isinstance(loader.source, TorchDataset)
-        ):
+        if has_columns(loader):
             with self.streams.beside():  # row numbers are read there
-                held = self._resident(loader)
+                held = resident(loader, self.device)
                 batches = held.batches()
                 batch = next(batches, None)
             if not held.has_labels:
@@ -205,14 +201,6 @@ class DeviceEpochs:
             y = torch.as_tensor(y)
             yield self._layouts.given(x, y.unsqueeze(1) if y.ndim == 1 else y)
 
-    def _resident(self, loader: Any) -> ResidentLoader:
-        if isinstance(loader, ResidentLoader) and loader.device == self.device:
-            return loader
-        kept = self._loaders.get(id(loader))
-        if kept is None or kept[0] is not loader:
-            kept = self._loaders[id(loader)] = loader, resident(loader, self.device)
-        return kept[1]
-
     def _look(self, places: list[int] | None) -> None:
         """Raise what was found."""
         if places is None or all(place < 0 for place in places):
@@ -223,8 +211,9 @@ class DeviceEpochs:
         raise FloatingPointError(self._explain(*task))
 
     def _explain(self, step: int, task: int) -> str:
-        state = self.inner.state_dict()
-        broken = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
+        # batch statistics have seen what the parameters made of the batch
+        state = sorted(self.inner.state_dict().items(), key=lambda item: ".running_" in item[0])
+        broken = next((key for key, value in state if not torch.isfinite(value).all()), None)
         cause = f"the parameter {broken!r} is not finite" if broken else "all parameters are finite"
         return (
             f"task {self.inner.task_names[task]!r}: the loss of step {step} of the epoch is NaN; {cause}. "
@@ -232,7 +221,16 @@ class DeviceEpochs:
         )
 
 
+def epochs_of(trainer: Any) -> DeviceEpochs:
+    """Those of an MTLTrainer that is ready, made when they are first wanted."""
+    if trainer._epochs is None:
+        trainer._epochs = DeviceEpochs(
+            trainer.model, trainer.strategy, trainer.optimizer, trainer.reg_loss_fn, trainer._update, trainer._autocast,
+            trainer.device, trainer.progress,
+        )  # fmt: skip
+    return trainer._epochs
+
+
 def trains_here(model: nn.Module, device: torch.device) -> bool:
     """Whether :class:`DeviceEpochs` is for a model on ``device``; DataParallel has several."""
     return backend.is_device(device) and not isinstance(model, nn.DataParallel)
-

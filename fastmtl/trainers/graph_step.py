@@ -1,7 +1,7 @@
 """Steps replayed from CUDA graphs: all of a step's launches at once, instead of one by one from Python.
 
-A graph is recorded for each place where a batch may lie (slots.py): its addresses are fixed. So an epoch's last, shorter
-batch has graphs of its own, and no row of padding exists that statistics or losses would have to leave out.
+A graph is recorded for each place where a batch may lie (slots.py): its addresses are fixed. So an epoch's last,
+shorter batch has graphs of its own, and no row of padding exists that statistics or losses would have to leave out.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ class GraphStep:
 def why_plain(model: nn.Module, strategy: Strategy, optimizer: Any) -> str | None:
     """Why the steps of this training can't be recorded; None: they can.
 
-    Who watches (hooks, wrappers, torch.compile) runs in Python, which a replayed step does not. GradNorm and MetaBalance
-    look at gradients on the host.
+    Who watches (hooks, wrappers, torch.compile) runs in Python, which a replayed step does not. GradNorm and
+    MetaBalance look at gradients on the host.
     """
     if not isinstance(model, MTLModel) or not is_unwatched(model):
         return "the model is wrapped, compiled, has hooks or parts in evaluation mode"

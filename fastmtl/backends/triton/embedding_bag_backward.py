@@ -102,8 +102,9 @@ def embedding_segments_kernel(
         if RULE == NO_RULE:
             tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
         else:
-            take_step(P_ptr, First_ptr, Second_ptr, step, key, whole, d, total, DIM, RULE)
-            tl.store(Last_ptr + key, now, mask=whole & (tl.program_id(1) == 0))
+            moves = whole & (now >= 0)
+            take_step(P_ptr, First_ptr, Second_ptr, step, key, moves, d, total, DIM, RULE)
+            tl.store(Last_ptr + key, now, mask=moves & (tl.program_id(1) == 0))
         tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(ends & ~own)[:, None] & inside)
         total = tl.where(ends[:, None], 0.0, total)
         key = following
@@ -166,9 +167,10 @@ def embedding_stitch_kernel(
         else:
             row = key.to(tl.int64) + tl.zeros([1], tl.int64)
             step = load_step(Step_ptr)
-            take_step(P_ptr, First_ptr, Second_ptr, step, row, row >= 0, d, total[None, :], DIM, RULE)
-            if tl.program_id(1) == 0:
-                tl.store(Last_ptr + key, tl.load(Now_ptr))
+            now = tl.load(Now_ptr)
+            take_step(P_ptr, First_ptr, Second_ptr, step, row, (row >= 0) & (now >= 0), d, total[None, :], DIM, RULE)
+            if (tl.program_id(1) == 0) & (now >= 0):
+                tl.store(Last_ptr + key, now)
 
 
 def _add_segments(
