@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..basic.batch import ColumnBatch, Layout
 from ..errors import ConfigError
-from .datasets import TorchDataset
+from .columns import to_tensor
+from .datasets import PredictDataset, TorchDataset
 from .loader import ColumnLoader
 from .schema import ColumnInfo, Schema
 
@@ -71,7 +72,7 @@ class ResidentLoader:
         source = loader.source
         self.loader, self.device = loader, device
         self.layout, parts = narrowed(source.schema)
-        self._sources: list[Sequence[np.ndarray]] = [[source.x[name] for name in part.names] for part in parts]
+        self._sources: list[Sequence[Tensor]] = [[_column(source, name) for name in part.names] for part in parts]
         self._shapes = [
             (columns[0].shape[1:] if part.is_wide else (len(columns),))
             for part, columns in zip(parts, self._sources, strict=True)
@@ -79,7 +80,7 @@ class ResidentLoader:
         self._dtypes = [part.dtype for part in parts]
         self.has_labels = isinstance(source, TorchDataset)
         if isinstance(source, TorchDataset):
-            self._sources.append(list(source.y.T))
+            self._sources.append([to_tensor(column) for column in source.y.T])
             self._shapes.append((source.y.shape[1],))
             self._dtypes.append(torch.float32)
         self._n_rows = len(source)
@@ -121,13 +122,13 @@ class ResidentLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def _place(self, columns: Sequence[np.ndarray], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _place(self, columns: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         where = self.device if self.is_resident else torch.device("cpu")
         pin = not self.is_resident and self.device.type == "cuda"
         out = torch.empty(self._n_rows, *shape, dtype=dtype, device=where, pin_memory=pin)
         for start in range(0, self._n_rows, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            pieces = [torch.from_numpy(np.ascontiguousarray(column[rows])).to(dtype) for column in columns]
+            pieces = [column[rows].to(dtype) for column in columns]
             out[rows].copy_(torch.stack(pieces, dim=1) if pieces[0].ndim == 1 else pieces[0])
         return out
 
@@ -165,6 +166,11 @@ class ResidentLoader:
                 _cut(self._tensors, rows, staged)
                 for buffer, part in zip(out, staged, strict=True):
                     buffer.copy_(part, non_blocking=True)
+
+
+def _column(source: PredictDataset, name: str) -> Tensor:
+    place = source.layout.where.get(name)
+    return source.wide[name] if place is None else source.blocks[place[0]][:, place[1]]
 
 
 class RowBatch:

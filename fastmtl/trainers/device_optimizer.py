@@ -85,7 +85,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
         Settings other than fused ones take no notice of it.
         """
-        self._lost = lost.float().reshape(1)
+        self._lost = lost.float()
         if self.updates is not None:
             self.updates.veto(lost)
 

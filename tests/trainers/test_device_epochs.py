@@ -1,7 +1,7 @@
 """Epochs as a GPU runs them, on the CPU: places that are filled in turn, steps run again on them, nothing waited for.
 
-A recorded step is here the step itself, run again on the same places (``Rerun``); tests/gpu/kernels has the tape and, on
-a GPU, the graphs.
+A recorded step is here the step itself, run again on the same places (``Rerun``); tests/gpu/kernels has the tape and,
+on a GPU, the graphs.
 """
 
 import copy
@@ -96,10 +96,13 @@ def batches_of(seed):
     data = TorchDataset(x, y)
     rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:50]
     weights = torch.rand(len(y), generator=torch.Generator().manual_seed(seed))
+
+    def part(rows):
+        return {name: torch.as_tensor(column[rows]) for name, column in x.items()}, torch.as_tensor(y[rows])
+
     return {
         "rows one by one": lambda: DataLoader(data, 16, shuffle=True),
-        "dicts": lambda: [({name: torch.as_tensor(c[i : i + 30]) for name, c in x.items()}, torch.as_tensor(y[i : i + 30]))
-                          for i in range(0, 101, 30)],
+        "dicts": lambda: [part(slice(i, i + 30)) for i in range(0, 101, 30)],
         "in order": lambda: ColumnLoader(data, 16),
         "a subset": lambda: ColumnLoader(Subset(data, rows), 16, shuffle=True),
         "a subset in order": lambda: ColumnLoader(Subset(data, rows), 16),
