@@ -63,6 +63,7 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 # products gain nothing from C++: the layers are the triton backend's
 expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
+task_losses = triton.task_losses
 embedding_bag_index = triton.embedding_bag_index
 advance = triton.advance
 

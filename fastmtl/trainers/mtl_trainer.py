@@ -24,7 +24,7 @@ from .arguments import library_task_type, strategy_of, writable_folder
 from .device_epoch import DeviceEpochs, epochs_of, trains_here
 from .device_scores import main_scores, outputs_on
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
-from .native_gradients import NativeGradients
+from .native_gradients import ChainGradients
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .progress import Progress
 
@@ -283,13 +283,14 @@ class MTLTrainer:
         if not self.reg_loss_fn.is_zero:
             return None
         with self._autocast():
-            gradients = NativeGradients.of(self.model, self.strategy)
+            gradients = ChainGradients.of(self.model, self.strategy)
         if gradients is None:
             return None
 
         def step(x: Mapping[str, Tensor], y: Any) -> Tensor:
+            labels = labels_of(y, gradients.model).to(self.device, non_blocking=True)
             with self._autocast():
-                losses, logits = gradients(x, labels_of(y, gradients.model))
+                losses, logits = gradients(to_device(x, self.device), labels)
             if torch.isnan(losses).any():
                 self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
             self._update()

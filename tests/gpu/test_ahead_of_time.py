@@ -33,6 +33,9 @@ LIMITS = {
     "expert_gate_sums_kernel": (64, 1),
     "expert_gate_dgrad_kernel": (248, 68),
     "expert_gate_wgrad_kernel": (248, 84),
+    "task_counts_kernel": (64, 1),
+    "task_losses_kernel": (64, 1),
+    "task_losses_sum_kernel": (32, 1),
 }
 PRODUCTS = ("expert_gate_linear_kernel", "expert_gate_dgrad_kernel", "expert_gate_wgrad_kernel")
 #: The instruction of the architecture's fastest path.

@@ -121,6 +121,11 @@ def _layer(spec: ExpertGateSpec, batch: int, precision: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def _losses(batch: int, n_tasks: int) -> None:
+    logits, labels = (torch.empty(batch, n_tasks, device="meta") for _ in range(2))
+    backend.task_losses(logits, labels, torch.empty(n_tasks, dtype=torch.bool, device="meta"), logits[0])
+
+
 def _mmoe(width: int, n_experts: int, dims: tuple[int, ...], n_tasks: int, **options: Any) -> ExpertGateSpec:
     gates = tuple(Gate(0, tuple(range(n_experts))) for _ in range(n_tasks))
     return ExpertGateSpec(width, (0,) * n_experts, dims, gates=gates, **options)
@@ -159,5 +164,6 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "mmoe census": (partial(_layer, _mmoe(139, 8, (16,), 2), 1024, "ieee"), ()),
     "mmoe dice": (partial(_layer, _mmoe(376, 4, (256, 128), 2, activation="dice"), 4096, "bf16"), ()),
     "ple level 2": (partial(_layer, _ple(1, 128, (256, 128), 4, 2, 2), 65536, "bf16"), (80, 100)),
+    "losses": (partial(_losses, 65536, 2), (80, 100)),
     "towers ali-ccp": (partial(_layer, _towers(128, (64, 32), 2), 65536, "bf16"), (80, 100)),
 }

@@ -189,3 +189,10 @@ def expert_gate_bwd(
     from .expert_gate_backward import expert_gate_bwd as run
 
     return run(grad, x, params, spec, training, saved, needs_x)
+
+
+def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastmtl.backends.native.task_losses`."""
+    from .losses import task_losses as run
+
+    return run(logits, labels, is_classification, factors)

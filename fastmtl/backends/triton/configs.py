@@ -117,6 +117,16 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """A block of batch rows, ``run`` rows a program, and how many of the pieces that they leave are added at once."""
+
+    block_b: int
+    run: int
+    pieces: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class GemmConfig:
     """Choices of expert_gate.
 
@@ -163,6 +173,11 @@ class GemmConfig:
     def softmax(self, columns: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts."""
         return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
+
+    def losses(self, n_rows: int) -> Losses:
+        """Of the tasks' losses over a batch of ``n_rows``: a program for each multiprocessor at most."""
+        block = min(512, self.cap)
+        return Losses(block, round_up(max(cdiv(n_rows, PROGRAMS), 1), block), min(128, self.cap), Warps(4))
 
     def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
