@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backend
 from ..backends.deferred import PLACES, Watch, watching
@@ -23,7 +23,7 @@ from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .evaluation import split_batch, unwrap
 from .graph_step import CudaGraphs, GraphStep, Recorder, Rerun, tell, why_plain
-from .native_gradients import is_unwatched
+from .native_gradients import ChainGradients, is_unwatched
 from .optimizer import sparse_updates
 from .progress import Progress
 from .slots import GivenBatch, Layouts, Slot, Slots
@@ -72,6 +72,7 @@ class DeviceEpochs:
         self._losses = torch.zeros(n_task, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._layouts = Layouts()
+        self._chain: ChainGradients | None = None
         self._graphs: GraphStep | None = None
         self._slots: Slots | None = None
         self._was_told = False
@@ -80,23 +81,30 @@ class DeviceEpochs:
 
     def work(self, slot: Slot) -> None:
         """Forward, losses, backward and update of the batch in ``slot``; what a graph records."""
-        with self._autocast():
-            slot.provide()
-            outputs = self.model(slot.x)
-        losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
-        lost = torch.isnan(losses.detach())
-        if isinstance(self.optimizer, DeviceOptimizer):
-            self.optimizer.veto(lost.any())
-        for p in self.model.parameters():
-            p.grad = None
-        self.strategy.backward(losses, self.penalty(self.model))
+        slot.provide()
+        if self._chain is not None:
+            with self._autocast():
+                losses, _ = self._chain(slot.x, slot.labels, self._veto)
+        else:
+            with self._autocast():
+                outputs = self.model(slot.x)
+            losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
+            self._veto(losses.detach())
+            for p in self.model.parameters():
+                p.grad = None
+            self.strategy.backward(losses, self.penalty(self.model))
         self._update()
         with torch.no_grad():
             self._count.add_(1)
             self._losses.copy_(losses)
             self._total.add_(self._losses)
             first = self.watch.found[PLACES:]
-            first.copy_(torch.where(lost & (first < 0), self._count, first))
+            first.copy_(torch.where(torch.isnan(self._losses) & (first < 0), self._count, first))
+
+    def _veto(self, losses: Tensor) -> None:
+        """A step with a loss that is NaN is to move nothing, so that one can see what was wrong before it."""
+        if isinstance(self.optimizer, DeviceOptimizer):
+            self.optimizer.veto(torch.isnan(losses).any())
 
     def step(self, slot: Slot) -> None:
         """Take the step on ``slot``, recorded or not."""
@@ -159,6 +167,8 @@ class DeviceEpochs:
             optimizer = self.optimizer if isinstance(self.optimizer, DeviceOptimizer) else None
             self._slots = Slots(self.device, self.inner, optimizer, is_ready, self.streams)
             self._graphs = None
+        with self._autocast():
+            self._chain = ChainGradients.of(self.model, self.strategy) if self.penalty.is_zero else None
         if reason:
             self._graphs = None
         else:
@@ -166,7 +176,9 @@ class DeviceEpochs:
                 self._graphs = GraphStep(self.work, self._recorder, self.model, self.optimizer, self._progress is False)
             with self._autocast():
                 precision = torch.is_autocast_enabled(self.device.type)
-            self._graphs.begin_epoch(self._slots.live(), (precision, id(self.strategy)))
+            factors = self.strategy.factors()
+            stamp = precision, self._chain is None, None if factors is None else factors.tolist()
+            self._graphs.begin_epoch(self._slots.live(), stamp, self._chain)
         return self._slots
 
     def _filled(self, slots: Slots, loader: Iterable) -> Iterator[Slot]:

@@ -73,10 +73,10 @@ class CudaGraphs:
 
 
 class _Recording:
-    """A place's recorded step, and the gradients that it leaves."""
+    """A place's recorded step, the gradients that it leaves, and what else must live as long as it does."""
 
-    def __init__(self, replay: Callable[[], None], params: list[nn.Parameter]) -> None:
-        self.replay = replay
+    def __init__(self, replay: Callable[[], None], params: list[nn.Parameter], reads: Any) -> None:
+        self.replay, self.reads = replay, reads
         self.grads = [p.grad for p in params]
 
 
@@ -104,6 +104,7 @@ class GraphStep:
         self._recordings: dict[int, tuple[Slot, _Recording]] = {}
         self._shown: _Recording | None = None
         self._fixed: Any = None
+        self._reads: Any = None
         self._stamp: Any = None
         self._failed = False
         self._steps = 0
@@ -142,16 +143,18 @@ class GraphStep:
                 tell(str(error).splitlines()[0])
             return None
         self._stamp = self._stamp_now()
-        kept = self._recordings[id(slot)] = slot, _Recording(replay, self._params)
+        kept = self._recordings[id(slot)] = slot, _Recording(replay, self._params, self._reads)
         return kept
 
-    def begin_epoch(self, live: set[int], stamp: Any) -> None:
+    def begin_epoch(self, live: set[int], stamp: Any, reads: Any = None) -> None:
         """Forget recordings of places that are gone; all of them, where what they have fixed is not so any more.
 
         Args:
             live: ids of the slots that are kept.
             stamp: changes with what the trainer has fixed.
+            reads: what holds tensors that steps of this epoch read, beside parameters, states and places.
         """
+        self._reads = reads
         self._fixed = stamp
         if self._recordings and self._stamp_now() != self._stamp:
             self._recordings.clear()

@@ -159,9 +159,9 @@ def loader_of(one, seed):
     return _held.setdefault(id(one), loader(seed))
 
 
-@pytest.mark.parametrize("change", ["decay", "frozen", "moved", "state", "precision"])
+@pytest.mark.parametrize("change", ["decay", "frozen", "moved", "state", "precision", "weights"])
 def test_what_a_recorded_step_has_fixed_is_recorded_anew(change, seed, tmp_path):
-    one = trainer(seed, tmp_path)
+    one = trainer(seed, tmp_path, adaptive_params={"method": "static", "weights": [1, 2]})
     run, data = epochs(one), loader(seed, 96)
     torch.manual_seed(seed)
     run.run(data)
@@ -175,6 +175,8 @@ def test_what_a_recorded_step_has_fixed_is_recorded_anew(change, seed, tmp_path)
         one.model.embedding.table0.data = one.model.embedding.table0.data.clone()
     elif change == "state":
         one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    elif change == "weights":
+        one.strategy.fixed[0] = 3
     else:
         torch.set_float32_matmul_precision("high")
     try:
