@@ -12,11 +12,13 @@ import torch
 from test_triton_epochs import SETTINGS, make_loader, make_model, tape, train
 
 from fastmtl import backend as backends
+from fastmtl.backends.triton import embedding_bag_backward, embedding_index
 from fastmtl.basic.features import SequenceFeature, SparseFeature
 from fastmtl.data.loader import ColumnLoader
 from fastmtl.errors import BadIdError, ConfigError
 from fastmtl.models import ESMM, MMOE
 from fastmtl.trainers import MTLTrainer, evaluate_multi_task
+from fastmtl.trainers.device_epoch import DeviceEpochs
 from fastmtl.trainers.device_optimizer import Adam
 from fastmtl.trainers.optimizer import sparse_updates
 
@@ -62,6 +64,18 @@ def test_dropout_draws_what_plain_steps_draw(seed, device, tmp_path, monkeypatch
     assert torch.equal(losses, plain)
     for name, value in weights.items():
         assert torch.equal(value, same[name]), name
+
+
+@pytest.mark.parametrize("update", ["exact", "lazy"])
+def test_a_batch_s_ids_are_sorted_once_and_ahead(update, seed, device, tmp_path, monkeypatch):
+    """For catching up and for the backward, before the step on the batch before it."""
+    events = []
+    sort, step = embedding_index.sort_rows, DeviceEpochs.step
+    monkeypatch.setattr(embedding_index, "sort_rows", lambda *a, **k: (events.append("sort"), sort(*a, **k))[1])
+    monkeypatch.setattr(embedding_bag_backward, "sort_rows", embedding_index.sort_rows)
+    monkeypatch.setattr(DeviceEpochs, "step", lambda self, slot: (events.append("step"), step(self, slot))[1])
+    train(seed, "triton", device, tmp_path, update, epochs=1)
+    assert events == ["sort", "sort", "step", "sort", "step", "sort", "step", "step"]
 
 
 def ready(seed, where, device, folder, update="exact", optimizer="adam", **more):
