@@ -18,12 +18,13 @@ from ..optim.rules import why_not
 
 #: torch's optimizers with a fused CPU and CUDA implementation: one pass over the parameters, the same rule.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-#: torch's optimizers that can train tables where they were looked up.
+#: Optimizers that can train tables where they were looked up: torch's, and one that knows no other way.
 SPARSE: dict[Any, type[optim.TableOptimizer]] = {
     torch.optim.Adam: optim.Adam,
     torch.optim.AdamW: optim.AdamW,
     torch.optim.SGD: optim.SGD,
     torch.optim.Adagrad: optim.Adagrad,
+    optim.RowwiseAdagrad: optim.RowwiseAdagrad,
 }
 #: Embedding parameters from which sparse updates are cheaper than dense ones.
 LARGE_TABLES = 4_000_000
@@ -69,11 +70,16 @@ def make_table_optimizer(
         The optimizer; None where the tables are small and nothing was asked for.
 
     Raises:
-        ConfigError: ``embedding_update`` was asked for and is not possible; the message says why.
+        ConfigError: ``embedding_update``, or an optimizer for tables only, was asked for and is not possible; the
+            message says why.
     """
     reason = _why_dense(optimizer_fn, settings, tables)
     if reason and embedding_update is not None:
         raise ConfigError(f"embedding_update {embedding_update!r} is not possible: {reason}")
+    if optimizer_fn is optim.RowwiseAdagrad:
+        if reason:
+            raise ConfigError(f"RowwiseAdagrad is not possible: {reason}")
+        embedding_update = embedding_update or "exact"
     is_large = sum(table.numel() for table in tables) >= LARGE_TABLES
     if reason or (embedding_update is None and not is_large):
         return None
@@ -106,7 +112,7 @@ def _why_dense(
 ) -> str | None:
     """Why the tables can't be updated sparsely; None: they can."""
     if optimizer_fn not in SPARSE:
-        return f"only {', '.join(sorted(fn.__name__ for fn in SPARSE))} of torch.optim have a sparse form"
+        return f"only {', '.join(sorted(fn.__name__ for fn in FUSED))} of torch.optim have a sparse form"
     if not tables:
         return "no table is trained"
     if any(table.dtype != torch.float32 or table.device.type != "cpu" for table in tables):
