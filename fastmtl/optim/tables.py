@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends import native
 from ..errors import BackendError, ConfigError
 from ..spec import EmbeddingSpec
-from .dense import DenseStep, prepare_state
+from .dense import DenseStep, prepare_state, unhooked
 from .rules import FIELDS, rule_of, step_numbers, why_not
 
 #: Steps that a row may miss before it is made current: the sweep reads and writes 1 / MOST_MISSED of a table a step.
@@ -148,12 +148,8 @@ class TableOptimizer(torch.optim.Optimizer):
     def _dense_step(self) -> None:
         if self._dense.take():
             return
-        # the class's own step, without the hooks that torch puts around every class's: they run around ours
         step: Any = super().step
-        step = step.__func__
-        while getattr(step, "hooked", False):
-            step = step.__wrapped__
-        step(self)
+        unhooked(step)(self)
 
     @torch.no_grad()
     def _sparse_step(self, pending: _Pending, group: dict[str, Any]) -> None:

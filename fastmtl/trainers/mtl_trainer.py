@@ -21,6 +21,7 @@ from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
 from .arguments import library_task_type, strategy_of, writable_folder
+from .device_epoch import DeviceEpochs, trains_here
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
 from .native_gradients import ChainGradients
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
@@ -162,6 +163,7 @@ class MTLTrainer:
         if self.scheduler_fn is not None:
             self.scheduler = self.scheduler_fn(self.optimizer, **self.scheduler_params)
         self._task_rates: TaskLearningRates | None = None
+        self._epochs: DeviceEpochs | None = None
         self._is_ready = True
 
     def _table_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -178,7 +180,8 @@ class MTLTrainer:
                 )
             return None
         tables = [table for table in inner.embedding.parameters() if table.requires_grad]
-        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked)
+        features = inner.embedding.features
+        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked, features)
 
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
@@ -230,6 +233,9 @@ class MTLTrainer:
         """
         self._ready(data_loader)
         self.model.train()
+        if trains_here(self.model, self.device):
+            losses, self._rows_seen = self._on_device().run(data_loader)
+            return losses
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
         bar = Progress(data_loader, "train", self.progress)
@@ -248,6 +254,15 @@ class MTLTrainer:
             raise BadDataError("the training loader has no rows")
         self._rows_seen = rows
         return (total / batches).tolist()
+
+    def _on_device(self) -> DeviceEpochs:
+        """Epochs on a GPU."""
+        if self._epochs is None:
+            self._epochs = DeviceEpochs(
+                self.model, self.strategy, self.optimizer, self.reg_loss_fn, self._update, self._autocast,
+                self.device, self.progress,
+            )  # fmt: skip
+        return self._epochs
 
     def _step(self, x: Mapping[str, Tensor], y: Any) -> Tensor:
         """One update; returns the losses ``[T]``, detached."""

@@ -48,7 +48,7 @@ class ChainGradients:
         """For a bare model that nobody watches, on backends that bring their own backward, and losses summed with
         fixed factors."""
         factors = strategy.factors()
-        if factors is None or type(strategy).backward is not Strategy.backward or not _is_plain(model):
+        if factors is None or type(strategy).backward is not Strategy.backward or not is_unwatched(model):
             return None
         chain = cast(MTLModel, model)
         banks = _chain(chain)
@@ -127,7 +127,7 @@ def _chain(model: MTLModel) -> list[ExpertGate]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_plain(model: nn.Module) -> bool:
+def is_unwatched(model: nn.Module) -> bool:
     """Whether it is a model of ours, whose parts nobody has wrapped, changed or hooked into."""
     if not isinstance(model, MTLModel) or type(model).forward is not MTLModel.forward or torch.is_anomaly_enabled():
         return False

@@ -79,9 +79,10 @@ def train_sparsely(
 
 def train_densely(
     optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter], gradients: Gradients, steps: range
-) -> None:
-    """The same with dense gradients."""
+) -> list[Tensor]:
+    """The same with dense gradients; returns each row's largest number along the way, ``[V, 1]`` a table."""
     rate = optimizer.defaults["lr"]
+    peaks = [peak_of(table) for table in tables]
     for step in steps:
         for number, table in enumerate(tables):
             rows, values = gradients.at(step, number)
@@ -90,3 +91,23 @@ def train_densely(
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step)
         optimizer.step()
+        peaks = [torch.maximum(peak, peak_of(table)) for peak, table in zip(peaks, tables, strict=True)]
+    return peaks
+
+
+def peak_of(table: Tensor) -> Tensor:
+    """``[V, 1]``: the largest size in each row."""
+    return table.detach().abs().amax(dim=1, keepdim=True)
+
+
+def assert_same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """Equal, number by number."""
+    for p, q in zip(one, other, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(one: Sequence[Tensor], other: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
+    """Within 1e-6 of the largest number that the row held along the way: the present one may just cross zero."""
+    for p, q, peak in zip(one, other, peaks, strict=True):
+        difference = (p.detach() - q.detach()).abs()
+        assert (difference <= 1e-6 * peak).all(), f"off by {float((difference / peak).nan_to_num().max()):.1e}"
