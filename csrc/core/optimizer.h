@@ -51,6 +51,8 @@ struct Table {
   int64_t rows, dim;
 };
 
+struct Waits;  // core/optimizer_waiting.h
+
 struct OptimizerKernels {
   // Brings rows[begin, end), or without a list the rows begin .. end - 1 themselves, to step `upto`, with gradients of
   // zero. False: a row lags behind the history.
@@ -63,6 +65,10 @@ struct OptimizerKernels {
 
   // Takes a step with the gradients of n neighbouring numbers, rows or not.
   void (*dense)(int64_t rule, const Step& step, float* p, const float* grad, float* first, float* second, int64_t n);
+
+  // Brings rows, as for replay, to the newest of the steps that they wait for, by Adam's or AdamW's closed form: not to
+  // the bits of a replay. False: a row waits for longer than that.
+  bool (*close)(const Table& table, const Waits& waits, const int64_t* rows, int64_t begin, int64_t end);
 };
 
 // The kernels as built for one instruction set.

@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "core/optimizer.h"
+#include "core/optimizer_closed.h"
 #include "core/optimizer_lanes.h"
 #include "core/optimizer_quick.h"
+#include "core/optimizer_rows.h"
 
 namespace fastmtl::FASTMTL_ISA {
 namespace {
@@ -112,15 +114,6 @@ class Tile {
   int64_t stride() const { return (capacity * padded + kLine - 1) / kLine * kLine + 13 * kLine; }
 };
 
-[[gnu::always_inline]] inline void prefetch(const Table& t, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(float), kLines = 4;
-  for (int64_t d = 0; d < std::min(t.dim, kLines * kLine); d += kLine) {
-    __builtin_prefetch(t.p + row * t.dim + d, 1);
-    if (t.first) __builtin_prefetch(t.first + row * t.dim + d, 1);
-    if (t.second) __builtin_prefetch(t.second + row * t.dim + d, 1);
-  }
-}
-
 // The rows that a tile takes next, those that missed most first.
 struct Pick {
   std::array<int64_t, Tile::kMost> rows, lags;
@@ -178,13 +171,6 @@ class Picker {
   const int64_t* rows_;
   int64_t at_, end_, upto_;
 };
-
-bool all_zero(const float* x, int64_t n) {
-  bool zero = n == 0 || x[0] == 0.0f;  // mostly that settles it
-  if (!zero) return false;
-  for (int64_t d = 0; d < n; ++d) zero &= x[d] == 0.0f;
-  return zero;
-}
 
 // A row that no step moves: no gradient, no L2 term, no memory of gradients. Only an average fades, or weights shrink.
 template <Rule R>
@@ -417,7 +403,7 @@ void dense(int64_t rule, const Step& step, float* p, const float* grad, float* f
 }  // namespace
 
 const OptimizerKernels& optimizer_kernels() {
-  static const OptimizerKernels table = {replay, apply, dense};
+  static const OptimizerKernels table = {replay, apply, dense, close_rows};
   return table;
 }
 

@@ -9,6 +9,7 @@
 #endif
 
 #include "core/kernels.h"
+#include "core/optimizer_waiting.h"
 #include "cpu/tensors.h"
 
 namespace fastmtl::cpu {
@@ -51,6 +52,15 @@ History checked_history(const Tensor& steps, int64_t begin) {
   // a row keeps its step in 32 bits
   STD_TORCH_CHECK(begin >= 0 && begin <= INT32_MAX - steps.size(0), "the steps ", begin, " and on are out of range");
   return {reinterpret_cast<const Step*>(steps.const_data_ptr<float>()), begin, begin + steps.size(0)};
+}
+
+Step step_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kStepFields, "a step has ", kStepFields, " numbers");
+  float fields[kStepFields];
+  for (size_t k = 0; k < numbers.size(); ++k) fields[k] = static_cast<float>(numbers[k]);
+  Step step;
+  std::memcpy(&step, fields, sizeof(step));
+  return step;
 }
 
 // Ascending and in the table: no two threads write the same row, and none writes elsewhere.
@@ -119,6 +129,38 @@ void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+void check_waits(const Tensor& waits, int64_t n) {
+  check_cpu(waits, ScalarType::Double, 2, "waits");
+  STD_TORCH_CHECK(waits.is_contiguous() && waits.size(1) == kWaitFields, "waits must be [n, ", kWaitFields, "]");
+  STD_TORCH_CHECK(n >= 1 && n <= waits.size(0), "there are no ", n, " of ", waits.size(0), " waits");
+}
+
+// Makes waits[0] the step at which every row is current.
+void table_wait_from(const Tensor& waits) {
+  check_waits(waits, 1);
+  *reinterpret_cast<Wait*>(waits.mutable_data_ptr<double>()) = wait_from_here();
+}
+
+// Takes note, in waits[n], of the step with these numbers; returns the first of the waits that go on.
+int64_t table_wait(const Tensor& waits, int64_t n, int64_t front, std::vector<double> numbers) {
+  check_waits(waits, n + 1);
+  STD_TORCH_CHECK(n >= 1 && front >= 0 && front <= n, "there is no wait ", front, " of ", n);
+  return wait_a_step(reinterpret_cast<Wait*>(waits.mutable_data_ptr<double>()), n, front, step_of(numbers));
+}
+
+// Brings the rows (without a list: all) to the newest of n waits, the first of which is step `first_step`.
+void table_close(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& waits,
+                 int64_t n, int64_t first_step, std::optional<Tensor> rows) {
+  STD_TORCH_CHECK(rule == kAdam || rule == kAdamW, "rule ", rule, " has no closed form");
+  const Table table = checked_table(p, states, last, rule);
+  check_waits(waits, n);
+  STD_TORCH_CHECK(first_step >= 0 && first_step <= INT32_MAX - n, "the steps ", first_step, " and on are out of range");
+  const Waits all = {reinterpret_cast<const Wait*>(waits.const_data_ptr<double>()), first_step, n};
+  const int64_t* listed = rows ? checked_rows(*rows, table.rows) : nullptr;
+  all_reached(0, rows ? rows->size(0) : table.rows,
+              [&](int64_t from, int64_t to) { return kernels().close(table, all, listed, from, to); });
+}
+
 // Asks for huge pages where the tensors lie, for those of many megabytes: rows that are read in no order then find
 // their address in the processor's table of pages. Nothing but time depends on it, so that a refusal is no error.
 void in_huge_pages(std::vector<Tensor> tensors) {
@@ -161,7 +203,7 @@ bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   STD_TORCH_CHECK(grads.size() == n && states.size() == n * static_cast<size_t>(states_of(rule)) &&
                       (counters.empty() || counters.size() == n),
                   "each parameter must have a gradient, ", states_of(rule), " states and a counter");
-  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kStepFields, "a step has ", kStepFields, " numbers");
+  const Step step = step_of(numbers);
   const auto data = [&](const Tensor& tensor, int64_t size, const char* name) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
                         tensor.numel() == size,
@@ -189,10 +231,6 @@ bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   }
   for (float* count : counts) *count = static_cast<float>(number);
 
-  float fields[kStepFields];
-  for (int64_t k = 0; k < kStepFields; ++k) fields[k] = static_cast<float>(numbers[static_cast<size_t>(k)]);
-  Step step;
-  std::memcpy(&step, fields, sizeof(step));
   const OptimizerKernels& use = kernels();
   // small tensors make small chunks: how many threads there is work for depends on the numbers
   const int64_t grain = std::max<int64_t>(1, chunks / std::max<int64_t>(1, total / kGrainNumbers));
@@ -221,6 +259,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "table_step(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor rows, Tensor grads, bool lazily, int begin, int end) -> ()");
+  m.def("table_wait_from(Tensor(a!) waits) -> ()");
+  m.def("table_wait(Tensor(a!) waits, int n, int front, float[] numbers) -> int");
+  m.def(
+      "table_close(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor waits, int n, int first_step, "
+      "Tensor? rows) -> ()");
   m.def("in_huge_pages(Tensor[] tensors) -> ()");
 }
 
@@ -228,6 +271,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("dense_step", TORCH_BOX(&dense_step));
   m.impl("table_replay", TORCH_BOX(&table_replay));
   m.impl("table_step", TORCH_BOX(&table_step));
+  m.impl("table_wait_from", TORCH_BOX(&table_wait_from));
+  m.impl("table_wait", TORCH_BOX(&table_wait));
+  m.impl("table_close", TORCH_BOX(&table_close));
   m.impl("in_huge_pages", TORCH_BOX(&in_huge_pages));
 }
 

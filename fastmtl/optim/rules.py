@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,3 +82,16 @@ def step_numbers(rule: Rule, group: Mapping[str, Any], number: float, is_first: 
         if is_first:
             step |= {"keep": 0.0, "fresh": 1.0}
     return [step[field] for field in FIELDS]
+
+
+def has_closed_form(name: str, numbers: Sequence[float]) -> bool:
+    """Whether what a step with these :data:`FIELDS` does to a row without a gradient is summed up in closed form.
+
+    Adam without decay and AdamW are, unless the steps' shares of a gradient fade too slowly to count them: by
+    ``beta1 / sqrt(beta2)`` a step, which for torch's defaults is 0.9.
+    """
+    step = dict(zip(FIELDS, numbers, strict=True))
+    if name not in ("adam", "adamw") or step["l2"] or step["shrink"] <= 0:
+        return False
+    fade = (1 - step["fresh"]) / step["keep"] ** 0.5 / step["shrink"]
+    return fade <= 0.98 and step["eps"] >= 1e-20
