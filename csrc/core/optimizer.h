@@ -21,6 +21,8 @@ namespace fastmtl {
 
 // In the order of fastmtl.optim.rules.RULES.
 enum Rule : int64_t { kSgd = 0, kMomentum, kNesterov, kAdam, kAdamW, kAdagrad, kRules };
+// Behind torch's: of tables only.
+constexpr int kRowwiseAdagrad = kRules;
 
 // Numbers of state a rule keeps for each weight.
 inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam || rule == kAdamW ? 2 : 1; }
@@ -34,6 +36,7 @@ inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam
 //              p += neg_lr * first / (sqrt(second) / root + eps)
 //   AdamW      p *= shrink, then Adam
 //   Adagrad    first += g * g;  p += neg_lr * g / (sqrt(first) + eps)
+//   row-wise   first += mean of g * g over the row;  likewise
 struct Step {
   float l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr;
 };
@@ -46,7 +49,7 @@ struct History {
 };
 
 struct Table {
-  float *p, *first, *second;  // first, second: null where the rule has no such state
+  float *p, *first, *second;  // null where the rule has no such state; first is [rows] for the row-wise rule
   int32_t* last;
   int64_t rows, dim;
 };

@@ -11,6 +11,7 @@
 #include "core/optimizer_lanes.h"
 #include "core/optimizer_quick.h"
 #include "core/optimizer_rows.h"
+#include "core/optimizer_rowwise.h"
 
 namespace fastmtl::FASTMTL_ISA {
 namespace {
@@ -356,6 +357,8 @@ bool replay(int64_t rule, const Table& t, const History& history, const int64_t*
       return replay_rule<kMomentum>(t, history, rows, begin, end, upto);
     case kNesterov:
       return replay_rule<kNesterov>(t, history, rows, begin, end, upto);
+    case kRowwiseAdagrad:
+      return rowwise_replay(t, history, rows, begin, end, upto);
     case kAdam:
       return replay_rule<kAdam>(t, history, rows, begin, end, upto);
     case kAdamW:
@@ -374,6 +377,8 @@ void apply(int64_t rule, const Table& t, const Step& step, int64_t number, const
       return apply_rule<kMomentum>(t, step, number, rows, grads, begin, end);
     case kNesterov:
       return apply_rule<kNesterov>(t, step, number, rows, grads, begin, end);
+    case kRowwiseAdagrad:
+      return rowwise_apply(t, step, number, rows, grads, begin, end);
     case kAdam:
       return apply_rule<kAdam>(t, step, number, rows, grads, begin, end);
     case kAdamW:

@@ -30,16 +30,18 @@ Table checked_table(const Tensor& p, const std::vector<Tensor>& states, const Te
   check_cpu(p, ScalarType::Float, 2, "table");
   check_cpu(last, ScalarType::Int, 1, "last");
   STD_TORCH_CHECK(p.size(1) >= 1, "a table must have at least one column");
-  STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
+  const bool row_wise = rule == kRowwiseAdagrad;
+  STD_TORCH_CHECK(rule >= 0 && (rule < kRules || row_wise), "there is no rule ", rule);
   STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == states_of(rule), "rule ", rule, " has ", states_of(rule),
                   " states, not ", states.size());
   STD_TORCH_CHECK(p.is_contiguous() && last.is_contiguous() && last.size(0) == p.size(0),
                   "last must have an entry for each row of the table");
   float* state[2] = {nullptr, nullptr};
   for (size_t i = 0; i < states.size(); ++i) {
-    check_cpu(states[i], ScalarType::Float, 2, "state");
-    STD_TORCH_CHECK(states[i].is_contiguous() && states[i].size(0) == p.size(0) && states[i].size(1) == p.size(1),
-                    "a state must have the shape of its table");
+    check_cpu(states[i], ScalarType::Float, row_wise ? 1 : 2, "state");
+    STD_TORCH_CHECK(
+        states[i].is_contiguous() && states[i].size(0) == p.size(0) && (row_wise || states[i].size(1) == p.size(1)),
+        "a state must have the shape of its table, or where it is row-wise an entry for each row");
     state[i] = states[i].mutable_data_ptr<float>();
   }
   return {p.mutable_data_ptr<float>(), state[0], state[1], last.mutable_data_ptr<int32_t>(), p.size(0), p.size(1)};

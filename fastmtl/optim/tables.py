@@ -12,7 +12,7 @@ from ..backends import native
 from ..errors import BackendError, ConfigError
 from ..spec import EmbeddingSpec
 from .dense import DenseStep, prepare_state, unhooked
-from .rules import Rule, rule_of, step_numbers, why_not
+from .rules import ROWWISE_ADAGRAD, Rule, rule_of, step_numbers, why_not
 from .waiting import Waiting, waiting
 
 
@@ -67,6 +67,8 @@ class TableOptimizer(torch.optim.Optimizer):
 
     _pending: dict[nn.Parameter, _Pending]
     _dense: DenseStep
+    #: Whether torch's step can take a table's dense gradient; else that too is taken by rows.
+    _takes_dense_tables = True
 
     def __init__(
         self,
@@ -107,6 +109,9 @@ class TableOptimizer(torch.optim.Optimizer):
         if not self._pending:
             self._dense_step()
             return loss
+        for table in self._pending:
+            if not self._takes_dense_tables and table.grad is not None and not table.grad.is_sparse:
+                table.grad = table.grad.to_sparse(1)
         sparse = [table for table in self._pending if table.grad is not None and table.grad.is_sparse]
         dense = [table for table in self._pending if table.grad is not None and not table.grad.is_sparse]
         for table in dense:
@@ -127,6 +132,9 @@ class TableOptimizer(torch.optim.Optimizer):
             self._pending[table].restart(self._pending[table].now + 1)
         return loss
 
+    def _table_rule(self, group: dict[str, Any]) -> Rule:
+        return rule_of(self, group)
+
     def _dense_step(self) -> None:
         if self._dense.take():
             return
@@ -135,7 +143,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _sparse_step(self, pending: _Pending, group: dict[str, Any]) -> None:
-        table, rule = pending.table, rule_of(self, group)
+        table, rule = pending.table, self._table_rule(group)
         rows, values = _rows_of(table.grad)
         state = self.state[table]
         is_first = prepare_state(self, table, rule)
@@ -247,3 +255,46 @@ class SGD(TableOptimizer, torch.optim.SGD):
 
 class Adagrad(TableOptimizer, torch.optim.Adagrad):
     """torch.optim.Adagrad, tables at sparse cost."""
+
+
+class RowwiseAdagrad(TableOptimizer, torch.optim.Adagrad):
+    """Adagrad with one number of state for a table's row, the mean square of its gradients: another rule than
+    Adagrad's, with 1 / D of its memory. All other parameters are Adagrad's.
+
+    Args:
+        params, *args, **settings: as for torch.optim.Adagrad; see :class:`TableOptimizer`.
+        tables: at least one. Their ``state["sum"]`` is ``[V]``.
+
+    Raises:
+        ConfigError: no tables.
+
+    Source: the row-wise rule of DLRM's trainers (Mudigere et al., ISCA'22) and of FBGEMM.
+    """
+
+    _takes_dense_tables = False
+
+    def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
+        super().__init__(params, *args, tables=tables, **settings)
+        if not tables:
+            raise ConfigError(
+                "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
+                "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
+            )
+        start = self.defaults["initial_accumulator_value"]
+        for table in tables:
+            self.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32)
+
+    def _table_rule(self, group: dict[str, Any]) -> Rule:
+        return Rule(ROWWISE_ADAGRAD, ("sum",), False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this class; another's raises ConfigError."""
+        super().load_state_dict(state_dict)
+        for table in self.tables:
+            found = self.state.get(table, {}).get("sum")
+            if found is None or found.shape != (len(table),):
+                shape = None if found is None else list(found.shape)
+                raise ConfigError(
+                    f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
+                    f"a checkpoint of another optimizer does not fit"
+                )

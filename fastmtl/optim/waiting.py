@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rules import FIELDS, RULES, has_closed_form
+from .rules import FIELDS, has_closed_form
 
 #: Steps that a row may miss where they are replayed: the sweep reads and writes 1 / MOST_MISSED of a table a step.
 MOST_MISSED = 32
@@ -25,8 +25,7 @@ class Waiting(ABC):
 
     Args:
         table: ``[V, D]`` float32, contiguous.
-        states: the rule's, of the table's shape.
-        rule: place in :data:`fastmtl.optim.rules.RULES`.
+        states, rule: as :class:`fastmtl.optim.rules.Rule` says.
         now: the step at which every row is current.
         last: ``[V]`` int32, which this object fills.
     """
@@ -82,7 +81,7 @@ class Replays(Waiting):
         self.next_row = 0  # of the sweep
 
     def _takes(self, numbers: Sequence[float]) -> bool:
-        return not has_closed_form(RULES[self.rule], numbers)
+        return not has_closed_form(self.rule, numbers)
 
     def step(self, numbers: list[float], rows: Tensor, values: Tensor, is_still: bool) -> None:
         if self.now + 1 - self.begin == _KEPT:
@@ -135,7 +134,7 @@ class Sums(Waiting):
         torch.ops.fastmtl.table_wait_from(self.waits)
 
     def _takes(self, numbers: Sequence[float]) -> bool:
-        return has_closed_form(RULES[self.rule], numbers)
+        return has_closed_form(self.rule, numbers)
 
     def step(self, numbers: list[float], rows: Tensor, values: Tensor, is_still: bool) -> None:
         if is_still:
@@ -168,5 +167,5 @@ def waiting(
     table: Tensor, states: Sequence[Tensor], rule: int, numbers: Sequence[float], now: int, last: Tensor
 ) -> Waiting:
     """How the rows of a table wait whose next step has these numbers; arguments as for :class:`Waiting`."""
-    kind = Sums if has_closed_form(RULES[rule], numbers) else Replays
+    kind = Sums if has_closed_form(rule, numbers) else Replays
     return kind(table, states, rule, now, last)

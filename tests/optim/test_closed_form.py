@@ -60,7 +60,7 @@ def test_any_wait_is_summed_up(rule, seed):
     for _ in range(6):
         rows, dim, n = rng.choice((1, 40)), rng.choice((1, 5, 16, 33)), rng.choice((1, 3, 40, 300, 2000))
         numbers = steps_of(rng, rule, n)
-        assert has_closed_form(rule, numbers[0])
+        assert has_closed_form(RULES.index(rule), numbers[0])
         p = torch.randn(rows, dim, generator=generator) * (torch.rand(rows, 1, generator=generator) < 0.5)
         size = 10 ** (-10 * torch.rand(rows, 1, generator=generator))
         m = torch.randn(rows, dim, generator=generator) * size
