@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..optim.dense import unhooked
+from ..optim.rules import Rule
+from ..optim.tables import ROWWISE_RULE, check_row_sums, make_row_sums
 from ..spec import EmbeddingSpec
 from .device_tables import DeviceTables
 
@@ -35,6 +37,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
         ConfigError: tables with settings that have no sparse form.
     """
 
+    #: The tables' rule; None: that of torch's class.
+    _table_rule: Rule | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -49,7 +54,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._set_up(tables, embedding_update == "lazy")
 
     def _set_up(self, tables: Sequence[nn.Parameter], is_lazy: bool) -> None:
-        self.updates = DeviceTables.of(self, tables, is_lazy) if tables else None
+        self.updates = DeviceTables.of(self, tables, is_lazy, self._table_rule) if tables else None
         self._is_lazy = is_lazy
         self._rates: list[tuple[float, Tensor]] = []
         self._has_begun = False
@@ -111,15 +116,19 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self._has_begun:
             self.begin()
-        dense = any(table.grad is not None for table in self.tables)
-        if dense and self.updates is not None:
-            self.updates.before_dense_step()
+        dense = [(table, table.grad) for table in self.tables if table.grad is not None]
+        for table, _ in dense:  # of a backward that was not told of the step
+            assert self.updates is not None
+            self.updates.take(table)
+            table.grad = None
         own: Any = super().step
-        with self._on_device():
-            unhooked(own)(self)
-        if dense and self.updates is not None:
-            self.updates.restart(self.updates.now)
-        elif self.updates is not None:
+        try:
+            with self._on_device():
+                unhooked(own)(self)
+        finally:
+            for table, grad in dense:
+                table.grad = grad
+        if self.updates is not None:
             self.updates.sweep()
         self._has_begun = False
         return loss
@@ -224,3 +233,18 @@ class SGD(DeviceOptimizer, torch.optim.SGD):
 
 class Adagrad(DeviceOptimizer, torch.optim.Adagrad):
     """torch.optim.Adagrad for captured steps."""
+
+
+class RowwiseAdagrad(DeviceOptimizer, torch.optim.Adagrad):
+    """fastmtl.optim.RowwiseAdagrad for captured steps: Adagrad with one number of state for a table's row."""
+
+    _table_rule = ROWWISE_RULE
+
+    def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
+        super().__init__(params, *args, tables=tables, **settings)
+        make_row_sums(self, tables)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this class or the CPU's; another's raises ConfigError."""
+        super().load_state_dict(state_dict)
+        check_row_sums(self, self.tables)

@@ -146,6 +146,13 @@ def embedding_bag_index(
     return run(ids, columns, spec, shapes, needs, out)
 
 
+def table_step(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.table_step`."""
+    from .optimizer import table_step as run
+
+    run(*arguments)
+
+
 def table_catch_up(*arguments: Any) -> None:
     """See :func:`fastmtl.backends.triton.optimizer.table_catch_up`."""
     from .optimizer import table_catch_up as run
