@@ -65,6 +65,7 @@ expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
 task_losses = triton.task_losses
 advance = triton.advance
+note_losses = triton.note_losses
 
 
 def embedding_bag_fwd(

@@ -59,6 +59,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._rates: list[tuple[float, Tensor]] = []
         self._has_begun = False
         self._lost: Tensor | None = None
+        self._may_be_vetoed = False
         self._warned_capturable_if_run_uncaptured = True  # which is what is meant
 
     @property
@@ -84,15 +85,16 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self.updates.advance()
         self._has_begun = True
 
-    def veto(self, lost: Tensor) -> None:
-        """Have the step under way move nothing where ``lost`` (one bool on the device) is true: its loss is NaN, and so
-        will be its gradients. Called between forward and backward.
+    def veto_places(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where a step under way is vetoed between forward and backward, when its loss is NaN and so will be its
+        gradients: a float32 that becomes 1 (else 0); where there are tables, see :meth:`DeviceTables.clock_and_step`.
 
         Settings other than fused ones take no notice of it.
         """
-        self._lost = lost.float()
-        if self.updates is not None:
-            self.updates.veto(lost)
+        self._may_be_vetoed = True
+        if self._lost is None:
+            self._lost = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        return (self._lost, None, None) if self.updates is None else (self._lost, *self.updates.clock_and_step())
 
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
@@ -144,12 +146,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 group["fused"] = True
             if "capturable" in group:
                 group["capturable"] = True
-        if self._lost is not None and all(group.get("fused") for group in self.param_groups):
+        if self._may_be_vetoed and all(group.get("fused") for group in self.param_groups):
             self.found_inf = self._lost
         try:
             yield
         finally:
-            self.found_inf = self._lost = None
+            self.found_inf, self._may_be_vetoed = None, False
             for group, held in zip(self.param_groups, before, strict=True):
                 for name, value in held.items():
                     group[name] = value

@@ -120,7 +120,7 @@ class DeviceTables:
             self._is_still = is_still
         self.now += 1
         numbers = step_numbers(self._rule, self._group, float(self.now), any(were_made))
-        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers)
+        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
         self._was_looked_up = self._is_current = False
 
     def index(
@@ -181,12 +181,12 @@ class DeviceTables:
                         p, states, last, self._rule.number, self._ring, 1, rows, -1, self._clock
                     )
             found.append(Update(p, states, last, self._rule.number, self._step, self._now, rows))
-        self._now.copy_(self._clock)
         return found
 
-    def veto(self, lost: Tensor) -> None:
-        """Have the backward that follows move nothing where ``lost`` (one bool on the device) is true."""
-        self._now.copy_(torch.where(lost, -1, self._clock))
+    def clock_and_step(self) -> tuple[Tensor, Tensor]:
+        """``[1]`` int32 on the device each: the number of the step under way, and that of the step which the backward
+        takes. Writing -1 there between forward and backward makes it move nothing."""
+        return self._clock, self._now
 
     @torch.no_grad()
     def take(self, p: nn.Parameter) -> None:

@@ -3,7 +3,7 @@ CPU, see ../test_cuda_on_cpu.py.)"""
 
 import pytest
 import torch
-from test_triton_epochs import train
+from trainer_cases import train
 from triton_cases import check, random_lookup
 
 from fastmtl.backends import cuda, eager, triton, updates

@@ -1,6 +1,6 @@
 """MTLTrainer on a GPU: every way to update tables, checkpoints that go both ways, errors told later, scores.
 
-See test_triton_epochs.py for what stands in for graphs without one.
+Without one, what stands in for graphs is tape.py.
 """
 
 import copy
@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_triton_epochs import SETTINGS, make_loader, make_model, tape, train
+from trainer_cases import SETTINGS, make_loader, make_model, train
 
 from fastmtl import backend as backends
 from fastmtl.backends.triton import embedding_bag_backward, embedding_index
@@ -22,7 +22,6 @@ from fastmtl.trainers.device_epoch import DeviceEpochs
 from fastmtl.trainers.device_optimizer import Adam, RowwiseAdagrad
 from fastmtl.trainers.optimizer import sparse_updates
 
-__all__ = ["tape"]
 TABLE = "embedding.embed_dict.user.weight"
 
 
