@@ -48,8 +48,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     A table's sparse gradient updates the rows it names. All other rows, which a dense optimizer would move too (by
     momentum, by weight decay), wait: :meth:`catch_up` makes them current before they are read, a sweep through the
-    table after a few steps where they can't be summed up, :meth:`flush` at once. ``state`` and ``state_dict`` are
-    torch's. Gradients wait as well: their values must not be written to after :meth:`step`.
+    table after :data:`MOST_MISSED` steps, :meth:`flush` at once. ``state`` and ``state_dict`` are torch's.
 
     Args:
         params: as in torch; the tables among them.
