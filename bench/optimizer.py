@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bench.shapes import ALI_CCP
 from fastmtl import optim
 from fastmtl.backends import native
-from fastmtl.optim.waiting import MOST_MISSED
+from fastmtl.optim.waiting import MOST_MISSED, Replays
 from fastmtl.spec import Bag, EmbeddingSpec
 
 #: name -> (class in torch.optim and fastmtl.optim, settings)
@@ -144,7 +144,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     weights = run.table.numel()
     row = 4 * run.table.shape[1]
-    moved = 6 * 4 * weights / MOST_MISSED + median["rows"] * (6 * row + 6 * row + row)
+    sweeps = isinstance(run.ours._pending[run.table].waiting, Replays)
+    moved = 6 * 4 * weights / MOST_MISSED * sweeps + median["rows"] * (6 * row + 6 * row + row)
     result = {
         "difference": difference,
         "fused_ms": median["fused"],

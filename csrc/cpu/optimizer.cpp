@@ -15,7 +15,8 @@
 namespace fastmtl::cpu {
 namespace {
 
-constexpr int64_t kGrainRows = 512;  // rows a thread must have to be worth waking
+constexpr int64_t kGrainRows = 512;   // rows a thread must have to be worth waking
+constexpr int64_t kShareRows = 1024;  // that it takes at once
 
 const OptimizerKernels& kernels() {
 #ifdef FASTMTL_X86
@@ -78,12 +79,21 @@ const int64_t* checked_rows(const Tensor& rows, int64_t height) {
   return data;
 }
 
-// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough.
+// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough. A thread takes
+// the next share when it is through with one: rows differ in the steps they missed, and processors in who else wants
+// them.
 template <class F>
 void all_reached(int64_t begin, int64_t end, const F& f) {
   bool reached = true;  // only ever cleared, so that threads may race to do so
-  torch::stable::parallel_for(begin, end, kGrainRows, [&](int64_t from, int64_t to) {
-    if (!f(from, to)) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+  int64_t next = begin;
+  const int64_t most = (end - begin + kGrainRows - 1) / kGrainRows;
+  const int64_t threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(1, most));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t from = __atomic_fetch_add(&next, kShareRows, __ATOMIC_RELAXED);
+      if (from >= end) return;
+      if (!f(from, std::min(from + kShareRows, end))) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+    }
   });
   STD_TORCH_CHECK(reached, "a row missed more steps than were kept");
 }
