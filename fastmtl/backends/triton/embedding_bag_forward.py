@@ -22,6 +22,7 @@ from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch, round_up
 from .precision import autocast_dtype
 
+
 @triton.jit
 def resolve(ids, vocab, n_pads, pad0, pad1, oov):
     """The table row of each id (-1: counts as nothing), and whether the id is refused."""
