@@ -32,7 +32,7 @@ LIMITS = {
     "expert_gate_softmax_kernel": (128, 1),
     "expert_gate_sums_kernel": (64, 1),
     "expert_gate_dgrad_kernel": (248, 68),
-    "expert_gate_wgrad_kernel": (248, 84),
+    "expert_gate_wgrad_kernel": (255, 99),
     "expert_gate_folded_kernel": (255, 225),
     "task_counts_kernel": (64, 1),
     "task_losses_kernel": (64, 1),

@@ -161,19 +161,20 @@ class GemmConfig:
         k = 64 if precision == "bf16" and not rebuilt else 32
         return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
 
-    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool) -> Gemm:
+    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool, tight: bool = False) -> Gemm:
         """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch; ``dropped``: through a
-        dropout, which takes registers."""
+        dropout; ``tight``: D is rebuilt on Ampere; both take registers."""
         n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
-        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not dropped else 64
+        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not (dropped or tight) else 64
         return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
 
-    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z."""
+    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool, tight: bool = False) -> Gemm:
+        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D is
+        rebuilt through a dropout, which takes registers."""
         most = 64 if precision == "ieee" else 128
-        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), most)
+        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), 64 if tight else most)
         k = 64 if precision == "bf16" and not rebuilt else 32
-        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 2)
+        return self._gemm(m, n, k, 8 if m * n >= (64 if tight else 128) * 128 else 4, 2)
 
     def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
         """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
