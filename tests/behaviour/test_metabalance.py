@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import fetch
 from torch_rechub.utils.mtl import shared_task_layers as their_shared_task_layers
 
 from behaviour import by_hand
@@ -39,7 +40,7 @@ def test_steps_are_those_computed_by_hand(kind, n_step, relax_factor, beta, back
     shared = [p for name, p in theirs.named_parameters() if name.startswith(SHARED[kind])]
     by_hand.metabalance(theirs, shared, list(loader(*rows)), CLASSIFICATION, relax_factor, beta, LR)
     _run(ours, rows, tmp_path, relax_factor=relax_factor, beta=beta)
-    state = ours.state_dict()
+    state = fetch(ours.state_dict())
     for name, value in theirs.named_parameters():
         torch.testing.assert_close(
             state[name], value.detach(), rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
