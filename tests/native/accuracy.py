@@ -1,10 +1,10 @@
 """As near to float64 as eager is: the rule for every random lookup, layer and chain.
 
-In float32 a backend may be at most twice as far from float64 as eager, plus ``FLOOR``. Eager's own error is what rounding
-does to it on this problem. Mostly one run shows that. But where a normalisation of few rows or of nearly equal ones
-amplifies a rounding to all of an error, a single run says who was luckier: there it is the largest of eager's errors on
-problems that are this one but for the last bits of all their numbers. The backend is not drawn again: its one result on
-the problem itself must do.
+In float32 a backend may be at most twice as far from float64 as eager, plus ``FLOOR``. Eager's own error is what
+rounding does to it on this problem. Mostly one run shows that. But where a normalisation of few rows or of nearly equal
+ones amplifies a rounding to all of an error, a single run says who was luckier: there it is the largest of eager's
+errors on problems that are this one but for the last bits of all their numbers. The backend is not drawn again: its one
+result on the problem itself must do.
 """
 
 from __future__ import annotations

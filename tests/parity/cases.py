@@ -231,7 +231,7 @@ def _pretrained(feature: Feature) -> np.ndarray:
 
 
 def build(case: Case, package: str) -> nn.Module:
-    """Build the case's model in one package under ``torch.manual_seed(case.seed)``; ours goes to the device under test."""
+    """Build the case's model in one package under ``torch.manual_seed(case.seed)``; ours on the device under test."""
     models = importlib.import_module(f"{package}.models.multi_task")
     torch.manual_seed(case.seed)
     features = build_features(case, package)

@@ -1,4 +1,4 @@
-"""Random lookups, layers and chains of layers on the backends with kernels against float64, beyond tests/native's sizes.
+"""Random lookups, layers and chains on the backends with kernels against float64, beyond the sizes of tests/native.
 
 The rule is the suite's, in tests/native/accuracy.py: at most twice eager's own error in float32, plus a floor.
 """

@@ -30,7 +30,7 @@ KINDS = ["classification", "regression"]
 
 
 def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int, backend: str, seed: int) -> str:
-    """SHA-256 of every tensor of the state_dict after training with shuffling and dropout, on the CPU with exact sparse updates."""
+    """SHA-256 of every tensor of the state_dict after training with shuffling and dropout (native: sparse updates)."""
     torch.set_num_threads(n_threads)
     rng = torch.Generator().manual_seed(seed)
     n = 1500
