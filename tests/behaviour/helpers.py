@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from devices import DEVICE, place
 
@@ -89,6 +90,7 @@ def model(
 
 def pair(kind: str = "SharedBottom", task_types: tuple[str, ...] = CLASSIFICATION) -> tuple[Any, Any]:
     """Our model and torch-rechub's, with the same weights."""
+    pytest.importorskip("torch_rechub", reason="torch-rechub is not here: nothing to compare with")
     ours = model(kind, task_types=task_types)
     theirs = model(kind, task_types=task_types, package="torch_rechub")
     theirs.load_state_dict(ours.state_dict(), strict=True)
