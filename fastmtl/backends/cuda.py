@@ -20,6 +20,7 @@ from . import triton
 from .updates import ROWWISE_ADAGRAD, Update, behind_on, check_gradients, check_range, check_update
 
 if TYPE_CHECKING:
+    from .triton.embedding_index import Rows
     from .triton.embedding_plan import TablePlan
 
 #: The library's ops bring their own backward; autograd lives in fastmtl/ops.
@@ -62,7 +63,8 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 # products gain nothing from C++: the layers are the triton backend's
 expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
-embedding_bag_rows = triton.embedding_bag_rows
+task_losses = triton.task_losses
+embedding_bag_index = triton.embedding_bag_index
 advance = triton.advance
 
 
@@ -148,7 +150,7 @@ def embedding_bag_bwd_step(
     for update, plan in zip(updates, tables, strict=True):
         if update is not None:
             update.check()
-            p, states, last, rule, step, now = update
+            p, states, last, rule, step, now, _ = update
             _ops.embedding_bag_bwd_step(grad, ids, *_plan_arguments(plan), p, list(states), last, rule, step, now)
 
 
@@ -179,6 +181,23 @@ def table_replay(
     _ops.table_rows(
         p, list(states), last, rule, steps, first_step, rows, None, n, start, upto, False, clock, behind_on(p.device)
     )
+
+
+def table_catch_up(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    index: Rows,
+    upto: int,
+    clock: Tensor,
+) -> None:
+    """As the triton backend's :func:`fastmtl.backends.triton.optimizer.table_catch_up`."""
+    from .triton.embedding_index import unique_rows
+
+    table_replay(p, states, last, rule, steps, first_step, unique_rows(index, len(p)), 0, 0, upto, clock)
 
 
 def table_step(

@@ -196,7 +196,7 @@ def _checked_rows(
 
 @_checked_rows.register_fake
 def _(ids: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
+    return torch.empty_like(ids, dtype=torch.int64), torch.empty_like(ids, dtype=torch.bool)
 
 
 def rows_of(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:

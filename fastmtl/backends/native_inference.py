@@ -80,9 +80,10 @@ class PackedProgram:
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self._run = torch.ops.fastmtl.inference_run.default
         weakref.finalize(self, torch.ops.fastmtl.inference_free.default, number)
 
-    def run(self, tables: list[Tensor], ids: list[Tensor], dense: list[Tensor], plan: Tensor) -> Tensor:
+    def run(self, tables: Sequence[Tensor], ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor) -> Tensor:
         """Predict a batch.
 
         Args:
@@ -98,4 +99,4 @@ class PackedProgram:
             RuntimeError: input that is refused: ids outside their vocabulary, dense values that are not finite,
                 columns of another dtype, length or number. It does not say what; the ordinary way does.
         """
-        return torch.ops.fastmtl.inference_run.default(self._number, tables, ids, dense, plan)
+        return self._run(self._number, tables, ids, dense, plan)

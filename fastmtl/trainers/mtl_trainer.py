@@ -21,8 +21,10 @@ from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
 from .arguments import library_task_type, strategy_of, writable_folder
+from .device_epoch import DeviceEpochs, epochs_of, trains_here
+from .device_scores import main_scores, outputs_on
 from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
-from .native_gradients import NativeGradients
+from .native_gradients import ChainGradients
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .progress import Progress
 
@@ -162,6 +164,7 @@ class MTLTrainer:
         if self.scheduler_fn is not None:
             self.scheduler = self.scheduler_fn(self.optimizer, **self.scheduler_params)
         self._task_rates: TaskLearningRates | None = None
+        self._epochs: DeviceEpochs | None = None
         self._is_ready = True
 
     def _table_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -178,7 +181,8 @@ class MTLTrainer:
                 )
             return None
         tables = [table for table in inner.embedding.parameters() if table.requires_grad]
-        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked)
+        features = inner.embedding.features
+        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked, features)
 
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
@@ -230,6 +234,9 @@ class MTLTrainer:
         """
         self._ready(data_loader)
         self.model.train()
+        if trains_here(self.model, self.device):
+            means, self._rows_seen = epochs_of(self).run(data_loader)
+            return means
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
         bar = Progress(data_loader, "train", self.progress)
@@ -276,13 +283,14 @@ class MTLTrainer:
         if not self.reg_loss_fn.is_zero:
             return None
         with self._autocast():
-            gradients = NativeGradients.of(self.model, self.strategy)
+            gradients = ChainGradients.of(self.model, self.strategy)
         if gradients is None:
             return None
 
         def step(x: Mapping[str, Tensor], y: Any) -> Tensor:
+            labels = labels_of(y, gradients.model).to(self.device, non_blocking=True)
             with self._autocast():
-                losses, logits = gradients(x, labels_of(y, gradients.model))
+                losses, logits = gradients(to_device(x, self.device), labels)
             if torch.isnan(losses).any():
                 self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
             self._update()
@@ -405,6 +413,8 @@ class MTLTrainer:
             data_loader: yields ``(x, y)``.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return main_scores(model, data_loader, self.device)
             outputs, labels = collect(model, data_loader, self.device)
         if labels is None:
             raise BadDataError("evaluate: the loader has no labels; give one that yields (x, y)")
@@ -419,6 +429,8 @@ class MTLTrainer:
             data_loader: yields x, or ``(x, y)``, whose labels are not looked at.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return outputs_on(model, data_loader, self.device)[0].tolist()
             return collect(model, data_loader, self.device)[0].tolist()
 
     # ------------------------------------------------------------------------------------------------- export

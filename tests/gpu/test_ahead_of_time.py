@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 #: kernel -> the most registers a thread and the most shared memory a program may take, at any configuration.
 LIMITS = {
     "embedding_bag_fwd_kernel": (96, 8),
+    "embedding_bad_kernel": (32, 1),
     "embedding_rows_kernel": (64, 1),
     "embedding_segments_kernel": (128, 8),
     "embedding_stitch_kernel": (96, 1),
@@ -32,6 +33,9 @@ LIMITS = {
     "expert_gate_sums_kernel": (64, 1),
     "expert_gate_dgrad_kernel": (248, 68),
     "expert_gate_wgrad_kernel": (248, 84),
+    "task_counts_kernel": (64, 1),
+    "task_losses_kernel": (64, 1),
+    "task_losses_sum_kernel": (32, 1),
 }
 PRODUCTS = ("expert_gate_linear_kernel", "expert_gate_dgrad_kernel", "expert_gate_wgrad_kernel")
 #: The instruction of the architecture's fastest path.

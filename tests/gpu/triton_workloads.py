@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastmtl.backends import deferred
 from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import optimizer
 from fastmtl.backends.updates import FIELDS, RULES, STATES, Update
@@ -56,6 +57,8 @@ def _embedding(
     with _autocast(dtype is torch.bfloat16):
         out = backend.embedding_bag_fwd([weight], ids, columns, dense, spec)
     assert out.dtype is dtype
+    with deferred.watching(deferred.Watch(out.device)):
+        backend.embedding_bag_fwd([weight], ids.int(), columns, dense, spec)
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
     for name in rules:
@@ -63,6 +66,10 @@ def _embedding(
         states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]
         last = torch.empty(offset, dtype=torch.int32, device="meta")
         update = Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
+        (index,) = backend.embedding_bag_index(ids, columns, spec, [weight.shape], [True])
+        optimizer.table_catch_up(
+            weight, states, last, rule, torch.empty(64, FIELDS, device="meta"), 1, index, -1, last[:1]
+        )
         backend.embedding_bag_bwd_step(out, ids, columns, spec, [update])
 
 
@@ -114,6 +121,11 @@ def _layer(spec: ExpertGateSpec, batch: int, precision: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def _losses(batch: int, n_tasks: int) -> None:
+    logits, labels = (torch.empty(batch, n_tasks, device="meta") for _ in range(2))
+    backend.task_losses(logits, labels, torch.empty(n_tasks, dtype=torch.bool, device="meta"), logits[0])
+
+
 def _mmoe(width: int, n_experts: int, dims: tuple[int, ...], n_tasks: int, **options: Any) -> ExpertGateSpec:
     gates = tuple(Gate(0, tuple(range(n_experts))) for _ in range(n_tasks))
     return ExpertGateSpec(width, (0,) * n_experts, dims, gates=gates, **options)
@@ -152,5 +164,6 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "mmoe census": (partial(_layer, _mmoe(139, 8, (16,), 2), 1024, "ieee"), ()),
     "mmoe dice": (partial(_layer, _mmoe(376, 4, (256, 128), 2, activation="dice"), 4096, "bf16"), ()),
     "ple level 2": (partial(_layer, _ple(1, 128, (256, 128), 4, 2, 2), 65536, "bf16"), (80, 100)),
+    "losses": (partial(_losses, 65536, 2), (80, 100)),
     "towers ali-ccp": (partial(_layer, _towers(128, (64, 32), 2), 65536, "bf16"), (80, 100)),
 }

@@ -12,7 +12,7 @@ from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.basic.loss_func import multi_task_loss
 from fastmtl.models import AITM, ESMM, MMOE, PLE, SharedBottom
 from fastmtl.trainers import MTLTrainer
-from fastmtl.trainers.native_gradients import NativeGradients
+from fastmtl.trainers.native_gradients import ChainGradients
 from fastmtl.weighting import make_strategy
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="needs the native library")
@@ -60,7 +60,7 @@ def test_gradients_are_autograds(kind, seed):
         losses = multi_task_loss(expected(x), y, task_types)
         strategy.backward(losses, 0.0)
 
-        gradients = NativeGradients.of(model, strategy)
+        gradients = ChainGradients.of(model, strategy)
         assert gradients is not None
         found, logits = gradients(x, y)
         assert logits.shape == y.shape
@@ -80,7 +80,7 @@ def test_frozen_tables_get_no_gradient(seed):
         table.requires_grad_(False)
     strategy = make_strategy("mean")
     strategy.attach(model, model.task_types)
-    gradients = NativeGradients.of(model, strategy)
+    gradients = ChainGradients.of(model, strategy)
     gradients(*batch(np.random.default_rng(seed), model.task_types))
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
@@ -88,7 +88,7 @@ def test_frozen_tables_get_no_gradient(seed):
 def plain(model: torch.nn.Module, strategy: str = "mean") -> bool:
     chosen = make_strategy(strategy)
     chosen.attach(model, model.task_types)
-    return NativeGradients.of(model, chosen) is not None
+    return ChainGradients.of(model, chosen) is not None
 
 
 def test_whoever_needs_autograd_gets_it(seed):

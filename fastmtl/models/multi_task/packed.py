@@ -6,8 +6,9 @@ A pack is a copy of the dense parameters, good as long as they are what they wer
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from ... import backend
 from ...backends import eager, native
 from ...backends.native_inference import Program
 from ...basic.bank import ExpertGate, TowerBank
-from ...basic.batch import ColumnBatch
+from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
 from ...basic.features import DenseFeature, SequenceFeature
 from ...errors import ConfigError
@@ -105,9 +106,9 @@ class Packed:
         self._modules = draft.modules
         self._watched = [model.embedding, *draft.modules]
         self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
-        self._stamp = self._read_stamp()
         # what a stamp points to must not be freed and used again
-        self._kept = [tensor.detach() for store in self._stores for tensor in store.values()]
+        self._kept = [tensor.detach() for tensor in self._stored()]
+        self._stamp = self._read_stamp()
         self._program = draft.program.pack(bf16)
         self._features = self.embedding.features
         self._spec = self.embedding._group(self._features)[1].spec
@@ -119,11 +120,20 @@ class Packed:
         self._plan = native.bag_plan(self._spec, tuple(range(len(bags) + 1)))
         # one column a bag: nothing about a batch must be found out first
         self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
+        self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
 
     # ------------------------------------------------------------------------------------------ is it still good
 
-    def _read_stamp(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for store in self._stores for tensor in store.values()]
+    # A call often has one row, and finds nothing in the cache, through which the weights of the last one have gone:
+    # what is touched here counts, not what is computed.
+
+    def _stored(self) -> list[Tensor]:
+        return [*chain.from_iterable(map(dict.values, self._stores))]
+
+    def _read_stamp(self) -> tuple[list[int], list[int]]:
+        tensors = self._stored()
+        return [*map(Tensor.data_ptr, tensors)], [*map(_version_of, tensors)]
 
     def is_current(self) -> bool:
         """Whether the parameters are those that were packed.
@@ -138,32 +148,61 @@ class Packed:
 
     # --------------------------------------------------------------------------------------------------- running
 
-    def tables(self) -> list[Tensor]:
-        """The tables, with every row current."""
+    def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
+        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
         embedding = self.embedding
         if embedding.updater is not None:
             embedding.updater.flush()
-        return embedding.weights()
-
-    def run(self, ids: list[Tensor], dense: list[Tensor], plan: Tensor | None = None) -> Tensor:
-        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
-        return self._program.run(self.tables(), ids, dense, self._plan if plan is None else plan)
+        tables: Any = [*embedding._parameters.values()]
+        return self._program.run(tables, ids, dense, self._plan if plan is None else plan)
 
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch; arguments, result and errors are the model's own."""
-        if self.is_plain and not isinstance(x, ColumnBatch):
+        if self.is_plain:
             try:
-                return self.run([x[name] for name in self.id_names], [x[name] for name in self.dense_names])
+                blocks = self._whole_blocks(x) if type(x) is ColumnBatch else None
+                return self.run(*((self._ids_of(x), self._dense_of(x)) if blocks is None else blocks))
             except (KeyError, RuntimeError):
                 pass  # something is wrong with it, or needs converting first
-        ids, columns, dense = self.embedding.inputs(x, self._features)
+        ids, columns, dense_values = self.embedding.inputs(x, self._features)
         parts = [] if ids is None else [ids]
         try:
-            return self.run(parts, [] if dense is None else [dense], native.bag_plan(self._spec, columns))
+            return self.run(parts, [] if dense_values is None else [dense_values], native.bag_plan(self._spec, columns))
         except RuntimeError:
             if ids is not None:
                 eager.raise_bad_id(ids, columns, self._spec)
             raise
+
+    def _whole_blocks(self, x: ColumnBatch) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The blocks that hold the ids and those that hold the dense columns, where they hold just these in their
+        order."""
+        found = self._blocks.get(x.layout, self)
+        if found is self:
+            if len(self._blocks) >= 64:
+                self._blocks.clear()
+            found = self._blocks[x.layout] = _blocks_of(x.layout, self.id_names, self.dense_names)
+        return None if found is None else ([x.blocks[b] for b in found[0]], [x.blocks[b] for b in found[1]])
+
+
+def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
+    """For each list of columns the blocks that are just these side by side; None where one has none such."""
+    found = []
+    for names in lists:
+        blocks = [*dict.fromkeys(layout.where[name][0] for name in names if name in layout.where)]
+        if [name for b in blocks for name in layout.blocks[b]] != names:
+            return None
+        found.append(blocks)
+    return found
+
+
+_version_of: Callable[[Tensor], int] = attrgetter("_version")
+
+
+def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """What takes the columns ``names`` out of a batch."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda x: [x[name] for name in names]
 
 
 _guard = threading.Lock()
@@ -188,7 +227,8 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
         return None
     packs: dict[bool, Packed | None] = model._packs
     pack = packs.get(bf16)
-    if pack is not None and pack.embedding is model.embedding and pack.is_current():
+    # not model.embedding: a module looks for that in three dictionaries first
+    if pack is not None and pack.embedding is model._modules["embedding"] and pack.is_current():
         return pack if pack.stands_in() else None
     with _guard:
         now = packs.get(bf16)
