@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..basic.batch import ReadyBatch
 from ..basic.metric import auc, log_loss, mean_squared_error
 from ..errors import BadDataError
 from ..models.multi_task import MTLModel
@@ -30,6 +31,8 @@ def schema_of(loader: Any) -> Any:
 
 def to_device(x: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """A batch's columns on ``device``."""
+    if isinstance(x, ReadyBatch):
+        return x
     if hasattr(x, "to"):
         return x if device.type == "cpu" else x.to(device, non_blocking=True)
     return {name: column.to(device, non_blocking=True) for name, column in x.items()}

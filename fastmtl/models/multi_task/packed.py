@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
 from ...basic.features import DenseFeature, SequenceFeature
 from ...errors import ConfigError
+from ...spec import Bag, EmbeddingSpec
 
 if TYPE_CHECKING:
     from .base import MTLModel
@@ -106,20 +107,28 @@ class Packed:
         self._modules = draft.modules
         self._watched = [model.embedding, *draft.modules]
         self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
+        self._features = self.embedding.features
+        self._spec = self.embedding.spec_of(self._features)
+        bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
+        # one column a bag: nothing about a batch must be found out first
+        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        folded = _small_tables(self._spec) if self.is_plain and draft.program.folds and not bf16 else []
+        self._reads_tables = bool(folded)
+        if folded:
+            self._flush()
+            self._stores.append(self.embedding._parameters)
         # what a stamp points to must not be freed and used again
         self._kept = [tensor.detach() for tensor in self._stored()]
         self._stamp = self._read_stamp()
+        starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
+        tables = self.embedding.weights()
+        draft.program.fold([(starts[f], _table_of(self._spec.bags[f], tables)) for f in folded])
         self._program = draft.program.pack(bf16)
-        self._features = self.embedding.features
-        self._spec = self.embedding._group(self._features)[1].spec
-        bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
         self.dense_names = [feature.name for feature in dense]
         self.dense_widths = [feature.embed_dim for feature in dense]
-        self._plan = native.bag_plan(self._spec, tuple(range(len(bags) + 1)))
-        # one column a bag: nothing about a batch must be found out first
-        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        self._plan, self._small = _split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
         self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
         self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
 
@@ -140,7 +149,13 @@ class Packed:
 
         Writing through ``parameter.data`` or a NumPy view goes unnoticed, as it does for autograd.
         """
+        if self._reads_tables:
+            self._flush()
         return self._read_stamp() == self._stamp
+
+    def _flush(self) -> None:
+        if self.embedding.updater is not None:
+            self.embedding.updater.flush()
 
     def stands_in(self) -> bool:
         """Whether calling the modules would do the same: they are in evaluation mode and have no hooks."""
@@ -149,12 +164,13 @@ class Packed:
     # --------------------------------------------------------------------------------------------------- running
 
     def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
-        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
+        """Predict from columns in the model's order; see :meth:`PackedProgram.run`. ``plan``: None for a model without
+        sequences."""
         embedding = self.embedding
         if embedding.updater is not None:
             embedding.updater.flush()
         tables: Any = [*embedding._parameters.values()]
-        return self._program.run(tables, ids, dense, self._plan if plan is None else plan)
+        return self._program.run(tables, ids, dense, self._plan if plan is None else plan, self._small)
 
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch; arguments, result and errors are the model's own."""
@@ -167,7 +183,8 @@ class Packed:
         ids, columns, dense_values = self.embedding.inputs(x, self._features)
         parts = [] if ids is None else [ids]
         try:
-            return self.run(parts, [] if dense_values is None else [dense_values], native.bag_plan(self._spec, columns))
+            plan = None if self.is_plain else native.bag_plan(self._spec, columns)
+            return self.run(parts, [] if dense_values is None else [dense_values], plan)
         except RuntimeError:
             if ids is not None:
                 eager.raise_bad_id(ids, columns, self._spec)
@@ -182,6 +199,37 @@ class Packed:
                 self._blocks.clear()
             found = self._blocks[x.layout] = _blocks_of(x.layout, self.id_names, self.dense_names)
         return None if found is None else ([x.blocks[b] for b in found[0]], [x.blocks[b] for b in found[1]])
+
+
+#: A table is folded into the layers that read it where what they make of its rows is at most so many times the weights
+#: that are no longer read, and where that pays for adding a row; all together have so many rows at most.
+_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
+
+
+def _small_tables(spec: EmbeddingSpec) -> list[int]:
+    """The bags whose tables are folded into the layers that read them, the smallest first chosen; ascending."""
+    chosen, rows = [], 0
+    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
+        rows += bag.vocab
+        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
+        if fits and bag.pooling == "sum":
+            chosen.append(f)
+    return sorted(chosen)
+
+
+def _table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
+
+
+def _split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+    """The bags that are looked up, side by side without the others' columns, and the folded ones."""
+    if not folded:
+        return plan, None
+    kept, small = plan.clone(), plan[folded].clone()
+    for f in folded:
+        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
+    small[:, native.BAG_OUT] = 0
+    return kept[[f for f in range(len(plan)) if f not in folded]], small
 
 
 def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
