@@ -106,6 +106,7 @@ class Packed:
         self.embedding = model.embedding
         self._modules = draft.modules
         self._watched = [model.embedding, *draft.modules]
+        self._hooks: list[Any] = [hooks for m in self._watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
         self._features = self.embedding.features
         self._spec = self.embedding.spec_of(self._features)
@@ -159,7 +160,7 @@ class Packed:
 
     def stands_in(self) -> bool:
         """Whether calling the modules would do the same: they are in evaluation mode and have no hooks."""
-        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self._watched)
+        return not (any(self._hooks) or any(map(_is_training, self._watched)))
 
     # --------------------------------------------------------------------------------------------------- running
 
@@ -244,6 +245,7 @@ def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
 
 
 _version_of: Callable[[Tensor], int] = attrgetter("_version")
+_is_training: Callable[[nn.Module], bool] = attrgetter("training")
 
 
 def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
@@ -256,10 +258,6 @@ def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[T
 _guard = threading.Lock()
 
 
-def _first(x: Mapping[str, Tensor]) -> Tensor | None:
-    return x.blocks[0] if isinstance(x, ColumnBatch) and x.blocks else next(iter(x.values()), None)
-
-
 def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     """The model's pack for the batch ``x``, made anew where it is out of date; None where the model must be run the
     ordinary way.
@@ -268,7 +266,8 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.forced() not in (None, "native"):
         return None
-    if type(_first(x)) is not Tensor:  # somebody watches what happens to it
+    first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
+    if type(first) is not Tensor:  # somebody watches what happens to it
         return None
     bf16 = torch.is_autocast_enabled("cpu")
     if bf16 and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
