@@ -24,7 +24,7 @@ from bench.shapes import Shape
 from fastmtl import backend
 from fastmtl.basic.batch import ColumnBatch
 from fastmtl.basic.loss_func import multi_task_loss
-from fastmtl.optim.tables import MOST_MISSED
+from fastmtl.optim.waiting import MOST_MISSED
 from fastmtl.trainers import MTLTrainer
 from fastmtl.trainers.optimizer import sparse_updates
 

@@ -5,6 +5,9 @@
 // step it is current. The steps it missed are made up later, all at once while the row is in registers or L1
 // ("replay"), in the same order of operations, so that the result is the same, bit for bit, as if it had never waited.
 //
+// So may a gradient: `slot` says where it lies among those of the first step that the row misses, which is then taken
+// with it when the row is next wanted. A row that is looked up is thus read and written once a step, not twice.
+//
 // Layout      p, first and second are row-major [rows, dim]; last is [rows]. A step's numbers are one Step.
 // Threading   none in here: the caller splits lists of unique rows, or ranges of rows.
 // Arithmetic  fp32, in the order of torch's single-tensor implementation; fused multiply-adds where torch has them.
@@ -21,6 +24,8 @@ namespace fastmtl {
 
 // In the order of fastmtl.optim.rules.RULES.
 enum Rule : int64_t { kSgd = 0, kMomentum, kNesterov, kAdam, kAdamW, kAdagrad, kRules };
+// Behind torch's: of tables only.
+constexpr int kRowwiseAdagrad = kRules;
 
 // Numbers of state a rule keeps for each weight.
 inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam || rule == kAdamW ? 2 : 1; }
@@ -34,26 +39,37 @@ inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam
 //              p += neg_lr * first / (sqrt(second) / root + eps)
 //   AdamW      p *= shrink, then Adam
 //   Adagrad    first += g * g;  p += neg_lr * g / (sqrt(first) + eps)
+//   row-wise   first += mean of g * g over the row;  likewise
 struct Step {
   float l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr;
 };
 constexpr int64_t kStepFields = sizeof(Step) / sizeof(float);
 
-// steps[i] is step number begin + i.
+// Gradients [n, dim] of some rows.
+struct Gradients {
+  const float* values = nullptr;
+  int64_t n = 0;
+};
+
+// steps[i] is step number begin + i; grads[i] are gradients that rows still wait for (grads is null: none do).
 struct History {
   const Step* steps;
   int64_t begin, end;
+  const Gradients* grads = nullptr;
 };
 
 struct Table {
-  float *p, *first, *second;  // first, second: null where the rule has no such state
+  float *p, *first, *second;  // null where the rule has no such state; first is [rows] for the row-wise rule
   int32_t* last;
   int64_t rows, dim;
+  int32_t* slot = nullptr;  // [rows]: of the gradient that a row waits for, or -1
 };
+
+struct Waits;  // core/optimizer_waiting.h
 
 struct OptimizerKernels {
   // Brings rows[begin, end), or without a list the rows begin .. end - 1 themselves, to step `upto`, with gradients of
-  // zero. False: a row lags behind the history.
+  // zero, or those that they wait for. False: a row lags behind the history, or its gradient is not there.
   bool (*replay)(int64_t rule, const Table& table, const History& history, const int64_t* rows, int64_t begin,
                  int64_t end, int64_t upto);
 
@@ -63,6 +79,10 @@ struct OptimizerKernels {
 
   // Takes a step with the gradients of n neighbouring numbers, rows or not.
   void (*dense)(int64_t rule, const Step& step, float* p, const float* grad, float* first, float* second, int64_t n);
+
+  // Brings rows, as for replay, to the newest of the steps that they wait for, by Adam's or AdamW's closed form: not to
+  // the bits of a replay. False: a row waits for longer than that.
+  bool (*close)(const Table& table, const Waits& waits, const int64_t* rows, int64_t begin, int64_t end);
 };
 
 // The kernels as built for one instruction set.

@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "core/optimizer.h"
+#include "core/optimizer_closed.h"
 #include "core/optimizer_lanes.h"
 #include "core/optimizer_quick.h"
+#include "core/optimizer_rows.h"
+#include "core/optimizer_rowwise.h"
 
 namespace fastmtl::FASTMTL_ISA {
 namespace {
@@ -101,6 +104,7 @@ class Tile {
     if (t.first) copy(&first[i * padded], t.first + row * dim, dim);
     if (t.second) copy(&second[i * padded], t.second + row * dim, dim);
     t.last[row] = static_cast<int32_t>(step);
+    if (t.slot) t.slot[row] = -1;
   }
 
  private:
@@ -112,16 +116,7 @@ class Tile {
   int64_t stride() const { return (capacity * padded + kLine - 1) / kLine * kLine + 13 * kLine; }
 };
 
-[[gnu::always_inline]] inline void prefetch(const Table& t, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(float), kLines = 4;
-  for (int64_t d = 0; d < std::min(t.dim, kLines * kLine); d += kLine) {
-    __builtin_prefetch(t.p + row * t.dim + d, 1);
-    if (t.first) __builtin_prefetch(t.first + row * t.dim + d, 1);
-    if (t.second) __builtin_prefetch(t.second + row * t.dim + d, 1);
-  }
-}
-
-// The rows that a tile takes next, those that missed most first.
+// The rows that a tile takes next, those first that missed most steps without a gradient.
 struct Pick {
   std::array<int64_t, Tile::kMost> rows, lags;
   int64_t n = 0;
@@ -162,12 +157,15 @@ class Picker {
     constexpr int64_t kAhead = 64;  // a row's step is one number in a line of its own
     pick.n = 0;
     for (; at_ < end_ && pick.n < capacity; ++at_) {
-      if (rows_ && at_ + kAhead < end_) __builtin_prefetch(table_.last + rows_[at_ + kAhead], 1);
+      if (rows_ && at_ + kAhead < end_) {
+        __builtin_prefetch(table_.last + rows_[at_ + kAhead], 1);
+        if (table_.slot) __builtin_prefetch(table_.slot + rows_[at_ + kAhead], 1);
+      }
       const int64_t row = rows_ ? rows_[at_] : at_, last = table_.last[row];
       if (last >= upto_) continue;
       if (last + 1 < history_.begin) return false;
       pick.rows[pick.n] = row;
-      pick.lags[pick.n++] = upto_ - last;
+      pick.lags[pick.n++] = upto_ - last - (table_.slot && table_.slot[row] >= 0);
     }
     return true;
   }
@@ -178,13 +176,6 @@ class Picker {
   const int64_t* rows_;
   int64_t at_, end_, upto_;
 };
-
-bool all_zero(const float* x, int64_t n) {
-  bool zero = n == 0 || x[0] == 0.0f;  // mostly that settles it
-  if (!zero) return false;
-  for (int64_t d = 0; d < n; ++d) zero &= x[d] == 0.0f;
-  return zero;
-}
 
 // A row that no step moves: no gradient, no L2 term, no memory of gradients. Only an average fades, or weights shrink.
 template <Rule R>
@@ -222,15 +213,18 @@ class Replay {
 
   int64_t capacity() const { return tile_.capacity; }
 
-  // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched.
-  void run(Pick& pick, const Pick& after) {
+  // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched. False: a gradient is
+  // missing.
+  bool run(Pick& pick, const Pick& after) {
     pick.sort();
     int64_t n = 0, steps = 0;
     for (int64_t i = 0; i < pick.n; ++i) {
-      if (pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
+      const bool is_due = table_.slot && table_.slot[pick.rows[i]] >= 0;
+      if (!is_due && pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
       pick.rows[n] = pick.rows[i];
       pick.lags[n] = pick.lags[i];
       tile_.gather(table_, pick.rows[n], n);
+      if (is_due && !take_gradient(pick.rows[n], n)) return false;
       steps += pick.lags[n];
       ++n;
     }
@@ -240,16 +234,46 @@ class Replay {
       while (active < n && pick.lags[active] >= lag) ++active;
       // as many rows are fetched as there is work to hide it behind
       taken += active;
-      for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) prefetch(table_, after.rows[fetched]);
+      for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) fetch(after.rows[fetched]);
       step(upto_ + 1 - lag, 0, active);
     }
-    for (; fetched < after.n; ++fetched) prefetch(table_, after.rows[fetched]);
+    for (; fetched < after.n; ++fetched) fetch(after.rows[fetched]);
     if (is_quick_) check(pick, n);
     for (int64_t i = 0; i < n; ++i) tile_.scatter(table_, pick.rows[i], i, upto_);
+    return true;
+  }
+
+  // Fetches a row, and the gradient that it waits for.
+  void fetch(int64_t row) const {
+    prefetch(table_, row);
+    if (table_.slot && table_.slot[row] >= 0) {
+      if (const float* grad = gradient_of(row)) __builtin_prefetch(grad);
+    }
   }
 
  private:
   static constexpr bool kQuickRule = kHasQuick && (R == kAdam || R == kAdamW);
+
+  // Of a row that waits for one; null: it is not there.
+  const float* gradient_of(int64_t row) const {
+    const int64_t i = table_.last[row] + 1 - history_.begin, slot = table_.slot[row];
+    if (!history_.grads || i < 0 || slot >= history_.grads[i].n) return nullptr;
+    return history_.grads[i].values + slot * table_.dim;
+  }
+
+  // The first of the steps that a row missed, for the tile's row i.
+  bool take_gradient(int64_t row, int64_t i) {
+    const float* grad = gradient_of(row);
+    if (!grad) return false;
+    Tile::copy(grad, tile_.grad, table_.dim);
+    const Spread s(history_.steps[table_.last[row] + 1 - history_.begin]);
+    float *p = tile_.p + i * tile_.padded, *first = tile_.first + i * tile_.padded;
+    float* second = tile_.second + i * tile_.padded;
+    for (int64_t k = 0; k < tile_.padded; k += Lanes::kCount) {
+      update<R>(s, fma(Lanes::load(p + k), s.l2, Lanes::load(tile_.grad + k)), p + k, first + k, second + k);
+    }
+    return true;
+  }
 
   // One step of the tile's rows begin .. end - 1.
   void step(int64_t number, int64_t begin, int64_t end) {
@@ -277,6 +301,7 @@ class Replay {
       is_quick_ = false;
       for (int64_t i = from / tile_.padded; i * tile_.padded < to; ++i) {
         tile_.gather(table_, pick.rows[i], i);
+        if (table_.slot && table_.slot[pick.rows[i]] >= 0) take_gradient(pick.rows[i], i);
         for (int64_t lag = pick.lags[i]; lag > 0; --lag) step(upto_ + 1 - lag, i, i + 1);
       }
       is_quick_ = true;
@@ -299,10 +324,10 @@ bool replay_rule(const Table& t, const History& history, const int64_t* rows, in
   Picker picker(t, history, rows, begin, end, upto);
   Pick picks[2];
   if (!picker.next(picks[0], replay.capacity())) return false;
-  for (int64_t i = 0; i < picks[0].n; ++i) prefetch(t, picks[0].rows[i]);
+  for (int64_t i = 0; i < picks[0].n; ++i) replay.fetch(picks[0].rows[i]);
   for (int turn = 0; picks[turn].n > 0; turn ^= 1) {
     if (!picker.next(picks[turn ^ 1], replay.capacity())) return false;
-    replay.run(picks[turn], picks[turn ^ 1]);
+    if (!replay.run(picks[turn], picks[turn ^ 1])) return false;
   }
   return true;
 }
@@ -370,6 +395,8 @@ bool replay(int64_t rule, const Table& t, const History& history, const int64_t*
       return replay_rule<kMomentum>(t, history, rows, begin, end, upto);
     case kNesterov:
       return replay_rule<kNesterov>(t, history, rows, begin, end, upto);
+    case kRowwiseAdagrad:
+      return rowwise_replay(t, history, rows, begin, end, upto);
     case kAdam:
       return replay_rule<kAdam>(t, history, rows, begin, end, upto);
     case kAdamW:
@@ -388,6 +415,8 @@ void apply(int64_t rule, const Table& t, const Step& step, int64_t number, const
       return apply_rule<kMomentum>(t, step, number, rows, grads, begin, end);
     case kNesterov:
       return apply_rule<kNesterov>(t, step, number, rows, grads, begin, end);
+    case kRowwiseAdagrad:
+      return rowwise_apply(t, step, number, rows, grads, begin, end);
     case kAdam:
       return apply_rule<kAdam>(t, step, number, rows, grads, begin, end);
     case kAdamW:
@@ -417,7 +446,7 @@ void dense(int64_t rule, const Step& step, float* p, const float* grad, float* f
 }  // namespace
 
 const OptimizerKernels& optimizer_kernels() {
-  static const OptimizerKernels table = {replay, apply, dense};
+  static const OptimizerKernels table = {replay, apply, dense, close_rows};
   return table;
 }
 

@@ -157,6 +157,9 @@ __device__ __forceinline__ void rowwise_step(const Target& t, const Step& s, int
 template <int RULE, int VEC, class Sum>
 __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t row, int64_t index, int lane, int lanes,
                                        const Sum& sum) {
+  if constexpr (RULE != kNoRule) {
+    if (*t.now < 0) return;  // vetoed: the same for all threads
+  }
   if constexpr (RULE == kRowwiseAdagrad) {
     const int64_t column = static_cast<int64_t>(lane) * VEC, at = row * t.dim + column;
     const bool inside = column < t.dim;

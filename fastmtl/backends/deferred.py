@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ..errors import BadIdError
 from ..spec import EmbeddingSpec

@@ -111,6 +111,8 @@ class EmbeddingLayer(BatchedModule):
         self.n_weights = len(made)
         #: Who updates the tables where they were looked up (a fastmtl.optim.TableOptimizer); None: gradients are dense.
         self.updater: Any = None
+        if self.features:
+            self.spec_of(self.features)  # made here, not in the first forward, which may be a traced one
 
     def weights(self) -> list[Tensor]:
         """The stored tables, ``[V_total, D]`` each."""

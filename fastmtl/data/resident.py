@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..basic.batch import ColumnBatch, Layout
 from ..errors import ConfigError
+from .columns import to_tensor
 from .datasets import PredictDataset, TorchDataset
 from .loader import ColumnLoader
 from .schema import ColumnInfo, Schema
@@ -48,7 +49,7 @@ def _dtype(column: ColumnInfo) -> torch.dtype:
     if column.kind in ("float", "vector"):
         return torch.float32
     low, high = column.min_id or 0, column.max_id or 0
-    return torch.int32 if -(2**31) <= low and high < 2**31 else torch.int64
+    return torch.int32 if low >= -(2**31) and high < 2**31 else torch.int64
 
 
 class ResidentLoader:
@@ -71,7 +72,7 @@ class ResidentLoader:
         source = loader.source
         self.loader, self.device = loader, device
         self.layout, parts = narrowed(source.schema)
-        self._sources: list[Sequence[np.ndarray]] = [[source.x[name] for name in part.names] for part in parts]
+        self._sources: list[Sequence[Tensor]] = [[_column(source, name) for name in part.names] for part in parts]
         self._shapes = [
             (columns[0].shape[1:] if part.is_wide else (len(columns),))
             for part, columns in zip(parts, self._sources, strict=True)
@@ -79,7 +80,7 @@ class ResidentLoader:
         self._dtypes = [part.dtype for part in parts]
         self.has_labels = isinstance(source, TorchDataset)
         if isinstance(source, TorchDataset):
-            self._sources.append(source.y.T)
+            self._sources.append([to_tensor(column) for column in source.y.T])
             self._shapes.append((source.y.shape[1],))
             self._dtypes.append(torch.float32)
         self._n_rows = len(source)
@@ -121,13 +122,13 @@ class ResidentLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def _place(self, columns: Sequence[np.ndarray], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _place(self, columns: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         where = self.device if self.is_resident else torch.device("cpu")
         pin = not self.is_resident and self.device.type == "cuda"
         out = torch.empty(self._n_rows, *shape, dtype=dtype, device=where, pin_memory=pin)
         for start in range(0, self._n_rows, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            pieces = [torch.from_numpy(np.ascontiguousarray(column[rows])).to(dtype) for column in columns]
+            pieces = [column[rows].to(dtype) for column in columns]
             out[rows].copy_(torch.stack(pieces, dim=1) if pieces[0].ndim == 1 else pieces[0])
         return out
 
@@ -165,6 +166,11 @@ class ResidentLoader:
                 _cut(self._tensors, rows, staged)
                 for buffer, part in zip(out, staged, strict=True):
                     buffer.copy_(part, non_blocking=True)
+
+
+def _column(source: PredictDataset, name: str) -> Tensor:
+    place = source.layout.where.get(name)
+    return source.wide[name] if place is None else source.blocks[place[0]][:, place[1]]
 
 
 class RowBatch:
@@ -268,18 +274,28 @@ def _half_of_free(device: torch.device) -> int:
     return 0 if device.type == "meta" else 2**62
 
 
-def resident(loader: Any, device: torch.device, budget: int | None = None) -> ResidentLoader:
-    """A loader whose batches are on ``device``.
+def has_columns(loader: Any) -> bool:
+    """Whether a loader is one that :func:`resident` takes."""
+    return isinstance(loader, (ColumnLoader, ResidentLoader))
+
+
+def resident(loader: Any, device: torch.device) -> ResidentLoader:
+    """The loader whose batches are on ``device``: made at the first call, kept as long as the loader itself.
 
     Args:
-        loader: a ColumnLoader, or a ResidentLoader for the same device, which is returned.
-        device, budget: see :class:`ResidentLoader`.
+        loader: a ColumnLoader (whose data set is not changed from here on), or a ResidentLoader, which is returned.
+        device: see :class:`ResidentLoader`.
 
     Raises:
-        ConfigError: another kind of loader.
+        ConfigError: another kind of loader, or a ResidentLoader of another device.
     """
-    if isinstance(loader, ResidentLoader) and loader.device == device:
+    if isinstance(loader, ResidentLoader):
+        if loader.device != device:
+            raise ConfigError(f"the loader's batches are on {loader.device}, and are wanted on {device}")
         return loader
-    if not isinstance(loader, ColumnLoader) or not isinstance(loader.source, PredictDataset):
+    if not isinstance(loader, ColumnLoader):
         raise ConfigError(f"resident: columns come from a ColumnLoader, not from {type(loader).__name__}")
-    return ResidentLoader(loader, device, budget)
+    kept = vars(loader).setdefault("_resident", {})
+    if device not in kept:
+        kept[device] = ResidentLoader(loader, device)
+    return kept[device]

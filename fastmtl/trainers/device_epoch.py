@@ -1,7 +1,7 @@
 """An epoch on a GPU, during which the host waits for nothing.
 
-The next batch is cut, and its ids sorted, beside the step on this one. A step is replayed from a CUDA graph where that is
-possible. Losses are summed on the device; refused ids and losses that are NaN are written down there, copied behind
+The next batch is cut, and its ids sorted, beside the step on this one. A step is replayed from a CUDA graph where that
+is possible. Losses are summed on the device; refused ids and losses that are NaN are written down there, copied behind
 each step and looked at before a later one.
 """
 
@@ -12,20 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backend
 from ..backends.deferred import PLACES, Watch, watching
 from ..basic.loss_func import RegularizationLoss, device_losses
-from ..data.datasets import TorchDataset
-from ..data.loader import ColumnLoader
-from ..data.resident import ResidentLoader, RowBatch, resident
+from ..data.resident import RowBatch, has_columns, resident
 from ..errors import BadDataError
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .evaluation import split_batch, unwrap
 from .graph_step import CudaGraphs, GraphStep, Recorder, Rerun, tell, why_plain
-from .native_gradients import is_unwatched
+from .native_gradients import ChainGradients, is_unwatched
 from .optimizer import sparse_updates
 from .progress import Progress
 from .slots import GivenBatch, Layouts, Slot, Slots
@@ -74,7 +72,7 @@ class DeviceEpochs:
         self._losses = torch.zeros(n_task, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._layouts = Layouts()
-        self._loaders: dict[int, tuple[ColumnLoader, ResidentLoader]] = {}
+        self._chain: ChainGradients | None = None
         self._graphs: GraphStep | None = None
         self._slots: Slots | None = None
         self._was_told = False
@@ -83,13 +81,18 @@ class DeviceEpochs:
 
     def work(self, slot: Slot) -> None:
         """Forward, losses, backward and update of the batch in ``slot``; what a graph records."""
-        with self._autocast():
-            slot.provide()
-            outputs = self.model(slot.x)
-        losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
-        for p in self.model.parameters():
-            p.grad = None
-        self.strategy.backward(losses, self.penalty(self.model))
+        slot.provide()
+        if self._chain is not None:
+            with self._autocast():
+                losses, _ = self._chain(slot.x, slot.labels, self._veto)
+        else:
+            with self._autocast():
+                outputs = self.model(slot.x)
+            losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
+            self._veto(losses.detach())
+            for p in self.model.parameters():
+                p.grad = None
+            self.strategy.backward(losses, self.penalty(self.model))
         self._update()
         with torch.no_grad():
             self._count.add_(1)
@@ -97,6 +100,11 @@ class DeviceEpochs:
             self._total.add_(self._losses)
             first = self.watch.found[PLACES:]
             first.copy_(torch.where(torch.isnan(self._losses) & (first < 0), self._count, first))
+
+    def _veto(self, losses: Tensor) -> None:
+        """A step with a loss that is NaN is to move nothing, so that one can see what was wrong before it."""
+        if isinstance(self.optimizer, DeviceOptimizer):
+            self.optimizer.veto(torch.isnan(losses).any())
 
     def step(self, slot: Slot) -> None:
         """Take the step on ``slot``, recorded or not."""
@@ -159,16 +167,18 @@ class DeviceEpochs:
             optimizer = self.optimizer if isinstance(self.optimizer, DeviceOptimizer) else None
             self._slots = Slots(self.device, self.inner, optimizer, is_ready, self.streams)
             self._graphs = None
+        with self._autocast():
+            self._chain = ChainGradients.of(self.model, self.strategy) if self.penalty.is_zero else None
         if reason:
             self._graphs = None
         else:
             if self._graphs is None:
-                self._graphs = GraphStep(
-                    self.work, self._recorder, self.model, self.optimizer, self._progress is False
-                )
+                self._graphs = GraphStep(self.work, self._recorder, self.model, self.optimizer, self._progress is False)
             with self._autocast():
                 precision = torch.is_autocast_enabled(self.device.type)
-            self._graphs.begin_epoch(self._slots.live(), (precision, id(self.strategy)))
+            factors = self.strategy.factors()
+            stamp = precision, self._chain is None, None if factors is None else factors.tolist()
+            self._graphs.begin_epoch(self._slots.live(), stamp, self._chain)
         return self._slots
 
     def _filled(self, slots: Slots, loader: Iterable) -> Iterator[Slot]:
@@ -184,11 +194,9 @@ class DeviceEpochs:
             yield before
 
     def _batches(self, loader: Iterable) -> Iterator[RowBatch | GivenBatch]:
-        if isinstance(loader, ResidentLoader) or (
-            isinstance(loader, ColumnLoader) and isinstance(loader.source, TorchDataset)
-        ):
+        if has_columns(loader):
             with self.streams.beside():  # row numbers are read there
-                held = self._resident(loader)
+                held = resident(loader, self.device)
                 batches = held.batches()
                 batch = next(batches, None)
             if not held.has_labels:
@@ -205,14 +213,6 @@ class DeviceEpochs:
             y = torch.as_tensor(y)
             yield self._layouts.given(x, y.unsqueeze(1) if y.ndim == 1 else y)
 
-    def _resident(self, loader: Any) -> ResidentLoader:
-        if isinstance(loader, ResidentLoader) and loader.device == self.device:
-            return loader
-        kept = self._loaders.get(id(loader))
-        if kept is None or kept[0] is not loader:
-            kept = self._loaders[id(loader)] = loader, resident(loader, self.device)
-        return kept[1]
-
     def _look(self, places: list[int] | None) -> None:
         """Raise what was found."""
         if places is None or all(place < 0 for place in places):
@@ -223,8 +223,9 @@ class DeviceEpochs:
         raise FloatingPointError(self._explain(*task))
 
     def _explain(self, step: int, task: int) -> str:
-        state = self.inner.state_dict()
-        broken = next((key for key, value in state.items() if not torch.isfinite(value).all()), None)
+        # batch statistics have seen what the parameters made of the batch
+        state = sorted(self.inner.state_dict().items(), key=lambda item: ".running_" in item[0])
+        broken = next((key for key, value in state if not torch.isfinite(value).all()), None)
         cause = f"the parameter {broken!r} is not finite" if broken else "all parameters are finite"
         return (
             f"task {self.inner.task_names[task]!r}: the loss of step {step} of the epoch is NaN; {cause}. "
@@ -232,7 +233,16 @@ class DeviceEpochs:
         )
 
 
+def epochs_of(trainer: Any) -> DeviceEpochs:
+    """Those of an MTLTrainer that is ready, made when they are first wanted."""
+    if trainer._epochs is None:
+        trainer._epochs = DeviceEpochs(
+            trainer.model, trainer.strategy, trainer.optimizer, trainer.reg_loss_fn, trainer._update, trainer._autocast,
+            trainer.device, trainer.progress,
+        )  # fmt: skip
+    return trainer._epochs
+
+
 def trains_here(model: nn.Module, device: torch.device) -> bool:
     """Whether :class:`DeviceEpochs` is for a model on ``device``; DataParallel has several."""
     return backend.is_device(device) and not isinstance(model, nn.DataParallel)
-

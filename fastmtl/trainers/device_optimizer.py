@@ -1,4 +1,4 @@
-"""torch's optimizers for a step that the host does not wait for: fused, the learning rate and the count on the device."""
+"""torch's optimizers for steps that the host does not wait for: fused, learning rate and count on the device."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         self.updates: DeviceTables | None = None
+        self.found_inf: Tensor | None = None  # where torch's fused steps look for a veto
         super().__init__(params, *args, **settings)
         self._set_up(tables, embedding_update == "lazy")
 
@@ -52,6 +53,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._is_lazy = is_lazy
         self._rates: list[tuple[float, Tensor]] = []
         self._has_begun = False
+        self._lost: Tensor | None = None
         self._warned_capturable_if_run_uncaptured = True  # which is what is meant
 
     @property
@@ -76,6 +78,16 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if self.updates is not None:
             self.updates.advance()
         self._has_begun = True
+
+    def veto(self, lost: Tensor) -> None:
+        """Have the step under way move nothing where ``lost`` (one bool on the device) is true: its loss is NaN, and so
+        will be its gradients. Called between forward and backward.
+
+        Settings other than fused ones take no notice of it.
+        """
+        self._lost = lost.float()
+        if self.updates is not None:
+            self.updates.veto(lost)
 
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
@@ -123,11 +135,15 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 group["fused"] = True
             if "capturable" in group:
                 group["capturable"] = True
+        if self._lost is not None and all(group.get("fused") for group in self.param_groups):
+            self.found_inf = self._lost
         try:
             yield
         finally:
+            self.found_inf = self._lost = None
             for group, held in zip(self.param_groups, before, strict=True):
-                group.update(held)
+                for name, value in held.items():
+                    group[name] = value
 
     def why_uncapturable(self) -> str | None:
         """Why :meth:`step` can't be part of a CUDA graph; None: it can."""

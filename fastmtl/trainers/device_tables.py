@@ -81,6 +81,7 @@ class DeviceTables:
         self._ring = torch.zeros(KEPT, FIELDS, device=device)
         self._step = torch.zeros(FIELDS, device=device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
+        self._now = torch.zeros(1, dtype=torch.int32, device=device)  # the clock, or -1 where no step is to be taken
         self._provided: tuple[Tensor, list[Any]] | None = None
         self._was_looked_up = False
         self._is_current = True
@@ -99,7 +100,7 @@ class DeviceTables:
 
     def advance(self) -> None:
         """Begin the next step, with the learning rate that the optimizer's group has now."""
-        is_first = any([prepare_state(self.optimizer, p, self._rule) for p in self.tables])
+        were_made = [prepare_state(self.optimizer, p, self._rule) for p in self.tables]
         is_still = self._is_lazy or not (self._rule.remembers or self._group["weight_decay"])
         if is_still != self._is_still:
             if self._is_still:  # nobody has kept the time
@@ -109,7 +110,7 @@ class DeviceTables:
                 self.flush()
             self._is_still = is_still
         self.now += 1
-        numbers = step_numbers(self._rule, self._group, float(self.now), is_first)
+        numbers = step_numbers(self._rule, self._group, float(self.now), any(were_made))
         self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers)
         self._was_looked_up = self._is_current = False
 
@@ -170,8 +171,13 @@ class DeviceTables:
                     self._module.table_catch_up(
                         p, states, last, self._rule.number, self._ring, 1, rows, -1, self._clock
                     )
-            found.append(Update(p, states, last, self._rule.number, self._step, self._clock, rows))
+            found.append(Update(p, states, last, self._rule.number, self._step, self._now, rows))
+        self._now.copy_(self._clock)
         return found
+
+    def veto(self, lost: Tensor) -> None:
+        """Have the backward that follows move nothing where ``lost`` (one bool on the device) is true."""
+        self._now.copy_(torch.where(lost, -1, self._clock))
 
     def sweep(self) -> None:
         """Make a 32nd of each table current: the rest of a step."""

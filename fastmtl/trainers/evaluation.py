@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import backend
 from ..basic.batch import ReadyBatch
 from ..basic.metric import auc, log_loss, mean_squared_error
 from ..errors import BadDataError
@@ -107,6 +108,11 @@ def evaluate_multi_task(model: nn.Module, loader: Iterable) -> dict[str, dict[st
         ``{task: {"auc": ..., "logloss": ...}}``, for a regression task ``{"mse": ...}``. An undefined AUC is NaN,
         with a warning that says why.
     """
+    device = next(model.parameters()).device
+    if backend.is_device(device):
+        from .device_scores import named_scores
+
+        return named_scores(model, loader, device)
     outputs, labels = collect(model, loader)
     if labels is None:
         raise BadDataError("evaluate_multi_task: the loader has no labels; give one that yields (x, y)")

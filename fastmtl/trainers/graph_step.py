@@ -1,7 +1,7 @@
 """Steps replayed from CUDA graphs: all of a step's launches at once, instead of one by one from Python.
 
-A graph is recorded for each place where a batch may lie (slots.py): its addresses are fixed. So an epoch's last, shorter
-batch has graphs of its own, and no row of padding exists that statistics or losses would have to leave out.
+A graph is recorded for each place where a batch may lie (slots.py): its addresses are fixed. So an epoch's last,
+shorter batch has graphs of its own, and no row of padding exists that statistics or losses would have to leave out.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class CudaGraphs:
 
 
 class _Recording:
-    """A place's recorded step, and the gradients that it leaves."""
+    """A place's recorded step, the gradients that it leaves, and what else must live as long as it does."""
 
-    def __init__(self, replay: Callable[[], None], params: list[nn.Parameter]) -> None:
-        self.replay = replay
+    def __init__(self, replay: Callable[[], None], params: list[nn.Parameter], reads: Any) -> None:
+        self.replay, self.reads = replay, reads
         self.grads = [p.grad for p in params]
 
 
@@ -104,6 +104,7 @@ class GraphStep:
         self._recordings: dict[int, tuple[Slot, _Recording]] = {}
         self._shown: _Recording | None = None
         self._fixed: Any = None
+        self._reads: Any = None
         self._stamp: Any = None
         self._failed = False
         self._steps = 0
@@ -142,16 +143,18 @@ class GraphStep:
                 tell(str(error).splitlines()[0])
             return None
         self._stamp = self._stamp_now()
-        kept = self._recordings[id(slot)] = slot, _Recording(replay, self._params)
+        kept = self._recordings[id(slot)] = slot, _Recording(replay, self._params, self._reads)
         return kept
 
-    def begin_epoch(self, live: set[int], stamp: Any) -> None:
+    def begin_epoch(self, live: set[int], stamp: Any, reads: Any = None) -> None:
         """Forget recordings of places that are gone; all of them, where what they have fixed is not so any more.
 
         Args:
             live: ids of the slots that are kept.
             stamp: changes with what the trainer has fixed.
+            reads: what holds tensors that steps of this epoch read, beside parameters, states and places.
         """
+        self._reads = reads
         self._fixed = stamp
         if self._recordings and self._stamp_now() != self._stamp:
             self._recordings.clear()
@@ -175,8 +178,8 @@ class GraphStep:
 def why_plain(model: nn.Module, strategy: Strategy, optimizer: Any) -> str | None:
     """Why the steps of this training can't be recorded; None: they can.
 
-    Who watches (hooks, wrappers, torch.compile) runs in Python, which a replayed step does not. GradNorm and MetaBalance
-    look at gradients on the host.
+    Who watches (hooks, wrappers, torch.compile) runs in Python, which a replayed step does not. GradNorm and
+    MetaBalance look at gradients on the host.
     """
     if not isinstance(model, MTLModel) or not is_unwatched(model):
         return "the model is wrapped, compiled, has hooks or parts in evaluation mode"

@@ -24,7 +24,8 @@ from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
 from .arguments import library_task_type, strategy_of, writable_folder
 from .batches import training_batches
-from .device_epoch import DeviceEpochs, trains_here
+from .device_epoch import DeviceEpochs, epochs_of, trains_here
+from .device_scores import main_scores, outputs_on
 from .evaluation import collect, labels_of, schema_of, to_device, unwrap
 from .native_gradients import ChainGradients
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
@@ -237,7 +238,7 @@ class MTLTrainer:
         self._ready(data_loader)
         self.model.train()
         if trains_here(self.model, self.device):
-            means, self._rows_seen = self._on_device().run(data_loader)
+            means, self._rows_seen = epochs_of(self).run(data_loader)
             return means
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
@@ -260,15 +261,6 @@ class MTLTrainer:
             raise BadDataError("the training loader has no rows")
         self._rows_seen = rows
         return (total / batches).tolist()
-
-    def _on_device(self) -> DeviceEpochs:
-        """Epochs on a GPU."""
-        if self._epochs is None:
-            self._epochs = DeviceEpochs(
-                self.model, self.strategy, self.optimizer, self.reg_loss_fn, self._update, self._autocast,
-                self.device, self.progress,
-            )  # fmt: skip
-        return self._epochs
 
     def _step(self, x: Mapping[str, Tensor], y: Any) -> Tensor:
         """One update; returns the losses ``[T]``, detached."""
@@ -434,6 +426,8 @@ class MTLTrainer:
             data_loader: yields ``(x, y)``.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return main_scores(model, data_loader, self.device)
             outputs, labels = collect(model, data_loader, self.device)
         if labels is None:
             raise BadDataError("evaluate: the loader has no labels; give one that yields (x, y)")
@@ -448,6 +442,8 @@ class MTLTrainer:
             data_loader: yields x, or ``(x, y)``, whose labels are not looked at.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return outputs_on(model, data_loader, self.device)[0].tolist()
             return collect(model, data_loader, self.device)[0].tolist()
 
     # ------------------------------------------------------------------------------------------------- export

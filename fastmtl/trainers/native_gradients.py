@@ -8,7 +8,7 @@ rounding of the losses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -27,8 +27,8 @@ from ..weighting import Strategy
 class ChainGradients:
     """Fills ``.grad`` of a model's parameters; :meth:`of` says where it can.
 
-    Nothing in it waits for a GPU, so that a call may be captured in a CUDA graph (where no lookup says
-    ``oov="raise"``, see docs/gpu.md).
+    Nothing in it waits for a GPU, so that a call may be captured in a CUDA graph (under
+    :func:`fastmtl.backends.deferred.watching`, where a lookup says ``oov="raise"``).
 
     Args:
         model: a model whose ``layers()`` are a chain.
@@ -68,12 +68,15 @@ class ChainGradients:
         """A batch laid out for the lookup, which may be done by another thread while an earlier one computes."""
         return self.model.embedding.ready(x, self.model.embedding.features)
 
-    def __call__(self, x: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Mapping[str, Tensor], labels: Tensor, seen: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch.
 
         Args:
             x: columns, as the model takes them, or what :meth:`ready` made of them.
             labels: ``[B, T]`` float32 on the model's device; NaN where a label is missing.
+            seen: called with the losses between forward and backward.
 
         Returns:
             The tasks' losses ``[T]`` and the logits ``[B, T]``.
@@ -83,9 +86,9 @@ class ChainGradients:
         # with gradients on: to the tables' optimizer a lookup without them is an evaluation
         lookup = self.model.embedding.lookup(x, self.model.embedding.features)
         with torch.no_grad():
-            return self._run(lookup, labels)
+            return self._run(lookup, labels, seen)
 
-    def _run(self, lookup: Lookup, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, lookup: Lookup, labels: Tensor, seen: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
         row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
         assert row is not None
         inputs, taped = [row.unsqueeze(0)], []
@@ -97,6 +100,8 @@ class ChainGradients:
             taped.append((params, saved))
         logits = inputs.pop()
         losses, grad = self._layers.task_losses(logits, labels, self.model.is_classification, self.factors)
+        if seen is not None:
+            seen(losses)
         trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         for bank, source, (params, saved) in zip(reversed(self.banks), reversed(inputs), reversed(taped), strict=True):
             needs_x = trains_tables or bank is not self.banks[0]

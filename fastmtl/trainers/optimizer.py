@@ -20,18 +20,20 @@ from .device_optimizer import DeviceOptimizer
 
 
 class Counterparts(NamedTuple):
-    """What takes the place of one of torch's optimizers: on the CPU, and on a GPU."""
+    """What takes the place of an optimizer: on the CPU, and on a GPU (None: nothing does)."""
 
     cpu: type[optim.TableOptimizer]
-    device: type[DeviceOptimizer]
+    device: type[DeviceOptimizer] | None
 
 
-#: torch's optimizers with fused implementations, and those of ours that can train tables where they were looked up.
+#: Optimizers that can train tables where they were looked up: torch's, which have fused implementations too, and one
+#: that knows no other way.
 SPARSE: dict[Any, Counterparts] = {
     torch.optim.Adam: Counterparts(optim.Adam, device_optimizer.Adam),
     torch.optim.AdamW: Counterparts(optim.AdamW, device_optimizer.AdamW),
     torch.optim.SGD: Counterparts(optim.SGD, device_optimizer.SGD),
     torch.optim.Adagrad: Counterparts(optim.Adagrad, device_optimizer.Adagrad),
+    optim.RowwiseAdagrad: Counterparts(optim.RowwiseAdagrad, None),
 }
 #: Embedding parameters from which sparse updates are cheaper than dense ones.
 LARGE_TABLES = 4_000_000
@@ -48,12 +50,13 @@ def make_optimizer(
     settings = dict(settings)
     plain = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in params)
     if optimizer_fn in SPARSE and plain and not {"fused", "foreach", "differentiable"} & set(settings):
-        can = not native.unavailable() and backend.forced() in (None, "native") and all(p.is_cpu for p in params)
-        refused = why_not(optimizer_fn, settings)
-        if refused is None and all(backend.is_device(p.device) for p in params):
-            optimizer_fn = SPARSE[optimizer_fn].device
-        elif can and refused is None:
-            optimizer_fn = SPARSE[optimizer_fn].cpu
+        own: Any = None
+        if all(backend.is_device(p.device) for p in params):
+            own = SPARSE[optimizer_fn].device
+        elif not native.unavailable() and backend.forced() in (None, "native") and all(p.is_cpu for p in params):
+            own = SPARSE[optimizer_fn].cpu
+        if own is not None and why_not(optimizer_fn, settings) is None:
+            optimizer_fn = own
         else:
             settings["fused"] = True
     try:
@@ -83,11 +86,16 @@ def make_table_optimizer(
         The optimizer; None where the tables are small and nothing was asked for.
 
     Raises:
-        ConfigError: ``embedding_update`` was asked for and is not possible; the message says why.
+        ConfigError: ``embedding_update``, or an optimizer for tables only, was asked for and is not possible; the
+            message says why.
     """
     reason = _why_dense(optimizer_fn, settings, tables, features)
     if reason and embedding_update is not None:
         raise ConfigError(f"embedding_update {embedding_update!r} is not possible: {reason}")
+    if optimizer_fn is optim.RowwiseAdagrad:
+        if reason:
+            raise ConfigError(f"RowwiseAdagrad is not possible: {reason}")
+        embedding_update = embedding_update or "exact"
     is_large = sum(table.numel() for table in tables) >= LARGE_TABLES
     if reason or (embedding_update is None and not is_large):
         return None
@@ -124,13 +132,16 @@ def _why_dense(
 ) -> str | None:
     """Why the tables can't be updated sparsely; None: they can."""
     if optimizer_fn not in SPARSE:
-        return f"only {', '.join(sorted(fn.__name__ for fn in SPARSE))} of torch.optim have a sparse form"
+        names = sorted(fn.__name__ for fn in SPARSE if fn.__module__.startswith("torch."))
+        return f"only {', '.join(names)} of torch.optim have a sparse form"
     if not tables:
         return "no table is trained"
     if any(table.dtype != torch.float32 for table in tables):
         return "the tables are not float32"
     runs = backend.resolve("embedding_bag", *tables)
     if backend.is_device(tables[0].device):
+        if SPARSE[optimizer_fn].device is None:
+            return f"{optimizer_fn.__name__} trains tables on the CPU only"
         if not hasattr(runs, "embedding_bag_bwd_step"):
             return f"embedding_bag runs on {runs.__name__} here, which takes no optimizer's step in its backward"
         if any(getattr(feature, "pooling", None) == "max" for feature in features):

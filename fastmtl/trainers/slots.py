@@ -133,13 +133,13 @@ class Slot:
     def _lay_out(self) -> None:
         embedding = self._model.embedding
         ids, columns, dense = embedding.inputs(self._columns, embedding.features)
-        before = self.x if isinstance(self.x, ReadyBatch) else None
+        kept_ids, kept_dense = (self.x.ids, self.x.dense) if isinstance(self.x, ReadyBatch) else (None, None)
         names = tuple(feature.name for feature in embedding.features)
         self.x = ReadyBatch(
             names,
-            None if ids is None else _kept(before and before.ids, ids),
+            None if ids is None else _kept(kept_ids, ids),
             columns,
-            None if dense is None else _kept(before and before.dense, dense),
+            None if dense is None else _kept(kept_dense, dense),
         )
         if self._updates is not None and self.x.ids is not None:
             spec = embedding.spec_of(embedding.features)

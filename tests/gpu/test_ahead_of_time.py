@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 #: kernel -> the most registers a thread and the most shared memory a program may take, at any configuration.
 LIMITS = {
     "embedding_bag_fwd_kernel": (96, 8),
+    "embedding_bad_kernel": (32, 1),
     "embedding_rows_kernel": (64, 1),
     "embedding_segments_kernel": (128, 8),
     "embedding_stitch_kernel": (96, 1),

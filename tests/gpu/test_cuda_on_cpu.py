@@ -177,6 +177,9 @@ def test_a_step_in_the_backward_is_the_step_after_it(emulate, seed, rule):
     after = update(emulate, table, rule, once[0], 7, 7, rows.numpy(), gradient[rows].numpy(), lazily=True)
     for name in table:
         assert torch.equal(mine[name], after[name]), name
+    vetoed = backward(emulate, lookup, 0, grad, table | {"steps": once[0], "now": np.array([-1], np.int32)}, rule)
+    for name in table:
+        assert torch.equal(vetoed[name], torch.from_numpy(table[name])), name
 
 
 def update(emulate, table, rule, steps, first_step, upto, rows=None, grads=None, kind="plain", **how):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastmtl.backends import deferred
 from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import optimizer
 from fastmtl.backends.updates import FIELDS, RULES, STATES, Update
@@ -56,6 +57,8 @@ def _embedding(
     with _autocast(dtype is torch.bfloat16):
         out = backend.embedding_bag_fwd([weight], ids, columns, dense, spec)
     assert out.dtype is dtype
+    with deferred.watching(deferred.Watch(out.device)):
+        backend.embedding_bag_fwd([weight], ids.int(), columns, dense, spec)
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
     for name in rules:
@@ -63,6 +66,10 @@ def _embedding(
         states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]
         last = torch.empty(offset, dtype=torch.int32, device="meta")
         update = Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
+        (index,) = backend.embedding_bag_index(ids, columns, spec, [weight.shape], [True])
+        optimizer.table_catch_up(
+            weight, states, last, rule, torch.empty(64, FIELDS, device="meta"), 1, index, -1, last[:1]
+        )
         backend.embedding_bag_bwd_step(out, ids, columns, spec, [update])
 
 

@@ -51,3 +51,23 @@ def test_full_graph(as_columns, seed):
     x["a"][3] = 11
     with pytest.raises(BadIdError, match="feature 'a': id 11 in row 3"):
         compiled(ColumnBatch.from_columns(x) if as_columns else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_first_call_of_a_new_model_is_one_graph(dtype, seed):
+    """With ids of 32 bits, as they lie on a device, too."""
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    features = [SparseFeature("a", 10, 4), SequenceFeature("s", 7, 4, padding_idx=0), DenseFeature("d")]
+    model = MMOE(features, ["classification"] * 2, 2, {"dims": [6]}, [{"dims": [4]}] * 2)
+    x = ColumnBatch.from_columns(
+        {
+            "d": torch.randn(16),
+            "a": torch.randint(0, 10, (16,), dtype=dtype),
+            "s": torch.randint(-1, 7, (16, 3), dtype=dtype),
+        }
+    )
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = compiled(x)
+    with backends.use_backend("eager"):
+        torch.testing.assert_close(first, model(x), rtol=1e-5, atol=1e-6)

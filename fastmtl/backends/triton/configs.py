@@ -117,6 +117,20 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A tile of batch rows in inference, ``chunk`` units of the first hidden layer at a time; ``resident``: the tile's
+    input stays where the products read it, else ``block_k`` of its columns are read at a time; ``fused``: experts and
+    mixture in one launch."""
+
+    block_m: int
+    chunk: int
+    block_k: int
+    resident: bool
+    fused: bool
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class Losses:
     """A block of batch rows, ``run`` rows a program, and how many of the pieces that they leave are added at once."""
 
@@ -173,6 +187,30 @@ class GemmConfig:
     def softmax(self, columns: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts."""
         return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
+
+    def folded(self, precision: str, generation: int, width_in: int, first: int, last: int) -> Folded:
+        """Of inference: of experts that read ``width_in`` columns (a multiple of 16) and have hidden layers of ``first``
+        (or none) and ``last`` units, on a GPU of that generation."""
+        chunk = min(64, first or 64, 2 * self.cap)
+        if precision == "bf16" and self.cap > 64:
+            size = 2
+            for m, c in ((128, 64), (64, 64), (64, 32), (32, 32)):
+                c = min(c, chunk)
+                shared = size * (m * width_in + 2 * c * (width_in + last))
+                if shared < self._shared(generation) and m * last <= 128 * 128 and (m < 128 or generation == 9):
+                    return Folded(m, c, 64, True, m == 128, Warps(8, 2))
+        m = min(64 if last <= 128 else 32, self.cap)
+        return Folded(m, min(32, chunk), min(32, self.cap), False, self.cap <= 64, Warps(8, 2))
+
+    def folded_mix(self, precision: str, n_rows: int, last: int) -> Folded:
+        """Of the mixture in a launch of its own."""
+        m = min(64 if last <= 128 else 32, self.cap)
+        return Folded(m, 16, min(64 if precision == "bf16" else 32, self.cap), False, False, Warps(8, 2))
+
+    @staticmethod
+    def _shared(generation: int) -> int:
+        """Bytes of shared memory that a program may take for its blocks."""
+        return 225 << 10 if generation in (9, 10) else 96 << 10
 
     def losses(self, n_rows: int) -> Losses:
         """Of the tasks' losses over a batch of ``n_rows``: a program for each multiprocessor at most."""

@@ -70,14 +70,15 @@ def embedding_segments_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (d < DIM)[None, :]
     at = chunk * CHUNK
-    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
-    before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
-    total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
     step = (0.0,)
     now = 0
     if RULE != NO_RULE:
         step = load_step(Step_ptr)
         now = tl.load(Now_ptr)
+        n = tl.where(now < 0, 0, n)  # vetoed: there is nothing to walk over
+    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
+    before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
+    total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
     for _ in range(CHUNK):
         live = (at < n) & (key != void)
         following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
@@ -141,7 +142,12 @@ def embedding_stitch_kernel(
     BLOCK_D: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    if tl.load(Open_ptr + chunk) != 0:
+    opened = tl.load(Open_ptr + chunk)
+    now = 0
+    if RULE != NO_RULE:
+        now = tl.load(Now_ptr)
+        opened = tl.where(now < 0, 0, opened)  # vetoed: nothing was walked over
+    if opened != 0:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         last = chunk * CHUNK + CHUNK - 1
         key = tl.load(Keys_ptr + last)
@@ -168,7 +174,7 @@ def embedding_stitch_kernel(
             step = load_step(Step_ptr)
             take_step(P_ptr, First_ptr, Second_ptr, step, row, row >= 0, d, total[None, :], DIM, RULE)
             if tl.program_id(1) == 0:
-                tl.store(Last_ptr + key, tl.load(Now_ptr))
+                tl.store(Last_ptr + key, now)
 
 
 def _add_segments(

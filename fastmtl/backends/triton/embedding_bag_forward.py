@@ -22,6 +22,7 @@ from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch, round_up
 from .precision import autocast_dtype
 
+
 @triton.jit
 def resolve(ids, vocab, n_pads, pad0, pad1, oov):
     """The table row of each id (-1: counts as nothing), and whether the id is refused."""
@@ -104,12 +105,18 @@ def embedding_bag_fwd_kernel(
 
 
 def embedding_bag_fwd(
-    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    dense: Tensor | None,
+    spec: EmbeddingSpec,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes."""
+    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes; ``dtype``: its own,
+    where it is not the one that autocast says."""
     width, n_rows = spec.width(columns), len(ids)
     sample = weights[0] if dense is None else dense
-    dtype = autocast_dtype(sample)
+    dtype = autocast_dtype(sample) if dtype is None else dtype
     out = torch.empty(n_rows, round_up(width, 16 // dtype.itemsize), dtype=dtype, device=sample.device)[:, :width]
     if not spec.bags:
         return out if dense is None else out.copy_(dense)

@@ -143,8 +143,8 @@ def embedding_bag_index(
 
 
 def unique_rows(rows: Rows, n_weight_rows: int) -> Tensor:
-    """``[M]`` int64: the rows, each once, the other entries V_total (void); those of tiny tables whether they are looked
-    up or not."""
+    """``[M]`` int64: the rows, each once, the other entries V_total (void); those of tiny tables whether they are
+    looked up or not."""
     keys = rows.keys.long()
     repeated = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     torch.eq(keys[1:], keys[:-1], out=repeated[1:])
