@@ -171,6 +171,7 @@ __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t r
     float first = t.first[row];
     rowwise_step<VEC>(t, s, lane, lanes, grad, p, first);
     if (inside) store<VEC>(t.p + at, p);
+    __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
     if (lane == 0) t.first[row] = first;
   } else {
     for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
@@ -390,6 +391,7 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
         rowwise_step<VEC>(t, work.steps[(now - work.first_step) % work.n_kept], lane, lanes, grad, p, first);
       }
       if (inside) store<VEC>(t.p + row * t.dim + column, p);
+      __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
       if (lane == 0) t.first[row] = first;
     } else {
       for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
