@@ -82,7 +82,6 @@ class DeviceEpochs:
 
     def work(self, slot: Slot) -> None:
         """Forward, losses, backward and update of the batch in ``slot``; what a graph records."""
-        slot.provide()
         if self._chain is not None:
             with self._autocast():
                 self._chain(slot.x, slot.labels, self._note)

@@ -100,15 +100,31 @@ class DeviceOptimizer(torch.optim.Optimizer):
         """The step that was begun has been taken by a graph."""
         self._has_begun = False
 
+    def index(
+        self,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        weights: Sequence[Tensor],
+        alone: bool = False,
+    ) -> list[Any] | None:
+        """See :meth:`DeviceTables.index`; ``alone``, that another thread asks, makes no difference here."""
+        return None if self.updates is None else self.updates.index(ids, columns, spec, weights)
+
     def before_lookup(
-        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+        self,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        index: list[Any] | None = None,
     ) -> list[Any] | None:
         """See :meth:`DeviceTables.before_lookup`."""
         if self.updates is None:
             return None
         if torch.is_grad_enabled() and not self._has_begun:
             self.begin()
-        return self.updates.before_lookup(weights, ids, columns, spec)
+        return self.updates.before_lookup(weights, ids, columns, spec, index)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with the gradients in ``.grad``; the tables' has been taken in the backward."""
