@@ -233,8 +233,12 @@ class DeviceEpochs:
 
 
 def epochs_of(trainer: Any) -> DeviceEpochs:
-    """Those of an MTLTrainer that is ready, made when they are first wanted."""
-    if trainer._epochs is None:
+    """Those of an MTLTrainer that is ready, made when they are first wanted (and when its parts were exchanged)."""
+    kept, parts = trainer._epochs, (trainer.model, trainer.strategy, trainer.optimizer, trainer.device)
+    if kept is None or any(
+        mine is not theirs
+        for mine, theirs in zip((kept.model, kept.strategy, kept.optimizer, kept.device), parts, strict=True)
+    ):
         trainer._epochs = DeviceEpochs(
             trainer.model, trainer.strategy, trainer.optimizer, trainer.reg_loss_fn, trainer._update, trainer._autocast,
             trainer.device, trainer.progress,
