@@ -277,4 +277,6 @@ def test_what_can_t_be_updated_in_the_backward_is_said(device, tmp_path):
             one.model(x).sum().backward()
             with pytest.raises(ConfigError, match="more than once in a step"):
                 one.model(x)
-    assert type(make(plain).optimizer) is not Adam or device.type == "cuda"
+        small = make(plain).optimizer  # which does not pay, and is fit for graphs all the same
+        assert isinstance(small, Adam)
+        assert not small.tables
