@@ -96,6 +96,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self._lost = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         return (self._lost, None, None) if self.updates is None else (self._lost, *self.updates.clock_and_step())
 
+    def again(self) -> None:
+        """The step that was begun is to be taken after all: recording it has failed half-way."""
+        self._has_begun, self._may_be_vetoed = True, False
+        if self.updates is not None:
+            self.updates.again()
+
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
         self._has_begun = False

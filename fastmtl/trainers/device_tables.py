@@ -122,6 +122,10 @@ class DeviceTables:
         self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
         self._was_looked_up = self._is_current = False
 
+    def again(self) -> None:
+        """The step that was begun is to be taken after all: recording it has failed half-way."""
+        self._was_looked_up = False
+
     def index(
         self,
         ids: Tensor,
