@@ -123,13 +123,13 @@ class Packed:
         self._stamp = self._read_stamp()
         starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
         tables = self.embedding.weights()
-        draft.program.fold([(starts[f], _table_of(self._spec.bags[f], tables)) for f in folded])
+        draft.program.fold([(starts[f], table_of(self._spec.bags[f], tables)) for f in folded])
         self._program = draft.program.pack(bf16)
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
         self.dense_names = [feature.name for feature in dense]
         self.dense_widths = [feature.embed_dim for feature in dense]
-        self._plan, self._small = _split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
+        self._plan, self._small = split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
         self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
         self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
 
@@ -218,11 +218,12 @@ def _small_tables(spec: EmbeddingSpec) -> list[int]:
     return sorted(chosen)
 
 
-def _table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    """The table that a bag reads."""
     return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
 
 
-def _split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+def split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
     """The bags that are looked up, side by side without the others' columns, and the folded ones."""
     if not folded:
         return plan, None
