@@ -393,8 +393,9 @@ class PackedInference final : public Inference {
     float* logits = space.template at<float>(logits_) + start * n_logits_;
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t e = group.first + i;
-      kernels_.logits(rows, width, 1, space.last + i * width, ld_z, kept(bank.out_weight + e * width),
-                      kept(bank.out_bias + e), logits + bank.logits[static_cast<size_t>(e)], n_logits_);
+      best_tile_kernels<float>().logits(rows, width, 1, space.last + i * width, ld_z, kept(bank.out_weight + e * width),
+                                        kept(bank.out_bias + e), logits + bank.logits[static_cast<size_t>(e)],
+                                        n_logits_);
     }
   }
 
@@ -406,7 +407,7 @@ class PackedInference final : public Inference {
       const View& input = bank.inputs[static_cast<size_t>(gate.input)];
       multiply(rows, row_of(input, space, 0), input.ld, gate.linear, z + gate.column, ld, picks_of(space, 0));
     }
-    Tile tile{};
+    Tile<float> tile{};
     tile.activation = kLinear;
     tile.rows = rows;
     tile.cols = layer.gate_columns;

@@ -49,8 +49,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     A table's sparse gradient updates the rows it names. All other rows, which a dense optimizer would move too (by
     momentum, by weight decay), wait: :meth:`catch_up` makes them current before they are read, a sweep through the
-    table after a few steps where they can't be summed up, :meth:`flush` at once. ``state`` and ``state_dict`` are
-    torch's. Gradients wait as well: their values must not be written to after :meth:`step`.
+    table after :data:`MOST_MISSED` steps, :meth:`flush` at once. ``state`` and ``state_dict`` are torch's.
 
     Args:
         params: as in torch; the tables among them.
@@ -304,26 +303,44 @@ class RowwiseAdagrad(TableOptimizer, torch.optim.Adagrad):
 
     def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
         super().__init__(params, *args, tables=tables, **settings)
-        if not tables:
-            raise ConfigError(
-                "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
-                "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
-            )
-        start = self.defaults["initial_accumulator_value"]
-        for table in tables:
-            self.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32)
+        make_row_sums(self, tables)
 
     def _table_rule(self, group: dict[str, Any]) -> Rule:
-        return Rule(ROWWISE_ADAGRAD, ("sum",), False)
+        return ROWWISE_RULE
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state_dict of this class; another's raises ConfigError."""
         super().load_state_dict(state_dict)
-        for table in self.tables:
-            found = self.state.get(table, {}).get("sum")
-            if found is None or found.shape != (len(table),):
-                shape = None if found is None else list(found.shape)
-                raise ConfigError(
-                    f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
-                    f"a checkpoint of another optimizer does not fit"
-                )
+        check_row_sums(self, self.tables)
+
+
+#: The rule of ``RowwiseAdagrad``.
+ROWWISE_RULE = Rule(ROWWISE_ADAGRAD, ("sum",), False)
+
+
+def make_row_sums(optimizer: torch.optim.Adagrad, tables: Sequence[nn.Parameter]) -> None:
+    """Give row-wise tables their states in the place of Adagrad's.
+
+    Raises:
+        ConfigError: no tables.
+    """
+    if not tables:
+        raise ConfigError(
+            "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
+            "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
+        )
+    start = optimizer.defaults["initial_accumulator_value"]
+    for table in tables:
+        optimizer.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32, device=table.device)
+
+
+def check_row_sums(optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter]) -> None:
+    """Raise ConfigError where a table's state is not row-wise."""
+    for table in tables:
+        found = optimizer.state.get(table, {}).get("sum")
+        if found is None or found.shape != (len(table),):
+            shape = None if found is None else list(found.shape)
+            raise ConfigError(
+                f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
+                f"a checkpoint of another optimizer does not fit"
+            )

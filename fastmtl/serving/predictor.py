@@ -1,4 +1,4 @@
-"""A model packed for serving on the CPU."""
+"""A model packed for serving, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackendError, BadDataError, ConfigError, NotBuiltError
 from ..models.multi_task import MTLModel
-from ..models.multi_task.packed import Packed, why_not
+from ..models.multi_task.packed import Packed, make_pack, why_not
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -26,7 +26,7 @@ class Predictor:
     either, through ``parameter.data`` or a NumPy view, need :meth:`refresh`.)
 
     Args:
-        model: a built model of float32 parameters on the CPU.
+        model: a built model of float32 parameters, on the CPU or an NVIDIA GPU; columns are given on its device.
         precision: ``"fp32"``, or ``"bf16"``: weights and activations rounded to bfloat16, sums in float32.
 
     Raises:
@@ -59,7 +59,7 @@ class Predictor:
         reason = why_not(self.model)
         if reason is None:
             try:
-                return Packed(self.model, self.precision == "bf16")
+                return make_pack(self.model, self.precision == "bf16")
             except ConfigError as error:
                 reason = str(error)
         raise BackendError(

@@ -319,7 +319,7 @@ def run_folded(
     else:
         scratch = call.scratch(round_up(n_rows, config.block_m))
         call.start(config, n_tiles, _groups(n_tiles, spec.n_experts), scratch, depth, 0, False)
-        config = choose.folded_mix(precision.name, n_rows, layer.h2)
+        config = choose.folded_mix(precision.name, generation(x.device), layer.h2)
         call.start(config, cdiv(n_rows, config.block_m), 1, scratch, 0, follow, True)
     return result if out is not None else result[..., :units]
 

@@ -1,8 +1,9 @@
-"""Whole models packed for prediction on a GPU: a lookup, then one launch a layer of experts and gates (two where a tile of
-the batch does not fit a program), the towers and the sigmoid in the last one.
+"""Whole models packed for prediction on a GPU: a lookup, then one launch a layer of experts and gates (two where a tile
+of the batch does not fit a program), the towers and the sigmoid in the last one.
 
 The program of a model is described as for the CPU (fastmtl/backends/native_inference.py). A layer that the folded
-kernel does not take (more than two hidden layers, activations of whole rows) runs as in training, by its running statistics.
+kernel does not take (more than two hidden layers, activations of whole rows) runs as in training, by its running
+statistics.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
 from .embedding_bag_forward import embedding_bag_fwd
 from .expert_gate_forward import expert_gate_fwd
 from .folded import run_folded
+from .launch import generation
 from .packing import PackedLayer, PackedTowers, why_not
 from .precision import of_dtype
 
 
 class _Stage(NamedTuple):
-    """A layer on numbered matrices, and the numbers of its results: matrices, or logits where it has an output layer."""
+    """A layer on numbered matrices, and the numbers of its results: matrices, or logits of an output layer."""
 
     spec: ExpertGateSpec
     params: ExpertGateParams
@@ -95,8 +97,14 @@ class PackedProgram:
             elif why_not(stage.spec):
                 self._runs.append(self._as_in_training(stage))
             else:
-                skipped = follows is not None and _reads_one_by_one(follows, stage, stages)
+                skipped = (
+                    self._can_fuse_towers(stage) and follows is not None and _reads_one_by_one(follows, stage, stages)
+                )
                 self._runs.append(self._folded(stage, follows if skipped else None))
+
+    def _can_fuse_towers(self, stage: _Stage) -> bool:
+        # elsewhere than on Hopper their products in fp32 find no registers beside a mixture
+        return self.dtype is torch.bfloat16 or generation(stage.params.bias[0].device) == 9
 
     def _as_in_training(self, stage: _Stage) -> Callable[[dict[int, Tensor], dict[int, Tensor]], None]:
         def run(matrices: dict[int, Tensor], logits: dict[int, Tensor]) -> None:
@@ -137,7 +145,8 @@ class PackedProgram:
         """Predict a batch.
 
         Args:
-            tables, ids, columns, dense, spec: as for :func:`fastmtl.ops.embedding_bag`; ids None where there are no bags.
+            tables, ids, columns, dense, spec: as for :func:`fastmtl.ops.embedding_bag`; ids None where there are no
+                bags.
 
         Returns:
             Predictions ``[B, T]`` float32.

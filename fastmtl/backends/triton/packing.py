@@ -1,4 +1,4 @@
-"""Weights of a layer for inference: BatchNorms folded in, in the products' dtype, padded with zeros to the kernels' blocks.
+"""Weights of a layer for inference: BatchNorms folded in, in the products' dtype, padded with zeros to blocks.
 
 A pack is a copy: good as long as the parameters are what they were (models/multi_task/packed.py watches that).
 """
@@ -47,8 +47,8 @@ def _padded(tensor: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def pieces(width: int) -> tuple[int, int, int]:
-    """``width``, or somewhat more, as the sum of up to three powers of two from 16 on, the largest first: a block's sides
-    are such."""
+    """``width``, or somewhat more, as the sum of up to three powers of two from 16 on, the largest first: a block's
+    sides are such."""
     width, found = round_up(width, 16), [0, 0, 0]
     for i in range(3):
         if width > 0:

@@ -1,4 +1,5 @@
-"""A model packed for prediction on the CPU: one pass over each tile of rows, from the lookup to the predictions.
+"""A model packed for prediction: on the CPU one pass over each tile of rows, from the lookup to the predictions; on a
+GPU a lookup and a kernel or two.
 
 A pack is a copy of the dense parameters, good as long as they are what they were; the tables are read where they are.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import backend
-from ...backends import eager, native
+from ...backends import eager, native, triton
 from ...backends.native_inference import Program
 from ...basic.bank import ExpertGate, TowerBank
 from ...basic.batch import ColumnBatch, Layout
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 class Draft:
     """What a model's ``_describe`` writes: its layers, in terms of its modules."""
 
-    def __init__(self, width: int) -> None:
-        self.program = Program(width)
+    def __init__(self, program: Any) -> None:
+        self.program = program
         self.modules: list[nn.Module] = []
 
     def _note(self, module: nn.Module, kind: type) -> Any:
@@ -65,10 +66,12 @@ class Draft:
         return self.program.transfer(self._note(module, kind).qkv, own, info)
 
 
-def why_not(model: MTLModel) -> str | None:
-    """Why ``model`` can't be packed here; None: it can."""
-    if native.unavailable():
-        return native.unavailable()
+def why_not(model: MTLModel, module: Any = None) -> str | None:
+    """Why ``model`` can't be packed here for the backend ``module`` (None: the one of its parameters' device); None: it
+    can."""
+    module = module or _backend_for(next(model.parameters()))
+    if module.unavailable():
+        return module.unavailable()
     for kind in type(model).__mro__:
         if "_describe" in kind.__dict__:
             break
@@ -79,7 +82,7 @@ def why_not(model: MTLModel) -> str | None:
         return "its embedding layer is another class"
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point():
-            reason = native.unsupported("inference", tensor)
+            reason = module.unsupported("inference", tensor, tensor)
             if reason:
                 return f"{name}: {reason}"
     return None
@@ -97,7 +100,7 @@ class Packed:
     """
 
     def __init__(self, model: MTLModel, bf16: bool = False) -> None:
-        draft = Draft(model.input_dims)
+        draft = Draft(self._new_program(model.input_dims))
         logits = model._describe(draft)
         if not draft.modules:
             raise ConfigError("neither layers() nor _describe says what it computes")
@@ -113,7 +116,7 @@ class Packed:
         bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
         # one column a bag: nothing about a batch must be found out first
         self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
-        folded = _small_tables(self._spec) if self.is_plain and draft.program.folds and not bf16 else []
+        folded = self._foldable(draft.program, bf16)
         self._reads_tables = bool(folded)
         if folded:
             self._flush()
@@ -121,9 +124,10 @@ class Packed:
         # what a stamp points to must not be freed and used again
         self._kept = [tensor.detach() for tensor in self._stored()]
         self._stamp = self._read_stamp()
-        starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
-        tables = self.embedding.weights()
-        draft.program.fold([(starts[f], table_of(self._spec.bags[f], tables)) for f in folded])
+        if folded:
+            starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
+            tables = self.embedding.weights()
+            draft.program.fold([(starts[f], table_of(self._spec.bags[f], tables)) for f in folded])
         self._program = draft.program.pack(bf16)
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
@@ -132,6 +136,13 @@ class Packed:
         self._plan, self._small = split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
         self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
         self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
+
+    def _new_program(self, width: int) -> Any:
+        return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        """The bags whose tables are folded into the layers that read them."""
+        return _small_tables(self._spec) if self.is_plain and program.folds and not bf16 else []
 
     # ------------------------------------------------------------------------------------------ is it still good
 
@@ -256,6 +267,57 @@ def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[T
     return lambda x: [x[name] for name in names]
 
 
+class PackedOnGPU(Packed):
+    """A model's pack for tensors on a GPU (or those of Triton's interpreter)."""
+
+    def _new_program(self, width: int) -> Any:
+        from ...backends.triton.inference import Program  # which needs triton
+
+        return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        return []
+
+    def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
+        """See :meth:`Packed.run`; raises RuntimeError where columns are of another number or dtype."""
+        if not all(part.dtype in (torch.int64, torch.int32) for part in ids):
+            raise RuntimeError("ids are integers of 32 or 64 bits")
+        found = _joined(ids), _joined(dense)
+        widths = [0 if matrix is None else matrix.shape[1] for matrix in found]
+        if widths != [len(self.id_names), sum(self.dense_widths)]:
+            raise RuntimeError(f"columns {widths}; the model has {len(self.id_names)} and {sum(self.dense_widths)}")
+        return self._predict(found[0], tuple(range(len(self.id_names) + 1)), found[1])
+
+    def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Packed.__call__`."""
+        return self._predict(*self.embedding.inputs(x, self._features))
+
+    def _tables(self) -> list[Tensor]:
+        if self.embedding.updater is not None:
+            self.embedding.updater.flush()
+        return self.embedding.weights()
+
+    def _predict(self, ids: Tensor | None, columns: tuple[int, ...], dense: Tensor | None) -> Tensor:
+        return self._program.run(self._tables(), ids, columns, None if dense is None else dense.float(), self._spec)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    whole = [part.unsqueeze(1) if part.ndim == 1 else part for part in parts]
+    return None if not whole else whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+
+
+def _backend_for(tensor: Tensor) -> Any:
+    """The backend whose pack predicts on a tensor's device: a forced one only where it is made for that device."""
+    on_gpu = tensor.is_cuda or (triton.interpreting() and backend.forced() == "triton")
+    return triton if on_gpu else native
+
+
+def make_pack(model: MTLModel, bf16: bool = False) -> Packed:
+    """Pack a model for the device that it is on; arguments and errors of :class:`Packed`."""
+    on_gpu = _backend_for(next(model.parameters())) is triton
+    return (PackedOnGPU if on_gpu else Packed)(model, bf16)
+
+
 _guard = threading.Lock()
 
 
@@ -265,27 +327,29 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
 
     Under autocast to bfloat16 it is one in bf16.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.forced() not in (None, "native"):
-        return None
     first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
-    if type(first) is not Tensor:  # somebody watches what happens to it
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
         return None
-    bf16 = torch.is_autocast_enabled("cpu")
-    if bf16 and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+    module = _backend_for(first)
+    if backend.forced() not in ((None, "native") if module is native else (None, "triton", "cuda")):
         return None
-    packs: dict[bool, Packed | None] = model._packs
-    pack = packs.get(bf16)
+    bf16 = torch.is_autocast_enabled(first.device.type)
+    if bf16 and torch.get_autocast_dtype(first.device.type) is not torch.bfloat16:
+        return None
+    packs: dict[Any, Packed | None] = model._packs
+    key = module, bf16
+    found = packs.get(key)
     # not model.embedding: a module looks for that in three dictionaries first
-    if pack is not None and pack.embedding is model._modules["embedding"] and pack.is_current():
-        return pack if pack.stands_in() else None
+    if found is not None and found.embedding is model._modules["embedding"] and found.is_current():
+        return found if found.stands_in() else None
     with _guard:
-        now = packs.get(bf16)
-        if now is not pack and now is not None:  # another thread was here first
+        now = packs.get(key)
+        if now is not found and now is not None:  # another thread was here first
             return now
-        if why_not(model) is None:
+        if why_not(model, module) is None:
             try:
-                packs[bf16] = pack = Packed(model, bf16)
+                packs[key] = found = make_pack(model, bf16)
             except (ConfigError, RuntimeError):
                 return None  # the ordinary way runs it, or says what is wrong
-            return pack if pack.stands_in() else None
+            return found if found.stands_in() else None
         return None
