@@ -330,11 +330,15 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
         return None
-    module = _backend_for(first)
-    if backend.forced() not in ((None, "native") if module is native else (None, "triton", "cuda")):
-        return None
-    bf16 = torch.is_autocast_enabled(first.device.type)
-    if bf16 and torch.get_autocast_dtype(first.device.type) is not torch.bfloat16:
+    forced = backend.forced()
+    if first.is_cpu and forced in (None, "native"):
+        module, device = native, "cpu"
+    else:
+        module, device = _backend_for(first), first.device.type
+        if module is native or forced not in (None, "triton", "cuda"):
+            return None
+    bf16 = torch.is_autocast_enabled(device)
+    if bf16 and torch.get_autocast_dtype(device) is not torch.bfloat16:
         return None
     packs: dict[Any, Packed | None] = model._packs
     key = module, bf16
