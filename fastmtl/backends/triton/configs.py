@@ -169,8 +169,8 @@ class GemmConfig:
         return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
 
     def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool, tight: bool = False) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D is
-        rebuilt through a dropout, which takes registers."""
+        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D
+        is rebuilt through a dropout, which takes registers."""
         most = 64 if precision == "ieee" else 128
         m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), 64 if tight else most)
         k = 64 if precision == "bf16" and not rebuilt else 32
