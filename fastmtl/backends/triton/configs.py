@@ -226,7 +226,7 @@ class GemmConfig:
     def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
         of an expert; ``dropped``: some are dropped. Both take registers, and so does the backward."""
-        block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
+        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
         elements = 8192 // (1 + backward) // (1 + (whole or dropped))
         block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
         return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))

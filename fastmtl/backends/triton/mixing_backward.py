@@ -111,7 +111,7 @@ def expert_gate_tail_kernel(
         mask = live[:, None] & inside[None, :]
         centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
         if DROPOUT:
-            keep = kept(Seed_ptr, row, c, drop, LAYER)
+            keep = kept(Seed_ptr, row, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
         if HEAD or MIX:
             a = activate(y, alpha, inside[None, :], n_units, ACT)
             if DROPOUT:
