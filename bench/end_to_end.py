@@ -2,6 +2,7 @@
 
     python -m bench.end_to_end --shape census --rounds 5
     python -m bench.end_to_end --shape ali-ccp --model ple --amp bf16
+    python -m bench.end_to_end --shape census --busy 2
 
 Census is the real data set where its file is found (FASTMTL_DATA), otherwise made-up rows of its shape. First every
 contender trains one epoch from the same seed, and the epoch's losses must be those of the same epoch in float64, as
@@ -25,11 +26,12 @@ import gc
 import importlib
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -183,6 +185,16 @@ def measure(
     return speeds
 
 
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """``count`` other processes that compute all the while."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
+        yield
+
+
 def summary(
     speeds: dict[str, list[float]], runs: Sequence[Contender], model: str, shape: Shape, machine: Machine
 ) -> list[dict[str, Any]]:
@@ -215,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=1, help="epochs of a contender in a round (%(default)s)")
     parser.add_argument("--rows", type=int, help="training rows at most")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute beside the contenders")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")  # torch-rechub's, of other packages
@@ -235,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"fastmtl {name} does not run: {why}")
     distances = check_equality(runs, args.model, shape, rows)
     tell("first epoch's losses, from float64's: " + ", ".join(f"{name} to {d:.1e}" for name, d in distances.items()))
-    speeds = measure(runs, args.model, shape, rows, args.rounds, args.epochs, tell)
+    with neighbours(args.busy):
+        speeds = measure(runs, args.model, shape, rows, args.rounds, args.epochs, tell)
     figures = summary(speeds, runs, args.model, shape, machine)
     if args.json:
         print(

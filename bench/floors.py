@@ -10,9 +10,9 @@ R  GEMM rate in the contender's precision, FLOP/s: the better of torch's matmul 
 W  copy bandwidth, bytes/s, read and written, of 100 MB.
 G  bytes of a lookup: B (table ids of 8 B, D numbers of 4 B read and written for each feature).
 S  G, and B F D numbers read again by the backward, and the optimizer's traffic. For exact Adam with decay that is: each
-   unique row touched reads and writes weight, m and v once and reads its gradient (7 of its D numbers), every table
-   once in MOST_MISSED steps (6 numbers each), and the dense parameters read p, g, m, v and write p, m, v (7 numbers
-   each).
+   unique row touched reads and writes weight, m and v once to catch up and once to step and reads its gradient (13 of
+   its D numbers), every table once in MOST_MISSED steps (6 numbers each), and the dense parameters read p, g, m, v and
+   write p, m, v (7 numbers each).
 
 Activations are taken to stay in cache and everything else to be free: nothing reaches the floor, good code comes near.
 """
@@ -130,6 +130,6 @@ def step_floor(
     """
     compute = 3 * shape.flops(model) * batch / machine.rate(precision)
     backward = batch * len(shape.vocabs) * shape.embed_dim
-    tables = shape.embed_dim * (7 * touched + 6 * sum(shape.vocabs) / MOST_MISSED)
+    tables = shape.embed_dim * (13 * touched + 6 * sum(shape.vocabs) / MOST_MISSED)
     moved = lookup_bytes(shape, batch) + 4 * (backward + tables + 7 * dense_params)
     return compute + moved / machine.copy

@@ -1,11 +1,13 @@
-"""Training steps and single calls on a GPU: a plain peer, eager, triton and cuda, alternated in one run.
+"""Training, predictions and single kernels on a GPU: torch-rechub (or a plain peer), eager, triton, cuda, in one run.
 
     python -m bench.gpu --seconds 240
+    python -m bench.gpu --warm 1/4           # compile what the others will run, write no figure
     python -m bench.gpu --dry-run            # everything at tiny shapes on the CPU: no figure is written
 
-All contenders of a case take turns. Before that fastmtl's, which start from the same weights, must agree in the losses
-of their first two steps up to the precision; the peer's, whose weights are its own, must be finite. Cases run in the
-order of their worth until the time is up; what was left out is named in the report.
+All contenders of a case take turns. Before that those that start from the same weights must agree in the losses of
+their first two steps, or in their predictions, up to the precision; the plain peer's weights are its own, and its
+numbers must be finite. Cases run in the order of their worth until the time is up; what was left out is named in the
+report.
 """
 
 from __future__ import annotations
@@ -13,76 +15,74 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import os
-import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from bench import gpu_report
-from bench.gpu_kernels import calls
-from bench.gpu_models import CONTENDERS, PLE_EXPERTS, make_batches, make_step
+from bench import gpu_report, gpu_trainer, gpu_work
+from bench.gpu_kernels import time_calls, time_kernels
+from bench.gpu_models import Batch, Contender, Runner, contenders, first_weights, make_batches
 from bench.gpu_timing import alternated, limits
 from bench.shapes import SHAPES, Shape
 from fastmtl import backend
 
 RESULTS = Path(__file__).parent / "results"
-#: How far apart, relatively, the losses of the first two steps of the same model may be.
+#: How far apart, relatively, the losses of the first two steps of the same model may be; or its probabilities.
 TOLERANCE = {"ieee": 1e-4, "tf32": 5e-3, "bf16": 3e-2}
+#: Contenders that torch.compile makes first, half a minute each.
+COMPILED = ("peer compiled", "torch-rechub compiled", "eager compiled")
 
 
 class Case(NamedTuple):
-    """One row of the plan."""
+    """One row of the plan; mode: training, inference, trainer (whole epochs) or kernels."""
 
+    mode: str
     shape: str
     model: str
     batch: int
     precision: str
-    contenders: tuple[str, ...]
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.mode}: {self.shape} {self.model} {self.batch} {self.precision}"
 
 
-def plan(compiled: bool) -> list[Case]:
-    """All cases, the most telling first; torch.compile takes about a minute a model and takes part in few."""
-    quick = ("peer", "eager", "triton", "cuda")
-    everyone = tuple(CONTENDERS) if compiled else quick
+def plan() -> list[Case]:
+    """All cases, the most telling first; torch.compile's contenders take part in few."""
     cases = [
-        Case("ali-ccp", "mmoe", 65536, "bf16", everyone),
-        Case("ali-ccp", "mmoe", 4096, "bf16", quick),
-        Case("ali-ccp", "ple", 65536, "bf16", quick),
-        Case("ali-ccp", "mmoe", 65536, "ieee", quick),
-        Case("ali-ccp", "mmoe", 65536, "tf32", quick),
+        Case("training", "ali-ccp", "mmoe", 65536, "bf16"),
+        Case("trainer", "ali-ccp", "mmoe", 65536, "bf16"),
+        Case("training", "ali-ccp", "mmoe", 65536, "ieee", True),
+        Case("inference", "ali-ccp", "mmoe", 65536, "bf16"),
+        Case("kernels", "ali-ccp", "mmoe", 65536, "bf16"),
+        Case("training", "ali-ccp", "mmoe", 4096, "bf16"),
+        Case("trainer", "ali-ccp", "mmoe", 4096, "bf16"),
+        Case("training", "ali-ccp", "ple", 65536, "bf16"),
+        Case("trainer", "ali-ccp", "ple", 65536, "bf16"),
+        Case("kernels", "ali-ccp", "mmoe", 4096, "bf16"),
+        Case("kernels", "ali-ccp", "ple", 65536, "bf16"),
+        Case("training", "ali-ccp", "mmoe", 65536, "tf32"),
+        Case("training", "ali-ccp", "mmoe", 65536, "bf16", True),
+        Case("inference", "ali-ccp", "mmoe", 4096, "bf16"),
+        Case("kernels", "ali-ccp", "mmoe", 65536, "ieee"),
+        Case("kernels", "ali-ccp", "mmoe", 65536, "tf32"),
     ]
-    for shape in ("ali-ccp", "aliexpress"):
-        for model in ("mmoe", "ple"):
-            for batch in (4096, 65536):
-                for precision in ("bf16", "tf32", "ieee"):
-                    case = Case(shape, model, batch, precision, quick)
-                    if all(case[:4] != known[:4] for known in cases):
-                        cases.append(case)
+    known = {case[:5] for case in cases}
+    for mode in ("training", "inference", "kernels"):
+        for shape in ("ali-ccp", "aliexpress"):
+            for model in ("mmoe", "ple"):
+                for batch in (65536, 4096):
+                    for precision in ("bf16", "tf32", "ieee"):
+                        case = Case(mode, shape, model, batch, precision)
+                        if case[:5] not in known:
+                            cases.append(case)
     return cases
-
-
-def training_flops(shape: Shape, model: str) -> int:
-    """Of one row; PLE's levels beside MMoE's one layer."""
-    if model == "mmoe":
-        return shape.training_flops
-    specific, shared, levels = PLE_EXPERTS
-    tasks = len(shape.task_names)
-    everyone, width, flops = tasks * specific + shared, shape.input_width, 0
-    for level in range(levels):
-        sizes, inside = (width, *shape.expert_dims), 0
-        for i in range(len(shape.expert_dims)):
-            inside += sizes[i] * sizes[i + 1]
-        gates = tasks * (specific + shared) + (everyone if level + 1 < levels else 0)
-        flops += everyone * inside + gates * width
-        width = shape.expert_dims[-1]
-    sizes = (width, *shape.tower_dims, 1)
-    flops += tasks * sum(sizes[i] * sizes[i + 1] for i in range(len(sizes) - 1))
-    return 6 * flops
 
 
 def tiny(shape: Shape) -> Shape:
@@ -93,85 +93,168 @@ def tiny(shape: Shape) -> Shape:
     )  # fmt: skip
 
 
-def missing(contender: str) -> str | None:
+def missing(who: Contender) -> str | None:
     """Why a contender's backend can't run here; None: it can."""
-    name = CONTENDERS[contender][0]
-    return None if name is None else backend.TABLE["embedding_bag"][name].unavailable()
+    return None if who.backend is None else backend.TABLE["embedding_bag"][who.backend].unavailable()
 
 
-def run_case(
-    case: Case, device: torch.device, dry: bool, reached: dict[str, float], left_out: list[str]
-) -> list[dict[str, Any]]:
-    """The rows of one case."""
-    shape = tiny(SHAPES[case.shape]) if dry else SHAPES[case.shape]
-    batch_size = 16 if dry else case.batch
-    batches = make_batches(shape, batch_size, 2, device)
-    steps, names = [], []
-    agreed: list[float] | None = None
-    for contender in case.contenders:
-        reason = missing(contender)
-        if reason is None or dry:
-            stand_in, reason = ("eager" if reason else None), None
-            try:
-                step = make_step(contender, shape, case.model, case.precision, device, stand_in)
-                losses = [float(step(batch)) for batch in batches]
-                if CONTENDERS[contender][0] is None:
-                    reason = None if all(map(math.isfinite, losses)) else f"its losses are {losses}"
-                elif agreed is None:
-                    agreed = losses
-                elif not all(_near(a, b, case.precision) for a, b in zip(losses, agreed, strict=True)):
-                    reason = f"its losses are {losses}, not {agreed}"
-            except (RuntimeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        if reason:
-            left_out.append(f"{case.shape} {case.model} {case.batch} {case.precision}: {contender}: {reason}")
-            continue
-        names.append(contender)
-        steps.append(step)
-    works = [(lambda step=step: [step(batch) for batch in batches]) for step in steps]
-    times = alternated(works, device, 2 if dry else 3, 1 if dry else (3 if case.batch > 10000 else 10))
-    rows = []
-    for name, seconds in zip(names, times, strict=True):
-        a_step = seconds / len(batches)
-        flops = training_flops(shape, case.model) * batch_size / a_step
-        rows.append(
+@dataclass
+class Bench:
+    """A run: where, how large, and what it has found so far."""
+
+    device: torch.device
+    dry: bool
+    compiled: bool
+    reached: dict[str, float]
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"steps": [], "calls": [], "kernels": []})
+    left_out: list[str] = field(default_factory=list)
+    _states: dict[tuple[Shape, str], dict[str, Tensor]] = field(default_factory=dict)
+
+    def shape(self, case: Case) -> Shape:
+        """The case's, or a tiny one."""
+        return tiny(SHAPES[case.shape]) if self.dry else SHAPES[case.shape]
+
+    def rows(self, case: Case) -> int:
+        """Of a batch."""
+        return 16 if self.dry else case.batch
+
+    def state(self, case: Case) -> dict[str, Tensor]:
+        """The weights that contenders begin with."""
+        key = self.shape(case), case.model
+        if key not in self._states:
+            self._states[key] = first_weights(*key)
+        return self._states[key]
+
+    def stand_in(self, who: Contender) -> str | None:
+        """In a dry run the backend that takes the place of one for GPUs."""
+        return "eager" if self.dry and missing(who) else None
+
+    def run(self, case: Case, warm: bool = False) -> None:
+        """One case; ``warm``: what it compiles, without a figure."""
+        try:
+            if case.mode == "trainer":
+                self._trainer(case, warm)
+            elif case.mode == "kernels":
+                self._kernels(case, warm)
+            else:
+                self._compare(case, warm)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            self._leave_out(case, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --------------------------------------------------------------------------------------------- the modes
+
+    def _compare(self, case: Case, warm: bool) -> None:
+        """Steps or predictions of all contenders, in turns."""
+        shape, n = self.shape(case), self.rows(case)
+        batches = make_batches(shape, n, 2, self.device)
+        taken: dict[str, Callable[[Batch], Tensor]] = {}
+        agreed: Tensor | None = None
+        for name, who in contenders().items():
+            if who.compiled and not (case.compiled and self.compiled):
+                continue
+            reason = None if self.dry else missing(who)
+            if reason is None:
+                try:
+                    runner = Runner(
+                        who, shape, case.model, self.state(case), case.precision, self.device, self.stand_in(who),
+                        training=case.mode == "training",
+                    )  # fmt: skip
+                    work = runner.step if case.mode == "training" else runner.predict
+                    mine = torch.stack([work(batch).detach().float().cpu() for batch in batches])
+                    if who.package == "peer":
+                        reason = None if mine.isfinite().all() else "its numbers are not finite"
+                    elif agreed is None:
+                        agreed = mine
+                    else:
+                        reason = _apart(mine, agreed, case)
+                except (RuntimeError, ValueError) as error:
+                    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if reason:
+                self._leave_out(case, f"{name}: {reason}")
+            else:
+                taken[name] = work
+        if warm:
+            return
+        works = [(lambda work=work: [work(batch) for batch in batches]) for work in taken.values()]
+        repeats = 1 if self.dry else (3 if case.batch > 10_000 else 10)
+        times = alternated(works, self.device, 2 if self.dry else 5, repeats)
+        for name, seconds in zip(taken, times, strict=True):
+            self._note(case, name, seconds / len(batches), n, batches[0])
+
+    def _trainer(self, case: Case, warm: bool) -> None:
+        shape, n = self.shape(case), self.rows(case)
+        rows = 4 * n if self.dry or warm else max(gpu_trainer.ROWS // n, 4) * n
+        done = gpu_trainer.epoch(
+            shape, case.model, n, self.state(case), case.precision, self.device, rows, "eager" if self.dry else None
+        )
+        if not all(math.isfinite(loss) for epoch in done["losses"] for loss in epoch):
+            self._leave_out(case, f"its losses are {done['losses']}")
+        elif not warm:
+            batch = make_batches(shape, n, 1, self.device)[0]
+            self._note(case, "trainer", done["seconds"] / rows * n, n, batch, tables=done["tables"])
+
+    def _kernels(self, case: Case, warm: bool) -> None:
+        shape, n = self.shape(case), self.rows(case)
+        batch = make_batches(shape, n, 1, self.device)[0]
+        wanted = ("eager", "native", "triton") if self.dry else ("eager", "triton", "cuda")
+        here = [name for name in wanted if backend.TABLE["embedding_bag"][name].unavailable() is None]
+        key = {"shape": case.shape, "batch": n, "precision": case.precision}
+        torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+        if case.model == "mmoe":  # the lookup is the same for both
+            calls = time_calls(shape, batch, case.precision, self.device, here, self.reached)
+            self.found["calls"] += [] if warm else [key | call for call in calls]
+        if "triton" in here:
+            kernels = time_kernels(
+                shape, case.model, batch, case.precision, self.device, self.state(case), self.reached
+            )
+            self.found["kernels"] += [] if warm else [key | kernel for kernel in kernels]
+
+    # ------------------------------------------------------------------------------------------------ figures
+
+    def _note(self, case: Case, name: str, seconds: float, n: int, batch: Batch, tables: str = "") -> None:
+        shape = self.shape(case)
+        flops = shape.flops(case.model) * n * (1 if case.mode == "inference" else 3)
+        if case.mode == "inference":
+            floor = gpu_work.forward_floor(shape, case.model, n, case.precision, self.reached)
+        else:
+            touched = gpu_work.touched_rows([batch.columns[f"s{i}"] for i in range(len(shape.vocabs))])
+            floor = gpu_work.step_floor(shape, case.model, n, case.precision, touched, self.reached)
+        by_rows = name == "trainer" or contenders()[name].by_rows
+        self.found["steps"].append(
             {
-                "shape": case.shape, "model": case.model, "batch": batch_size, "precision": case.precision,
-                "contender": name, "us": a_step * 1e6, "samples_per_second": batch_size / a_step,
-                "tflops": flops / 1e12, "of_limit": flops / reached[case.precision],
+                "mode": "inference" if case.mode == "inference" else "training", "shape": case.shape,
+                "model": case.model, "batch": n, "precision": case.precision, "contender": name, "us": seconds * 1e6,
+                "samples_per_second": n / seconds, "tflops": flops / seconds / 1e12,
+                "of_limit": flops / seconds / self.reached[case.precision], "floor_us": floor * 1e6,
+                "over_floor": seconds / floor,
+                "tables": "" if case.mode == "inference" else tables or ("exact by rows" if by_rows else "dense"),
             }
         )  # fmt: skip
-        print(f"{case.shape} {case.model} {batch_size} {case.precision} {name}: {a_step * 1e6:.0f} us", flush=True)
-    del steps, works
-    gc.collect()
-    return rows
+        print(f"{case} {name}: {seconds * 1e6:.0f} us, {n / seconds / 1e6:.3g} M samples/s", flush=True)
+
+    def _leave_out(self, case: Case, why: str) -> None:
+        self.left_out.append(f"{case}: {why}")
+        print(f"left out: {case}: {why}", flush=True)
 
 
-def _near(a: float, b: float, precision: str) -> bool:
-    return abs(a - b) <= TOLERANCE[precision] * abs(b)
-
-
-def run_calls(case: Case, device: torch.device, dry: bool, reached: dict[str, float]) -> list[dict[str, Any]]:
-    """The single calls of a case's shape."""
-    shape = tiny(SHAPES[case.shape]) if dry else SHAPES[case.shape]
-    batch = make_batches(shape, 16 if dry else case.batch, 1, device)[0]
-    wanted = ("eager", "native", "triton") if dry else ("eager", "triton", "cuda")
-    backends = [name for name in wanted if backend.TABLE["embedding_bag"][name].unavailable() is None]
-    found = list(calls(shape, batch, case.precision, device, backends))
-    times = alternated([call.work for call in found], device, 2 if dry else 5, 2 if dry else 20)
-    return [
-        {
-            "shape": case.shape, "batch": case.batch, "precision": case.precision, "call": call.name, "us": t * 1e6,
-            "gbytes_per_second": call.bytes / t / 1e9, "of_limit": call.bytes / t / reached["copy"],
-        }
-        for call, t in zip(found, times, strict=True)
-    ]  # fmt: skip
+def _apart(mine: Tensor, agreed: Tensor, case: Case) -> str | None:
+    """Why two contenders do not compute the same; None: they do."""
+    allowed = TOLERANCE[case.precision]
+    distance = (mine - agreed).abs()
+    off = float((distance / agreed.abs()).max() if case.mode == "training" else distance.max())
+    return (
+        None if off <= allowed else f"its {'losses' if case.mode == 'training' else 'predictions'} are {off:.1e} away"
+    )
 
 
 def main() -> int:
     """Run the plan, write the report, print the short table last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after so many")
+    parser.add_argument("--warm", default=None, metavar="I/N", help="compile the I-th of N parts of the plan")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; writes into --folder only")
     parser.add_argument("--no-compile", action="store_true", help="without the contenders of torch.compile")
     parser.add_argument("--cases", type=int, default=None, help="at most so many")
@@ -183,53 +266,28 @@ def main() -> int:
         return 2
     device = torch.device("cpu" if dry else "cuda")
     start = time.monotonic()
-    reached = limits(device, dry)
-    steps: list[dict[str, Any]] = []
-    single: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    cases = plan(not arguments.no_compile)[: arguments.cases]
-    seen: set[tuple[str, int, str]] = set()
+    cases = plan()[: arguments.cases]
+    if arguments.warm:
+        part, n = map(int, arguments.warm.split("/"))
+        bench = Bench(device, dry, not arguments.no_compile, limits(device, True))
+        for case in cases[part - 1 :: n]:
+            if time.monotonic() - start < arguments.seconds:
+                bench.run(case, warm=True)
+        return 0
+    bench = Bench(device, dry, not arguments.no_compile, limits(device, dry))
     for case in cases:
         if time.monotonic() - start > arguments.seconds:
-            left_out.append(f"{' '.join(map(str, case[:4]))}: the time was up")
-            continue
-        steps += run_case(case, device, dry, reached, left_out)
-        if case.model == "mmoe" and (key := (case.shape, case.batch, case.precision)) not in seen:
-            seen.add(key)
-            single += run_calls(case, device, dry, reached)
-    found = {
-        "device": "dry run" if dry else torch.cuda.get_device_name(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "machine": _machine(),
-        "limits": reached,
-        "steps": steps,
-        "calls": single,
-        "left_out": left_out,
-    }
+            bench.left_out.append(f"{case}: the time was up")
+        else:
+            bench.run(case)
+    found = gpu_report.head(device) | bench.found | {"limits": bench.reached, "left_out": bench.left_out}
     if arguments.folder or not dry:
         for path in gpu_report.write(found, arguments.folder or RESULTS):
             print(f"written: {path}")
-    for what in left_out:
+    for what in bench.left_out:
         print(f"left out: {what}")
     print(gpu_report.short(found))
     return 0
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip() or "unknown"
-
-
-def _machine() -> str:
-    driver = "no nvidia-smi"
-    try:
-        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or driver
-    except OSError:
-        pass
-    return f"{driver}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The contenders of bench.gpu: each takes training steps of the same model on the same rows."""
+"""The contenders of bench.gpu: each trains and runs the same model on the same rows.
+
+torch-rechub's weights are loaded into fastmtl's models, strictly, so that all must agree; the plain peer, which takes
+torch-rechub's place where that is not at hand, has weights of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,133 +14,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.shapes import Shape
+from bench import gpu_peer
+from bench.models import build
+from bench.shapes import PLE_LEVELS, PLE_SHARED, PLE_SPECIFIC, Shape
 from fastmtl import backend
 from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.models import MMOE, PLE
 from fastmtl.trainers.device_tables import DeviceTables
 
-#: PLE's experts: specific ones of a task, shared ones, levels.
-PLE_EXPERTS = (4, 2, 2)
 SETTINGS = {"lr": 1e-3, "weight_decay": 1e-5}
-#: Who takes part: name -> (backend or None for the peer, whether compiled by torch.compile, exact updates by rows).
-CONTENDERS: dict[str, tuple[str | None, bool, bool]] = {
-    "peer": (None, False, False),
-    "peer compiled": (None, True, False),
-    "eager": ("eager", False, False),
-    "eager compiled": ("eager", True, False),
-    "triton": ("triton", False, True),
-    "cuda": ("cuda", False, True),
-}
+SEED = 2022
 
 
-class Perceptron(nn.Sequential):
-    """Linear, BatchNorm, ReLU for each width."""
+class Contender(NamedTuple):
+    """Who takes part.
 
-    def __init__(self, width: int, dims: tuple[int, ...]) -> None:
-        layers: list[nn.Module] = []
-        for dim in dims:
-            layers += [nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU()]
-            width = dim
-        super().__init__(*layers)
+    Args:
+        package: ``"torch_rechub"``, ``"peer"`` or ``"fastmtl"``.
+        backend: fastmtl's.
+        compiled: by torch.compile.
+        by_rows: tables are moved in the backward, exact, rather than by a dense optimizer.
+    """
 
-
-class Gate(nn.Sequential):
-    """Linear, BatchNorm, softmax over experts."""
-
-    def __init__(self, width: int, experts: int) -> None:
-        super().__init__(nn.Linear(width, experts), nn.BatchNorm1d(experts), nn.Softmax(dim=1))
+    package: str
+    backend: str | None = None
+    compiled: bool = False
+    by_rows: bool = False
 
 
-def mixed(gate: nn.Module, x: Tensor, experts: list[Tensor]) -> Tensor:
-    """The experts' outputs, weighed by the gate."""
-    return (gate(x).unsqueeze(2) * torch.stack(experts, 1)).sum(1)
-
-
-class Peer(nn.Module):
-    """The model as one writes it module by module: an embedding a feature, a perceptron an expert, a gate a task."""
-
-    def __init__(self, shape: Shape, kind: str) -> None:
-        super().__init__()
-        self.embeddings = nn.ModuleList([nn.Embedding(rows, shape.embed_dim) for rows in shape.vocabs])
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=1e-4)
-        self.n_tasks, self.kind = len(shape.task_names), kind
-        self.levels = nn.ModuleList()
-        width, dims = shape.input_width, shape.expert_dims
-        if kind == "mmoe":
-            experts = nn.ModuleList([Perceptron(width, dims) for _ in range(shape.n_expert)])
-            gates = nn.ModuleList([Gate(width, shape.n_expert) for _ in range(self.n_tasks)])
-            self.levels.append(nn.ModuleDict({"experts": experts, "gates": gates}))
-        else:
-            specific, shared, n_levels = PLE_EXPERTS
-            for level in range(n_levels):
-                last = level + 1 == n_levels
-                everyone = self.n_tasks * specific + shared
-                experts = nn.ModuleList([Perceptron(width, dims) for _ in range(everyone)])
-                sizes = [specific + shared] * self.n_tasks + [everyone] * (not last)
-                gates = nn.ModuleList([Gate(width, size) for size in sizes])
-                self.levels.append(nn.ModuleDict({"experts": experts, "gates": gates}))
-                width = dims[-1]
-        self.towers = nn.ModuleList(
-            [
-                nn.Sequential(Perceptron(dims[-1], shape.tower_dims), nn.Linear(shape.tower_dims[-1], 1))
-                for _ in range(self.n_tasks)
-            ]
-        )
-
-    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
-        """Logits ``[B, T]`` of ids ``[B, F]`` and dense columns ``[B, n]``."""
-        x = torch.cat([embedding(ids[:, f]) for f, embedding in enumerate(self.embeddings)] + [dense], 1)
-        inputs = [x] * (self.n_tasks + 1)
-        for level in self.levels:
-            experts, gates = level["experts"], level["gates"]
-            if self.kind == "mmoe":
-                outs = [expert(x) for expert in experts]
-                inputs = [mixed(gate, x, outs) for gate in gates]
-                continue
-            specific = PLE_EXPERTS[0]
-            outs = []
-            for i, expert in enumerate(experts):
-                outs.append(expert(inputs[min(i // specific, self.n_tasks)]))
-            common = outs[self.n_tasks * specific :]
-            mine = [outs[t * specific : (t + 1) * specific] + common for t in range(self.n_tasks)]
-            mine += [outs] * (len(gates) - self.n_tasks)
-            inputs = [
-                mixed(gate, inputs[t], members) for t, (gate, members) in enumerate(zip(gates, mine, strict=True))
-            ]
-        return torch.cat([tower(inputs[t]) for t, tower in enumerate(self.towers)], 1)
+def contenders() -> dict[str, Contender]:
+    """All of them by their names; the first is the one that ratios are given to."""
+    package = "torch_rechub" if gpu_peer.is_here() else "peer"
+    name = "torch-rechub" if package == "torch_rechub" else "peer"
+    return {
+        name: Contender(package),
+        f"{name} compiled": Contender(package, compiled=True),
+        "eager": Contender("fastmtl", "eager"),
+        "eager compiled": Contender("fastmtl", "eager", compiled=True),
+        "triton": Contender("fastmtl", "triton", by_rows=True),
+        "cuda": Contender("fastmtl", "cuda", by_rows=True),
+    }
 
 
 class Batch(NamedTuple):
-    """Rows on the device: ids ``[B, F]``, dense columns ``[B, n]``, labels ``[B, T]``, and the columns by name."""
+    """Rows on the device: columns by name ``[B]``, and labels ``[B, T]``."""
 
-    ids: Tensor
-    dense: Tensor
-    labels: Tensor
     columns: dict[str, Tensor]
+    labels: Tensor
 
 
 def make_batches(shape: Shape, batch_size: int, n: int, device: torch.device) -> list[Batch]:
     """``n`` batches of made-up rows, resident on the device."""
     x, y = shape.rows(n * batch_size)
-    names = [f"s{i}" for i in range(len(shape.vocabs))]
-    numbers = [f"d{i}" for i in range(shape.n_dense)]
-    batches = []
-    for i in range(n):
-        part = slice(i * batch_size, (i + 1) * batch_size)
-        columns = {name: torch.from_numpy(values[part]).to(device) for name, values in x.items()}
-        batches.append(
-            Batch(
-                torch.stack([columns[name] for name in names], 1),
-                torch.stack([columns[name] for name in numbers], 1)
-                if numbers
-                else torch.empty(batch_size, 0).to(device),
-                torch.from_numpy(y[part]).to(device),
-                columns,
-            )
+    parts = [slice(i * batch_size, (i + 1) * batch_size) for i in range(n)]
+    return [
+        Batch(
+            {name: torch.from_numpy(values[part]).to(device) for name, values in x.items()},
+            torch.from_numpy(y[part]).to(device),
         )
-    return batches
+        for part in parts
+    ]
 
 
 def make_model(shape: Shape, kind: str) -> Any:
@@ -150,8 +87,14 @@ def make_model(shape: Shape, kind: str) -> Any:
     expert = {"dims": list(shape.expert_dims)}
     if kind == "mmoe":
         return MMOE(features, types, shape.n_expert, expert, towers)
-    specific, shared, levels = PLE_EXPERTS
-    return PLE(features, types, levels, specific, shared, expert, towers)
+    return PLE(features, types, PLE_LEVELS, PLE_SPECIFIC, PLE_SHARED, expert, towers)
+
+
+def first_weights(shape: Shape, kind: str) -> dict[str, Tensor]:
+    """torch-rechub's where it is here, else fastmtl's: what fastmtl's contenders begin with."""
+    torch.manual_seed(SEED)
+    made = build("torch_rechub", kind, shape) if gpu_peer.is_here() else make_model(shape, kind)
+    return made.state_dict()
 
 
 def precision_of(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -162,47 +105,75 @@ def precision_of(name: str, device: torch.device) -> Callable[[], AbstractContex
     return nullcontext
 
 
-def make_step(
-    contender: str, shape: Shape, kind: str, precision: str, device: torch.device, stand_in: str | None = None
-) -> Callable[[Batch], Tensor]:
-    """A function that trains one batch and returns its loss, on the device.
+class Runner:
+    """A contender at work on a shape.
 
     Args:
-        contender: of :data:`CONTENDERS`.
+        who: the contender.
         shape, kind: the data's, and ``"mmoe"`` or ``"ple"``.
+        state: :func:`first_weights`.
         precision: see :func:`precision_of`.
         device: where it runs.
-        stand_in: a backend that takes the place of one for GPUs, where there is none (its tables are updated densely).
+        stand_in: a backend that takes the place of one for GPUs, where there is none (tables are updated densely then).
+        training: steps, or predictions alone.
     """
-    name, is_compiled, by_rows = CONTENDERS[contender]
-    name = name and (stand_in or name)
-    by_rows = by_rows and stand_in is None
-    context = precision_of(precision, device)
-    held = backend.use_backend(name) if name else nullcontext()
-    torch.manual_seed(0)  # the same weights for all of fastmtl's
-    with held:
-        model = (make_model(shape, kind) if name else Peer(shape, kind)).to(device).train()
-        tables = model.embedding.weights() if by_rows else []
-        updates = DeviceTables(torch.optim.Adam, tables, **SETTINGS) if by_rows else None
-    if updates:
-        model.embedding.updater = updates
-    others = [p for p in model.parameters() if all(p is not table for table in tables)]
-    optimizer = torch.optim.Adam(others, fused=True, **SETTINGS)
-    forward = torch.compile(model) if is_compiled else model
 
-    def step(batch: Batch) -> Tensor:
-        with backend.use_backend(name) if name else nullcontext():
-            if updates:
-                updates.advance()
-            with context():
-                out = forward(batch.columns) if name else torch.sigmoid(forward(batch.ids, batch.dense).float())
+    def __init__(
+        self,
+        who: Contender,
+        shape: Shape,
+        kind: str,
+        state: dict[str, Tensor],
+        precision: str,
+        device: torch.device,
+        stand_in: str | None = None,
+        training: bool = True,
+    ) -> None:
+        self.backend = who.backend and (stand_in or who.backend)
+        self.context = precision_of(precision, device)
+        torch.manual_seed(SEED)
+        made: nn.Module
+        if who.package == "peer":
+            made = gpu_peer.Peer(shape, kind)
+        else:
+            made = build("torch_rechub", kind, shape) if who.package == "torch_rechub" else make_model(shape, kind)
+            made.load_state_dict(state, strict=True)
+        self.model: Any = made.to(device).train(training)
+        self.updates: DeviceTables | None = None
+        tables: list[Any] = []
+        if training:
+            if who.by_rows and stand_in is None:
+                tables = self.model.embedding.weights()
+                with self._on_backend():
+                    self.updates = DeviceTables(torch.optim.Adam, tables, **SETTINGS)
+                self.model.embedding.updater = self.updates
+            others = [p for p in self.model.parameters() if all(p is not table for table in tables)]
+            # torch-rechub's trainer takes torch's default; compiled or not, everyone else has the fused one
+            fused = who.compiled or who.package != "torch_rechub"
+            self.optimizer = torch.optim.Adam(others, fused=fused or None, **SETTINGS)
+        self.forward = torch.compile(self.model) if who.compiled else self.model
+
+    def step(self, batch: Batch) -> Tensor:
+        """Train one batch; its loss, on the device."""
+        with self._on_backend():
+            if self.updates:
+                self.updates.advance()
+            with self.context():
+                out = self.forward(batch.columns)
             # outside autocast, which refuses this loss; the clamp keeps logarithms of rounded probabilities finite
             loss = F.binary_cross_entropy(out.float().clamp(1e-7, 1 - 1e-7), batch.labels)
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            if updates:
-                updates.sweep()
+            self.optimizer.step()
+            if self.updates:
+                self.updates.sweep()
         return loss.detach()
 
-    return step
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Probabilities ``[B, T]``."""
+        with self._on_backend(), self.context():
+            return self.forward(batch.columns)
+
+    def _on_backend(self) -> AbstractContextManager[None]:
+        return backend.use_backend(self.backend) if self.backend else nullcontext()

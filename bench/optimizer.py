@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bench.shapes import ALI_CCP
 from fastmtl import optim
 from fastmtl.backends import native
-from fastmtl.optim.waiting import MOST_MISSED, Replays, Waiting
+from fastmtl.optim.waiting import MOST_MISSED, Replays
 from fastmtl.spec import Bag, EmbeddingSpec
 
 #: name -> (class in torch.optim and fastmtl.optim, settings)
@@ -103,11 +103,6 @@ class Run:
         times["rows"] = float(len(rows))
         return times
 
-    @property
-    def rows_wait(self) -> Waiting | None:
-        """How the table's rows wait for missed steps."""
-        return self.ours._pending[self.table].waiting
-
     def difference(self) -> float:
         """The largest difference of the two tables, by the largest weight; every row made current."""
         self.ours.flush()
@@ -149,9 +144,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     weights = run.table.numel()
     row = 4 * run.table.shape[1]
-    # a gradient waits for its row's next step, and a sweep takes the rows that nobody wants; or neither is needed
-    waits = isinstance(run.rows_wait, Replays)
-    moved = 6 * 4 * weights / MOST_MISSED * waits + median["rows"] * row * (7 if waits else 13)
+    sweeps = isinstance(run.ours._pending[run.table].waiting, Replays)
+    moved = 6 * 4 * weights / MOST_MISSED * sweeps + median["rows"] * (6 * row + 6 * row + row)
     result = {
         "difference": difference,
         "fused_ms": median["fused"],

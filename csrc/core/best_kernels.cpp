@@ -85,6 +85,25 @@ const Kernels& best_kernels() {
   return baseline::kernels();
 }
 
+template <>
+const TileKernels<float>& best_tile_kernels() {
+#ifdef FASTMTL_X86
+  if (best_isa() >= kAvx512) return avx512::tile_kernels_f32();
+  if (best_isa() == kAvx2) return avx2::tile_kernels_f32();
+#endif
+  return baseline::tile_kernels_f32();
+}
+
+template <>
+const TileKernels<Bf16>& best_tile_kernels() {
+#ifdef FASTMTL_X86
+  if (best_isa() >= kAvx512Bf16) return avx512_bf16::tile_kernels_bf16();
+  if (best_isa() == kAvx512) return avx512::tile_kernels_bf16();
+  if (best_isa() == kAvx2) return avx2::tile_kernels_bf16();
+#endif
+  return baseline::tile_kernels_bf16();
+}
+
 const InferenceKernels& best_inference_kernels() {
 #ifdef FASTMTL_X86
   if (best_isa() >= kAvx512) return avx512::inference_kernels();

@@ -5,9 +5,6 @@
 // step it is current. The steps it missed are made up later, all at once while the row is in registers or L1
 // ("replay"), in the same order of operations, so that the result is the same, bit for bit, as if it had never waited.
 //
-// So may a gradient: `slot` says where it lies among those of the first step that the row misses, which is then taken
-// with it when the row is next wanted. A row that is looked up is thus read and written once a step, not twice.
-//
 // Layout      p, first and second are row-major [rows, dim]; last is [rows]. A step's numbers are one Step.
 // Threading   none in here: the caller splits lists of unique rows, or ranges of rows.
 // Arithmetic  fp32, in the order of torch's single-tensor implementation; fused multiply-adds where torch has them.
@@ -45,31 +42,23 @@ struct Step {
 };
 constexpr int64_t kStepFields = sizeof(Step) / sizeof(float);
 
-// Gradients [n, dim] of some rows.
-struct Gradients {
-  const float* values = nullptr;
-  int64_t n = 0;
-};
-
-// steps[i] is step number begin + i; grads[i] are gradients that rows still wait for (grads is null: none do).
+// steps[i] is step number begin + i.
 struct History {
   const Step* steps;
   int64_t begin, end;
-  const Gradients* grads = nullptr;
 };
 
 struct Table {
   float *p, *first, *second;  // null where the rule has no such state; first is [rows] for the row-wise rule
   int32_t* last;
   int64_t rows, dim;
-  int32_t* slot = nullptr;  // [rows]: of the gradient that a row waits for, or -1
 };
 
 struct Waits;  // core/optimizer_waiting.h
 
 struct OptimizerKernels {
   // Brings rows[begin, end), or without a list the rows begin .. end - 1 themselves, to step `upto`, with gradients of
-  // zero, or those that they wait for. False: a row lags behind the history, or its gradient is not there.
+  // zero. False: a row lags behind the history.
   bool (*replay)(int64_t rule, const Table& table, const History& history, const int64_t* rows, int64_t begin,
                  int64_t end, int64_t upto);
 

@@ -104,7 +104,6 @@ class Tile {
     if (t.first) copy(&first[i * padded], t.first + row * dim, dim);
     if (t.second) copy(&second[i * padded], t.second + row * dim, dim);
     t.last[row] = static_cast<int32_t>(step);
-    if (t.slot) t.slot[row] = -1;
   }
 
  private:
@@ -116,7 +115,7 @@ class Tile {
   int64_t stride() const { return (capacity * padded + kLine - 1) / kLine * kLine + 13 * kLine; }
 };
 
-// The rows that a tile takes next, those first that missed most steps without a gradient.
+// The rows that a tile takes next, those that missed most first.
 struct Pick {
   std::array<int64_t, Tile::kMost> rows, lags;
   int64_t n = 0;
@@ -157,15 +156,12 @@ class Picker {
     constexpr int64_t kAhead = 64;  // a row's step is one number in a line of its own
     pick.n = 0;
     for (; at_ < end_ && pick.n < capacity; ++at_) {
-      if (rows_ && at_ + kAhead < end_) {
-        __builtin_prefetch(table_.last + rows_[at_ + kAhead], 1);
-        if (table_.slot) __builtin_prefetch(table_.slot + rows_[at_ + kAhead], 1);
-      }
+      if (rows_ && at_ + kAhead < end_) __builtin_prefetch(table_.last + rows_[at_ + kAhead], 1);
       const int64_t row = rows_ ? rows_[at_] : at_, last = table_.last[row];
       if (last >= upto_) continue;
       if (last + 1 < history_.begin) return false;
       pick.rows[pick.n] = row;
-      pick.lags[pick.n++] = upto_ - last - (table_.slot && table_.slot[row] >= 0);
+      pick.lags[pick.n++] = upto_ - last;
     }
     return true;
   }
@@ -213,18 +209,15 @@ class Replay {
 
   int64_t capacity() const { return tile_.capacity; }
 
-  // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched. False: a gradient is
-  // missing.
-  bool run(Pick& pick, const Pick& after) {
+  // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched.
+  void run(Pick& pick, const Pick& after) {
     pick.sort();
     int64_t n = 0, steps = 0;
     for (int64_t i = 0; i < pick.n; ++i) {
-      const bool is_due = table_.slot && table_.slot[pick.rows[i]] >= 0;
-      if (!is_due && pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
+      if (pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
       pick.rows[n] = pick.rows[i];
       pick.lags[n] = pick.lags[i];
       tile_.gather(table_, pick.rows[n], n);
-      if (is_due && !take_gradient(pick.rows[n], n)) return false;
       steps += pick.lags[n];
       ++n;
     }
@@ -234,46 +227,16 @@ class Replay {
       while (active < n && pick.lags[active] >= lag) ++active;
       // as many rows are fetched as there is work to hide it behind
       taken += active;
-      for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) fetch(after.rows[fetched]);
+      for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) prefetch(table_, after.rows[fetched]);
       step(upto_ + 1 - lag, 0, active);
     }
-    for (; fetched < after.n; ++fetched) fetch(after.rows[fetched]);
+    for (; fetched < after.n; ++fetched) prefetch(table_, after.rows[fetched]);
     if (is_quick_) check(pick, n);
     for (int64_t i = 0; i < n; ++i) tile_.scatter(table_, pick.rows[i], i, upto_);
-    return true;
-  }
-
-  // Fetches a row, and the gradient that it waits for.
-  void fetch(int64_t row) const {
-    prefetch(table_, row);
-    if (table_.slot && table_.slot[row] >= 0) {
-      if (const float* grad = gradient_of(row)) __builtin_prefetch(grad);
-    }
   }
 
  private:
   static constexpr bool kQuickRule = kHasQuick && (R == kAdam || R == kAdamW);
-
-  // Of a row that waits for one; null: it is not there.
-  const float* gradient_of(int64_t row) const {
-    const int64_t i = table_.last[row] + 1 - history_.begin, slot = table_.slot[row];
-    if (!history_.grads || i < 0 || slot >= history_.grads[i].n) return nullptr;
-    return history_.grads[i].values + slot * table_.dim;
-  }
-
-  // The first of the steps that a row missed, for the tile's row i.
-  bool take_gradient(int64_t row, int64_t i) {
-    const float* grad = gradient_of(row);
-    if (!grad) return false;
-    Tile::copy(grad, tile_.grad, table_.dim);
-    const Spread s(history_.steps[table_.last[row] + 1 - history_.begin]);
-    float *p = tile_.p + i * tile_.padded, *first = tile_.first + i * tile_.padded;
-    float* second = tile_.second + i * tile_.padded;
-    for (int64_t k = 0; k < tile_.padded; k += Lanes::kCount) {
-      update<R>(s, fma(Lanes::load(p + k), s.l2, Lanes::load(tile_.grad + k)), p + k, first + k, second + k);
-    }
-    return true;
-  }
 
   // One step of the tile's rows begin .. end - 1.
   void step(int64_t number, int64_t begin, int64_t end) {
@@ -301,7 +264,6 @@ class Replay {
       is_quick_ = false;
       for (int64_t i = from / tile_.padded; i * tile_.padded < to; ++i) {
         tile_.gather(table_, pick.rows[i], i);
-        if (table_.slot && table_.slot[pick.rows[i]] >= 0) take_gradient(pick.rows[i], i);
         for (int64_t lag = pick.lags[i]; lag > 0; --lag) step(upto_ + 1 - lag, i, i + 1);
       }
       is_quick_ = true;
@@ -324,10 +286,10 @@ bool replay_rule(const Table& t, const History& history, const int64_t* rows, in
   Picker picker(t, history, rows, begin, end, upto);
   Pick picks[2];
   if (!picker.next(picks[0], replay.capacity())) return false;
-  for (int64_t i = 0; i < picks[0].n; ++i) replay.fetch(picks[0].rows[i]);
+  for (int64_t i = 0; i < picks[0].n; ++i) prefetch(t, picks[0].rows[i]);
   for (int turn = 0; picks[turn].n > 0; turn ^= 1) {
     if (!picker.next(picks[turn ^ 1], replay.capacity())) return false;
-    if (!replay.run(picks[turn], picks[turn ^ 1])) return false;
+    replay.run(picks[turn], picks[turn ^ 1]);
   }
   return true;
 }

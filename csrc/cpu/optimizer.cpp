@@ -15,7 +15,8 @@
 namespace fastmtl::cpu {
 namespace {
 
-constexpr int64_t kGrainRows = 512;  // rows a thread must have to be worth waking
+constexpr int64_t kGrainRows = 512;   // rows a thread must have to be worth waking
+constexpr int64_t kShareRows = 1024;  // that it takes at once
 
 const OptimizerKernels& kernels() {
 #ifdef FASTMTL_X86
@@ -65,25 +66,6 @@ Step step_of(const std::vector<double>& numbers) {
   return step;
 }
 
-// The gradients [n, D] of the last steps of a history, which rows wait for as `slot` says: rows must outlive the
-// table's use.
-std::vector<Gradients> checked_gradients(History& history, Table& table, const Tensor& slot,
-                                         const std::vector<Tensor>& grads) {
-  check_cpu(slot, ScalarType::Int, 1, "slot");
-  STD_TORCH_CHECK(slot.is_contiguous() && slot.size(0) == table.rows, "slot must have an entry for each row");
-  const size_t steps = static_cast<size_t>(history.end - history.begin);
-  STD_TORCH_CHECK(grads.size() <= steps, "there are gradients of ", grads.size(), " of ", steps, " steps");
-  std::vector<Gradients> found(steps);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    check_cpu(grads[i], ScalarType::Float, 2, "grads");
-    STD_TORCH_CHECK(grads[i].is_contiguous() && grads[i].size(1) == table.dim, "grads must have the table's columns");
-    found[steps - grads.size() + i] = {grads[i].const_data_ptr<float>(), grads[i].size(0)};
-  }
-  history.grads = found.data();
-  table.slot = slot.mutable_data_ptr<int32_t>();
-  return found;
-}
-
 // Ascending and in the table: no two threads write the same row, and none writes elsewhere.
 const int64_t* checked_rows(const Tensor& rows, int64_t height) {
   check_cpu(rows, ScalarType::Long, 1, "rows");
@@ -97,14 +79,23 @@ const int64_t* checked_rows(const Tensor& rows, int64_t height) {
   return data;
 }
 
-// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough.
+// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough. A thread takes
+// the next share when it is through with one: rows differ in the steps they missed, and processors in who else wants
+// them.
 template <class F>
 void all_reached(int64_t begin, int64_t end, const F& f) {
   bool reached = true;  // only ever cleared, so that threads may race to do so
-  torch::stable::parallel_for(begin, end, kGrainRows, [&](int64_t from, int64_t to) {
-    if (!f(from, to)) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+  int64_t next = begin;
+  const int64_t most = (end - begin + kGrainRows - 1) / kGrainRows;
+  const int64_t threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(1, most));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t from = __atomic_fetch_add(&next, kShareRows, __ATOMIC_RELAXED);
+      if (from >= end) return;
+      if (!f(from, std::min(from + kShareRows, end))) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+    }
   });
-  STD_TORCH_CHECK(reached, "a row missed more steps than were kept, or its gradient was not");
+  STD_TORCH_CHECK(reached, "a row missed more steps than were kept");
 }
 
 // Brings the rows (without a list: begin .. end - 1) to step `upto`.
@@ -148,46 +139,6 @@ void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   all_reached(begin, end, [&](int64_t from, int64_t to) {
     return lazily || kernels().replay(rule, table, history, nullptr, from, to, now);
   });
-}
-
-// Brings the rows (without a list: all) to the newest step, with the gradients that they wait for.
-void table_catch_up(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
-                    int64_t first_step, std::optional<Tensor> rows, std::vector<Tensor> grads, const Tensor& slot) {
-  Table table = checked_table(p, states, last, rule);
-  History history = checked_history(steps, first_step);
-  const std::vector<Gradients> waited_for = checked_gradients(history, table, slot, grads);
-  const int64_t* listed = rows ? checked_rows(*rows, table.rows) : nullptr;
-  all_reached(0, rows ? rows->size(0) : table.rows, [&](int64_t from, int64_t to) {
-    return kernels().replay(rule, table, history, listed, from, to, history.end - 1);
-  });
-}
-
-// As table_step, but the rows of the last of `grads`, which are brought to the step before, are left to wait for it.
-void table_defer(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
-                 int64_t first_step, const Tensor& rows, std::vector<Tensor> grads, const Tensor& slot, int64_t begin,
-                 int64_t end) {
-  Table table = checked_table(p, states, last, rule);
-  History history = checked_history(steps, first_step);
-  STD_TORCH_CHECK(history.end > history.begin && !grads.empty(), "there is no step to take");
-  STD_TORCH_CHECK(rule != kRowwiseAdagrad, "gradients of the row-wise rule can't wait");
-  STD_TORCH_CHECK(begin >= 0 && begin <= end && end <= table.rows, "rows ", begin, " to ", end,
-                  " are not in the table");
-  const std::vector<Gradients> waited_for = checked_gradients(history, table, slot, grads);
-  const int64_t* touched = checked_rows(rows, table.rows);
-  STD_TORCH_CHECK(grads.back().size(0) == rows.size(0) && rows.size(0) <= INT32_MAX,
-                  "grads must have a row for each of rows");
-  const int64_t now = history.end - 1;
-  all_reached(0, rows.size(0), [&](int64_t from, int64_t to) {
-    constexpr int64_t kAhead = 64;
-    if (!kernels().replay(rule, table, history, touched, from, to, now - 1)) return false;
-    for (int64_t i = from; i < to; ++i) {
-      if (i + kAhead < to) __builtin_prefetch(table.slot + touched[i + kAhead], 1);
-      table.slot[touched[i]] = static_cast<int32_t>(i);
-    }
-    return true;
-  });
-  all_reached(begin, end,
-              [&](int64_t from, int64_t to) { return kernels().replay(rule, table, history, nullptr, from, to, now); });
 }
 
 void check_waits(const Tensor& waits, int64_t n) {
@@ -318,12 +269,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "table_replay(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, int begin, int end, int upto) -> ()");
   m.def(
-      "table_catch_up(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
-      "Tensor? rows, Tensor[] grads, Tensor(d!) slot) -> ()");
-  m.def(
-      "table_defer(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
-      "Tensor rows, Tensor[] grads, Tensor(d!) slot, int begin, int end) -> ()");
-  m.def(
       "table_step(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor rows, Tensor grads, bool lazily, int begin, int end) -> ()");
   m.def("table_wait_from(Tensor(a!) waits) -> ()");
@@ -337,8 +282,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("dense_step", TORCH_BOX(&dense_step));
   m.impl("table_replay", TORCH_BOX(&table_replay));
-  m.impl("table_catch_up", TORCH_BOX(&table_catch_up));
-  m.impl("table_defer", TORCH_BOX(&table_defer));
   m.impl("table_step", TORCH_BOX(&table_step));
   m.impl("table_wait_from", TORCH_BOX(&table_wait_from));
   m.impl("table_wait", TORCH_BOX(&table_wait));

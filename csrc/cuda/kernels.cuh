@@ -171,6 +171,7 @@ __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t r
     float first = t.first[row];
     rowwise_step<VEC>(t, s, lane, lanes, grad, p, first);
     if (inside) store<VEC>(t.p + at, p);
+    __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
     if (lane == 0) t.first[row] = first;
   } else {
     for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
@@ -345,8 +346,9 @@ __global__ void tiny_tables_sum_kernel(TinyTables tiny, const float* sums, const
 
 // Rows to be made current, and, where grads are given, to take the step `now` with them.
 struct Work {
-  const int64_t* rows;  // [n] unique but for void ones (outside 0 .. V - 1); null: start .. start + n - 1
-  const float* grads;   // [n, dim], or null
+  const int64_t* rows;   // [n] unique but for void ones (outside 0 .. V - 1), or null
+  const uint32_t* keys;  // [n] ascending, repeated ones passed by, or null; without either: start .. start + n - 1
+  const float* grads;    // [n, dim], or null
   int64_t n, start, table_rows;
   const Step* steps;  // step s is steps[(s - first_step) % n_kept]
   int64_t first_step, n_kept, upto;
@@ -361,10 +363,11 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
   const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes);
   const int64_t now = work.upto + (work.clock ? *work.clock : 0);
   const int64_t shares = work.n > 0 ? (work.table_rows + work.n - 1) / work.n : 1;
-  const int64_t start = work.start + (work.clock && !work.rows ? now % shares * work.n : 0);
+  const int64_t start = work.start + (work.clock && !work.rows && !work.keys ? now % shares * work.n : 0);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; i < work.n;
        i += groups) {
-    const int64_t row = work.rows ? work.rows[i] : start + i;
+    if (work.keys && i > 0 && work.keys[i - 1] == work.keys[i]) continue;
+    const int64_t row = work.keys ? work.keys[i] : work.rows ? work.rows[i] : start + i;
     if (row < 0 || row >= work.table_rows) continue;
     const int64_t last = work.lazily ? now - 1 : t.last[row];
     __syncwarp(group_mask(lanes));  // all lanes have read `last` before one writes it
@@ -388,6 +391,7 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
         rowwise_step<VEC>(t, work.steps[(now - work.first_step) % work.n_kept], lane, lanes, grad, p, first);
       }
       if (inside) store<VEC>(t.p + row * t.dim + column, p);
+      __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
       if (lane == 0) t.first[row] = first;
     } else {
       for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {

@@ -276,6 +276,16 @@ class EmbeddingLayer(BatchedModule):
         out = ops.embedding_bag(*lookup)
         return out if squeeze_dim else out.unflatten(1, (-1, lookup.spec.bags[0].dim))
 
+    def ready(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> ReadyBatch:
+        """``x`` laid out for the lookup of ``features``, its ids sorted where the tables' optimizer wants them so; may
+        be made by another thread, while an earlier batch is in use."""
+        ids, columns, dense = self.inputs(x, features)
+        names, group = self._group(features)
+        index = None
+        if ids is not None and self.updater is not None:
+            index = self.updater.index(ids, columns, group.spec, self.weights(), alone=True)
+        return ReadyBatch(names, ids, columns, dense, index)
+
     def lookup(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> Lookup:
         """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
         reads are current then."""
@@ -286,7 +296,10 @@ class EmbeddingLayer(BatchedModule):
             return Lookup(weights, None, columns, dense, spec, None)
         if dense is not None and dense.dtype != weights[0].dtype:
             dense = dense.to(weights[0].dtype)
-        index = None if self.updater is None else self.updater.before_lookup(weights, ids, columns, spec)
+        index = None
+        if self.updater is not None:
+            known = {"index": x.index} if isinstance(x, ReadyBatch) and x.index is not None else {}
+            index = self.updater.before_lookup(weights, ids, columns, spec, **known)
         return Lookup(weights, ids, columns, dense, spec, index)
 
 

@@ -274,6 +274,13 @@ def _half_of_free(device: torch.device) -> int:
     return 0 if device.type == "meta" else 2**62
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its number, where "cuda" stands for the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def has_columns(loader: Any) -> bool:
     """Whether a loader is one that :func:`resident` takes."""
     return isinstance(loader, (ColumnLoader, ResidentLoader))
@@ -290,7 +297,7 @@ def resident(loader: Any, device: torch.device) -> ResidentLoader:
         ConfigError: another kind of loader, or a ResidentLoader of another device.
     """
     if isinstance(loader, ResidentLoader):
-        if loader.device != device:
+        if _numbered(loader.device) != _numbered(device):
             raise ConfigError(f"the loader's batches are on {loader.device}, and are wanted on {device}")
         return loader
     if not isinstance(loader, ColumnLoader):

@@ -32,8 +32,9 @@ class _Pending:
 
     def flush(self) -> None:
         """Make every row current."""
-        if self.waiting is not None:
+        if self.waiting is not None and not self.waiting.is_current:
             self.waiting.flush()
+            torch.autograd.graph.increment_version(self.table)
 
     def for_step(self, states: list[Tensor], rule: Rule, numbers: list[float]) -> Waiting:
         """What takes a step with these numbers; every row is current where that is not what took the last one."""
@@ -48,8 +49,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     A table's sparse gradient updates the rows it names. All other rows, which a dense optimizer would move too (by
     momentum, by weight decay), wait: :meth:`catch_up` makes them current before they are read, a sweep through the
-    table after a few steps where they can't be summed up, :meth:`flush` at once. ``state`` and ``state_dict`` are
-    torch's. Gradients wait as well: their values must not be written to after :meth:`step`.
+    table after :data:`MOST_MISSED` steps, :meth:`flush` at once. ``state`` and ``state_dict`` are torch's.
 
     Args:
         params: as in torch; the tables among them.
@@ -160,29 +160,56 @@ class TableOptimizer(torch.optim.Optimizer):
         is_still = self._is_lazy or (not rule.remembers and rows_wait.is_current and not group["weight_decay"])
         rows_wait.step(numbers, rows, values, is_still)
         pending.now = rows_wait.now
+        torch.autograd.graph.increment_version(table)
 
     # --------------------------------------------------------------------------------------- rows made current
 
+    def index(
+        self,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        weights: Sequence[Tensor],
+        alone: bool = False,
+    ) -> list[native.RowIndex | None] | None:
+        """The rows that a lookup reads of this optimizer's tables, None where it reads none; depends on the ids alone,
+        so that it may be made by another thread while an earlier batch computes.
+
+        Args:
+            ids, columns, spec, weights: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            alone: on the calling thread only, because the others are at work.
+        """
+        mine = [weight in self._pending for weight in weights]
+        if not any(mine):
+            return None
+        return native.embedding_bag_index(ids, columns, spec, [weight.shape for weight in weights], mine, alone)
+
     def before_lookup(
-        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+        self,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        index: list[native.RowIndex | None] | None = None,
     ) -> list[native.RowIndex | None] | None:
         """Make the rows current that a lookup is about to read; without gradients, all rows.
 
         Args:
             weights, ids, columns, spec: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            index: what :meth:`index` says of them, where that is known.
 
         Returns:
             What the lookup needs for sparse gradients of the weights that are tables of this optimizer.
         """
-        mine = [weight in self._pending for weight in weights]
-        if not any(mine) or not torch.is_grad_enabled():
+        if index is None and torch.is_grad_enabled():
+            index = self.index(ids, columns, spec, weights)
+        if index is None or not torch.is_grad_enabled():
             self.flush()
             return None
-        shapes = [weight.shape for weight in weights]
-        index = native.embedding_bag_index(ids, columns, spec, shapes, mine)
         for weight, found in zip(weights, index, strict=True):
             if found is not None:
                 self.catch_up(weight, found.rows)
+        mine = [found is not None for found in index]
         return index if mine == [weight.requires_grad for weight in weights] else None
 
     def catch_up(self, table: Tensor, rows: Tensor) -> None:
@@ -276,26 +303,44 @@ class RowwiseAdagrad(TableOptimizer, torch.optim.Adagrad):
 
     def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
         super().__init__(params, *args, tables=tables, **settings)
-        if not tables:
-            raise ConfigError(
-                "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
-                "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
-            )
-        start = self.defaults["initial_accumulator_value"]
-        for table in tables:
-            self.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32)
+        make_row_sums(self, tables)
 
     def _table_rule(self, group: dict[str, Any]) -> Rule:
-        return Rule(ROWWISE_ADAGRAD, ("sum",), False)
+        return ROWWISE_RULE
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state_dict of this class; another's raises ConfigError."""
         super().load_state_dict(state_dict)
-        for table in self.tables:
-            found = self.state.get(table, {}).get("sum")
-            if found is None or found.shape != (len(table),):
-                shape = None if found is None else list(found.shape)
-                raise ConfigError(
-                    f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
-                    f"a checkpoint of another optimizer does not fit"
-                )
+        check_row_sums(self, self.tables)
+
+
+#: The rule of ``RowwiseAdagrad``.
+ROWWISE_RULE = Rule(ROWWISE_ADAGRAD, ("sum",), False)
+
+
+def make_row_sums(optimizer: torch.optim.Adagrad, tables: Sequence[nn.Parameter]) -> None:
+    """Give row-wise tables their states in the place of Adagrad's.
+
+    Raises:
+        ConfigError: no tables.
+    """
+    if not tables:
+        raise ConfigError(
+            "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
+            "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
+        )
+    start = optimizer.defaults["initial_accumulator_value"]
+    for table in tables:
+        optimizer.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32, device=table.device)
+
+
+def check_row_sums(optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter]) -> None:
+    """Raise ConfigError where a table's state is not row-wise."""
+    for table in tables:
+        found = optimizer.state.get(table, {}).get("sum")
+        if found is None or found.shape != (len(table),):
+            shape = None if found is None else list(found.shape)
+            raise ConfigError(
+                f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
+                f"a checkpoint of another optimizer does not fit"
+            )

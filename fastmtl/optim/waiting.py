@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .rules import FIELDS, ROWWISE_ADAGRAD, has_closed_form
+from .rules import FIELDS, has_closed_form
 
 #: Steps that a row may miss where they are replayed: the sweep reads and writes 1 / MOST_MISSED of a table a step.
 MOST_MISSED = 32
@@ -73,18 +72,13 @@ class Waiting(ABC):
 
 
 class Replays(Waiting):
-    """Missed steps are taken one after the other, with torch's bits; a sweep through the table keeps them few.
-
-    Gradients wait too, until their row is next read or swept over: it is moved once a step then, not twice.
-    """
+    """Missed steps are taken one after the other, with torch's bits; a sweep through the table keeps them few."""
 
     def __init__(self, table: Tensor, states: Sequence[Tensor], rule: int, now: int, last: Tensor) -> None:
         super().__init__(table, states, rule, now, last)
         self.steps = torch.zeros(_KEPT, len(FIELDS))
         self.begin = now + 1  # the step in steps[0]
         self.next_row = 0  # of the sweep
-        self.slot = torch.full_like(last, -1)  # of the gradient that a row waits for, among its step's
-        self.grads: deque[Tensor] = deque(maxlen=MOST_MISSED + 2)  # of the newest steps
 
     def _takes(self, numbers: Sequence[float]) -> bool:
         return not has_closed_form(self.rule, numbers)
@@ -100,27 +94,15 @@ class Replays(Waiting):
         begin, end = (0, 0) if is_still else self._next_rows()
         if not is_still and self.is_current:
             self.last.fill_(self.now - 1)
-            self.grads.clear()
-        if is_still or self.rule == ROWWISE_ADAGRAD:
-            self._apply(self._history, self.begin, rows, values, is_still, begin, end)
-        else:
-            self.grads.append(values)
-            self._defer(rows, begin, end)
+        self._apply(self._history, self.begin, rows, values, is_still, begin, end)
         self.is_current = is_still
-
-    @torch.no_grad()
-    def _defer(self, rows: Tensor, begin: int, end: int) -> None:
-        torch.ops.fastmtl.table_defer(
-            self.table, self.states, self.last, self.rule, self._history, self.begin, rows, list(self.grads), self.slot,
-            begin, end,
-        )  # fmt: skip
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None) -> None:
         if not self.is_current:
-            torch.ops.fastmtl.table_catch_up(
+            torch.ops.fastmtl.table_replay(
                 self.table, self.states, self.last, self.rule,
-                self._history, self.begin, rows, list(self.grads), self.slot,
+                self._history, self.begin, rows, 0, 0 if rows is not None else len(self.table), self.now,
             )  # fmt: skip
 
     @property

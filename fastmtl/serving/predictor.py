@@ -88,7 +88,6 @@ class Predictor:
         """The dense features, in the order of :meth:`run`'s second argument."""
         return list(self._current().dense_names)
 
-    @torch.no_grad()
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch.
 
@@ -101,9 +100,11 @@ class Predictor:
         Raises:
             BadIdError, BadDataError: as the model does.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._current()(x)
         return self._current()(x)
 
-    @torch.no_grad()
     def run(self, ids: Tensor | None, dense: Tensor | None = None) -> Tensor:
         """Predict from prepared matrices, which costs least where batches are small.
 
@@ -118,6 +119,9 @@ class Predictor:
             ConfigError: a model with sequences, which have more columns than features.
             BadIdError, BadDataError: as the model does; matrices of another width.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(ids, dense)
         pack = self._current()
         if pack.is_plain:
             try:

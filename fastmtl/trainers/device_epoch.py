@@ -73,6 +73,7 @@ class DeviceEpochs:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._layouts = Layouts()
         self._chain: ChainGradients | None = None
+        self._note_losses: Callable[..., None] = note_losses
         self._graphs: GraphStep | None = None
         self._slots: Slots | None = None
         self._was_told = False
@@ -84,27 +85,24 @@ class DeviceEpochs:
         slot.provide()
         if self._chain is not None:
             with self._autocast():
-                losses, _ = self._chain(slot.x, slot.labels, self._veto)
+                self._chain(slot.x, slot.labels, self._note)
         else:
             with self._autocast():
                 outputs = self.model(slot.x)
             losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
-            self._veto(losses.detach())
+            self._note(losses.detach())
             for p in self.model.parameters():
                 p.grad = None
             self.strategy.backward(losses, self.penalty(self.model))
         self._update()
-        with torch.no_grad():
-            self._count.add_(1)
-            self._losses.copy_(losses)
-            self._total.add_(self._losses)
-            first = self.watch.found[PLACES:]
-            first.copy_(torch.where(torch.isnan(self._losses) & (first < 0), self._count, first))
 
-    def _veto(self, losses: Tensor) -> None:
-        """A step with a loss that is NaN is to move nothing, so that one can see what was wrong before it."""
-        if isinstance(self.optimizer, DeviceOptimizer):
-            self.optimizer.veto(torch.isnan(losses).any())
+    def _note(self, losses: Tensor) -> None:
+        """Take note of a step's losses between forward and backward. One that is NaN vetoes the step, so that one can
+        see what was wrong before it."""
+        is_ours = isinstance(self.optimizer, DeviceOptimizer)
+        veto = self.optimizer.veto_places() if is_ours else (torch.zeros_like(self._total[0]), None, None)
+        first = self.watch.found[PLACES:]
+        self._note_losses(losses, self._losses, self._total, self._count, first, *veto)
 
     def step(self, slot: Slot) -> None:
         """Take the step on ``slot``, recorded or not."""
@@ -169,6 +167,8 @@ class DeviceEpochs:
             self._graphs = None
         with self._autocast():
             self._chain = ChainGradients.of(self.model, self.strategy) if self.penalty.is_zero else None
+        layers = backend.resolve("expert_gate", *(p for p in self.model.parameters() if p.is_floating_point()))
+        self._note_losses = getattr(layers, "note_losses", note_losses)
         if reason:
             self._graphs = None
         else:
@@ -246,3 +246,25 @@ def epochs_of(trainer: Any) -> DeviceEpochs:
 def trains_here(model: nn.Module, device: torch.device) -> bool:
     """Whether :class:`DeviceEpochs` is for a model on ``device``; DataParallel has several."""
     return backend.is_device(device) and not isinstance(model, nn.DataParallel)
+
+
+@torch.no_grad()
+def note_losses(
+    losses: Tensor,
+    last: Tensor,
+    total: Tensor,
+    count: Tensor,
+    first: Tensor,
+    lost: Tensor,
+    clock: Tensor | None,
+    now: Tensor | None,
+) -> None:
+    """:func:`fastmtl.backends.triton.notes.note_losses` in torch's operations."""
+    last.copy_(losses)
+    total.add_(last)
+    count.add_(1)
+    bad = torch.isnan(last)
+    first.copy_(torch.where(bad & (first < 0), count, first))
+    lost.copy_(bad.any())
+    if now is not None and clock is not None:
+        now.copy_(torch.where(bad.any(), -1, clock))

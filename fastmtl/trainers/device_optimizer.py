@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..optim.dense import unhooked
+from ..optim.rules import Rule
+from ..optim.tables import ROWWISE_RULE, check_row_sums, make_row_sums
 from ..spec import EmbeddingSpec
 from .device_tables import DeviceTables
 
@@ -35,6 +37,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
         ConfigError: tables with settings that have no sparse form.
     """
 
+    #: The tables' rule; None: that of torch's class.
+    _table_rule: Rule | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -49,11 +54,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._set_up(tables, embedding_update == "lazy")
 
     def _set_up(self, tables: Sequence[nn.Parameter], is_lazy: bool) -> None:
-        self.updates = DeviceTables.of(self, tables, is_lazy) if tables else None
+        self.updates = DeviceTables.of(self, tables, is_lazy, self._table_rule) if tables else None
         self._is_lazy = is_lazy
         self._rates: list[tuple[float, Tensor]] = []
         self._has_begun = False
         self._lost: Tensor | None = None
+        self._may_be_vetoed = False
         self._warned_capturable_if_run_uncaptured = True  # which is what is meant
 
     @property
@@ -79,15 +85,16 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self.updates.advance()
         self._has_begun = True
 
-    def veto(self, lost: Tensor) -> None:
-        """Have the step under way move nothing where ``lost`` (one bool on the device) is true: its loss is NaN, and so
-        will be its gradients. Called between forward and backward.
+    def veto_places(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where a step under way is vetoed between forward and backward, when its loss is NaN and so will be its
+        gradients: a float32 that becomes 1 (else 0); where there are tables, see :meth:`DeviceTables.clock_and_step`.
 
         Settings other than fused ones take no notice of it.
         """
-        self._lost = lost.float()
-        if self.updates is not None:
-            self.updates.veto(lost)
+        self._may_be_vetoed = True
+        if self._lost is None:
+            self._lost = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        return (self._lost, None, None) if self.updates is None else (self._lost, *self.updates.clock_and_step())
 
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
@@ -111,15 +118,19 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self._has_begun:
             self.begin()
-        dense = any(table.grad is not None for table in self.tables)
-        if dense and self.updates is not None:
-            self.updates.before_dense_step()
+        dense = [(table, table.grad) for table in self.tables if table.grad is not None]
+        for table, _ in dense:  # of a backward that was not told of the step
+            assert self.updates is not None
+            self.updates.take(table)
+            table.grad = None
         own: Any = super().step
-        with self._on_device():
-            unhooked(own)(self)
-        if dense and self.updates is not None:
-            self.updates.restart(self.updates.now)
-        elif self.updates is not None:
+        try:
+            with self._on_device():
+                unhooked(own)(self)
+        finally:
+            for table, grad in dense:
+                table.grad = grad
+        if self.updates is not None:
             self.updates.sweep()
         self._has_begun = False
         return loss
@@ -135,12 +146,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 group["fused"] = True
             if "capturable" in group:
                 group["capturable"] = True
-        if self._lost is not None and all(group.get("fused") for group in self.param_groups):
+        if self._may_be_vetoed and all(group.get("fused") for group in self.param_groups):
             self.found_inf = self._lost
         try:
             yield
         finally:
-            self.found_inf = self._lost = None
+            self.found_inf, self._may_be_vetoed = None, False
             for group, held in zip(self.param_groups, before, strict=True):
                 for name, value in held.items():
                     group[name] = value
@@ -224,3 +235,18 @@ class SGD(DeviceOptimizer, torch.optim.SGD):
 
 class Adagrad(DeviceOptimizer, torch.optim.Adagrad):
     """torch.optim.Adagrad for captured steps."""
+
+
+class RowwiseAdagrad(DeviceOptimizer, torch.optim.Adagrad):
+    """fastmtl.optim.RowwiseAdagrad for captured steps: Adagrad with one number of state for a table's row."""
+
+    _table_rule = ROWWISE_RULE
+
+    def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
+        super().__init__(params, *args, tables=tables, **settings)
+        make_row_sums(self, tables)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this class or the CPU's; another's raises ConfigError."""
+        super().load_state_dict(state_dict)
+        check_row_sums(self, self.tables)

@@ -12,7 +12,7 @@ from .. import backend
 from ..backends.updates import FIELDS, Update, check_reached
 from ..errors import ConfigError
 from ..optim.dense import prepare_state
-from ..optim.rules import rule_of, step_numbers, why_not
+from ..optim.rules import Rule, rule_of, step_numbers, why_not
 from ..spec import EmbeddingSpec
 
 #: Steps that a row may miss before the sweep makes it current.
@@ -43,22 +43,31 @@ class DeviceTables:
     """
 
     def __init__(self, optimizer_fn: Callable[..., Any], tables: Sequence[nn.Parameter], **settings: Any) -> None:
-        self._attach(optimizer_fn(list(tables), **settings), tables, False)
+        self._attach(optimizer_fn(list(tables), **settings), tables, False, None)
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter], is_lazy: bool) -> DeviceTables:
+    def of(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        tables: Sequence[nn.Parameter],
+        is_lazy: bool,
+        rule: Rule | None = None,
+    ) -> DeviceTables:
         """For tables of an optimizer that has other parameters too.
 
         Args:
             optimizer: holds the settings and, under torch's names, the states.
             tables: of one of its groups.
             is_lazy: rows without a gradient do not move at all, which trains another model.
+            rule: the tables'; None: that of the optimizer's class.
         """
         made = cls.__new__(cls)
-        made._attach(optimizer, tables, is_lazy)
+        made._attach(optimizer, tables, is_lazy, rule)
         return made
 
-    def _attach(self, optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter], is_lazy: bool) -> None:
+    def _attach(
+        self, optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter], is_lazy: bool, rule: Rule | None
+    ) -> None:
         #: Holds the settings; learning-rate schedules may be built on it. It takes no step of the tables itself.
         self.optimizer = optimizer
         self.tables = list(tables)
@@ -69,7 +78,7 @@ class DeviceTables:
         reason = why_not(type(optimizer), group)
         if reason:
             raise ConfigError(f"DeviceTables: tables can't be trained in the backward with {reason}")
-        self._rule = rule_of(optimizer, group)
+        self._rule = rule or rule_of(optimizer, group)
         self._module: Any = backend.resolve("embedding_bag", *tables)
         if not hasattr(self._module, "embedding_bag_bwd_step"):
             raise ConfigError(
@@ -111,7 +120,7 @@ class DeviceTables:
             self._is_still = is_still
         self.now += 1
         numbers = step_numbers(self._rule, self._group, float(self.now), any(were_made))
-        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers)
+        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
         self._was_looked_up = self._is_current = False
 
     def index(
@@ -172,12 +181,22 @@ class DeviceTables:
                         p, states, last, self._rule.number, self._ring, 1, rows, -1, self._clock
                     )
             found.append(Update(p, states, last, self._rule.number, self._step, self._now, rows))
-        self._now.copy_(self._clock)
         return found
 
-    def veto(self, lost: Tensor) -> None:
-        """Have the backward that follows move nothing where ``lost`` (one bool on the device) is true."""
-        self._now.copy_(torch.where(lost, -1, self._clock))
+    def clock_and_step(self) -> tuple[Tensor, Tensor]:
+        """``[1]`` int32 on the device each: the number of the step under way, and that of the step which the backward
+        takes. Writing -1 there between forward and backward makes it move nothing."""
+        return self._clock, self._now
+
+    @torch.no_grad()
+    def take(self, p: nn.Parameter) -> None:
+        """Take the step with a dense gradient, of all rows."""
+        assert p.grad is not None
+        rows = torch.arange(len(p), device=p.device)
+        self._module.table_step(
+            p, self._states(p), self._last[p], self._rule.number, self._ring, 1, rows, p.grad.float().contiguous(),
+            self._is_still, 0, 0, self._clock,
+        )  # fmt: skip
 
     def sweep(self) -> None:
         """Make a 32nd of each table current: the rest of a step."""
@@ -195,15 +214,14 @@ class DeviceTables:
         """
         if self._is_current:
             return
-        self._catch_up_all(self.now)
+        if not self._is_still:
+            for p in self.tables:
+                self._replay(p, len(p), self.now, None)
         check_reached(self._clock.device)
-        self._count(self.now)
+        for p in self.tables:
+            if "step" in self.optimizer.state[p]:
+                self.optimizer.state[p]["step"] = torch.tensor(float(self.now), device=p.device)
         self._is_current = True
-
-    def before_dense_step(self) -> None:
-        """Make every row current at the step before this one, which a dense optimizer is to take."""
-        self._catch_up_all(self.now - 1)
-        self._count(self.now - 1)
 
     def restart(self, now: int) -> None:
         """Every row is current at step ``now``."""
@@ -220,16 +238,6 @@ class DeviceTables:
     def _states(self, p: Tensor) -> list[Tensor]:
         state = self.optimizer.state[p]
         return [state[name] for name in self._rule.states]
-
-    def _count(self, now: int) -> None:
-        for p in self.tables:
-            if "step" in self.optimizer.state[p]:
-                self.optimizer.state[p]["step"] = torch.tensor(float(now), device=p.device)
-
-    def _catch_up_all(self, upto: int) -> None:
-        if not self._is_still:
-            for p in self.tables:
-                self._replay(p, len(p), upto, None)
 
     @torch.no_grad()
     def _replay(self, p: nn.Parameter, end: int, upto: int, clock: Tensor | None) -> None:

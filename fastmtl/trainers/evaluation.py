@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
+from ..basic.batch import ReadyBatch
 from ..basic.metric import auc, log_loss, mean_squared_error
 from ..errors import BadDataError
 from ..models.multi_task import MTLModel
@@ -31,6 +32,8 @@ def schema_of(loader: Any) -> Any:
 
 def to_device(x: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """A batch's columns on ``device``."""
+    if isinstance(x, ReadyBatch):
+        return x
     if hasattr(x, "to"):
         return x if device.type == "cpu" else x.to(device, non_blocking=True)
     return {name: column.to(device, non_blocking=True) for name, column in x.items()}

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import backend
+from ..backends import native
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
-from ..ops.embedding_bag import table_gradients
+from ..ops.embedding_bag import general_gradients, table_gradients
 from ..spec import ExpertGateParams
 from ..weighting import Strategy
 
@@ -56,12 +57,17 @@ class ChainGradients:
         params = list(model.parameters())
         if not banks or not all(p.dtype == torch.float32 and p.device == params[0].device for p in params):
             return None
-        if any(getattr(feature, "pooling", None) == "max" for feature in chain.embedding.features):
-            return None  # its gradient needs the tables
         lookups, layers = (backend.resolve(op, *params) for op in ("embedding_bag", "expert_gate"))
+        is_common = not any(getattr(feature, "pooling", None) == "max" for feature in chain.embedding.features)
+        if not is_common and lookups is not native:
+            return None  # a maximum's gradient needs the tables
         if lookups.DIFFERENTIABLE or not hasattr(layers, "task_losses"):
             return None
         return cls(chain, banks, factors, lookups, layers)
+
+    def ready(self, x: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A batch laid out for the lookup, which may be done by another thread while an earlier one computes."""
+        return self.model.embedding.ready(x, self.model.embedding.features)
 
     def __call__(
         self, x: Mapping[str, Tensor], labels: Tensor, seen: Callable[[Tensor], None] | None = None
@@ -69,7 +75,7 @@ class ChainGradients:
         """Forward and backward of a batch.
 
         Args:
-            x: columns, as the model takes them.
+            x: columns, as the model takes them, or what :meth:`ready` made of them.
             labels: ``[B, T]`` float32 on the model's device; NaN where a label is missing.
             seen: called with the losses between forward and backward.
 
@@ -129,7 +135,10 @@ class ChainGradients:
         weights, ids, columns, _, spec, index = lookup
         needs = [table.requires_grad for table in weights]
         shapes = [table.shape for table in weights]
-        grads = table_gradients(self._lookups, grad, ids, columns, spec, shapes, needs, index)
+        if spec.is_common:
+            grads = table_gradients(self._lookups, grad, ids, columns, spec, shapes, needs, index)
+        else:
+            grads = general_gradients(grad, weights, ids, columns, spec, needs, index is not None)[0]
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .. import backend, optim
-from ..backends import native
+from ..backends import cuda, native
+from ..backends.updates import ROWWISE_ADAGRAD
 from ..errors import ConfigError
 from ..models.multi_task import MTLModel
 from ..optim.rules import why_not
@@ -20,10 +21,10 @@ from .device_optimizer import DeviceOptimizer
 
 
 class Counterparts(NamedTuple):
-    """What takes the place of an optimizer: on the CPU, and on a GPU (None: nothing does)."""
+    """What takes the place of an optimizer: on the CPU, and on a GPU."""
 
     cpu: type[optim.TableOptimizer]
-    device: type[DeviceOptimizer] | None
+    device: type[DeviceOptimizer]
 
 
 #: Optimizers that can train tables where they were looked up: torch's, which have fused implementations too, and one
@@ -33,7 +34,7 @@ SPARSE: dict[Any, Counterparts] = {
     torch.optim.AdamW: Counterparts(optim.AdamW, device_optimizer.AdamW),
     torch.optim.SGD: Counterparts(optim.SGD, device_optimizer.SGD),
     torch.optim.Adagrad: Counterparts(optim.Adagrad, device_optimizer.Adagrad),
-    optim.RowwiseAdagrad: Counterparts(optim.RowwiseAdagrad, None),
+    optim.RowwiseAdagrad: Counterparts(optim.RowwiseAdagrad, device_optimizer.RowwiseAdagrad),
 }
 #: Embedding parameters from which sparse updates are cheaper than dense ones.
 LARGE_TABLES = 4_000_000
@@ -140,10 +141,12 @@ def _why_dense(
         return "the tables are not float32"
     runs = backend.resolve("embedding_bag", *tables)
     if backend.is_device(tables[0].device):
-        if SPARSE[optimizer_fn].device is None:
-            return f"{optimizer_fn.__name__} trains tables on the CPU only"
         if not hasattr(runs, "embedding_bag_bwd_step"):
             return f"embedding_bag runs on {runs.__name__} here, which takes no optimizer's step in its backward"
+        if optimizer_fn is optim.RowwiseAdagrad and runs is cuda:
+            wide = [table.shape[1] for table in tables if not cuda.takes(ROWWISE_ADAGRAD, table.shape[1])]
+            if wide:
+                return f"the cuda backend takes no row-wise step of rows {wide[0]} wide; triton does"
         if any(getattr(feature, "pooling", None) == "max" for feature in features):
             return "a feature takes a maximum, whose backward takes no optimizer's step on a GPU"
     elif any(table.device.type != "cpu" for table in tables):

@@ -6,7 +6,9 @@ import importlib
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from devices import DEVICE, place
 
 from fastmtl.basic.tracking import BaseLogger
 from fastmtl.data.loader import ColumnLoader, TorchDataset
@@ -64,13 +66,18 @@ def model(
     package: str = "fastmtl",
     **keywords: Any,
 ) -> Any:
-    """A small model of one kind, its weights drawn from ``seed``; ``keywords`` replace constructor arguments."""
+    """A small model of one kind, its weights drawn from ``seed``; ``keywords`` replace constructor arguments.
+
+    Ours is on the device under test, torch-rechub's on the CPU.
+    """
     torch.manual_seed(seed)
     listed = keywords.pop("features", None)
     listed = features(dense=kind != "ESMM" or package == "fastmtl", package=package) if listed is None else listed
     made = getattr(importlib.import_module(f"{package}.models.multi_task"), kind)
+    where = place if package == "fastmtl" else lambda model: model
     if kind == "ESMM":
-        return made(listed[:1], listed[1:], **{"cvr_params": {"dims": [8]}, "ctr_params": {"dims": [8]}, **keywords})
+        widths = {"cvr_params": {"dims": [8]}, "ctr_params": {"dims": [8]}, **keywords}
+        return where(made(listed[:1], listed[1:], **widths))
     settings: dict[str, dict[str, Any]] = {
         "SharedBottom": {"bottom_params": {"dims": [12, 8]}},
         "MMOE": {"n_expert": 3, "expert_params": {"dims": [8]}},
@@ -78,11 +85,12 @@ def model(
         "AITM": {"bottom_params": {"dims": [12, 8]}},
     }
     arguments = {**settings[kind], "tower_params_list": [{"dims": [6]} for _ in task_types], **keywords}
-    return made(listed, len(task_types) if kind == "AITM" else list(task_types), **arguments)
+    return where(made(listed, len(task_types) if kind == "AITM" else list(task_types), **arguments))
 
 
 def pair(kind: str = "SharedBottom", task_types: tuple[str, ...] = CLASSIFICATION) -> tuple[Any, Any]:
     """Our model and torch-rechub's, with the same weights."""
+    pytest.importorskip("torch_rechub", reason="torch-rechub is not here: nothing to compare with")
     ours = model(kind, task_types=task_types)
     theirs = model(kind, task_types=task_types, package="torch_rechub")
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -92,7 +100,7 @@ def pair(kind: str = "SharedBottom", task_types: tuple[str, ...] = CLASSIFICATIO
 def trainer(trained, path: Any, task_types: tuple[str, ...] = CLASSIFICATION, **keywords: Any) -> MTLTrainer:
     """A trainer that saves into ``path``; Adam, lr 1e-2, unless told otherwise."""
     keywords = {"optimizer_params": {"lr": 1e-2}, **keywords}
-    return MTLTrainer(trained, list(task_types), model_path=str(path), **keywords)
+    return MTLTrainer(trained, list(task_types), model_path=str(path), device=DEVICE, **keywords)
 
 
 class Memory(BaseLogger):

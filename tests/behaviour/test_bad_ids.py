@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import call, fetch
 
 from behaviour.helpers import data, features, loader, model, trainer
 from fastmtl.basic.features import SequenceFeature, SparseFeature
@@ -36,7 +37,7 @@ def test_a_bad_id_raises_and_is_named(bad, train, backend):
     batch = _batch()
     batch["item"][17] = bad
     with pytest.raises(BadIdError) as caught:
-        made(batch)
+        call(made, batch)
     for part in ("'item'", f"id {bad} ", "row 17", f"vocabulary of {VOCAB}"):
         assert part in str(caught.value)
 
@@ -48,7 +49,7 @@ def test_a_bad_id_in_a_sequence_raises_and_is_named(bad, backend):
     batch = _batch()
     batch["history"][5, 2] = bad
     with pytest.raises(BadIdError) as caught:
-        made(batch)
+        call(made, batch)
     for part in ("'history'", f"id {bad} ", "row 5", f"vocabulary of {VOCAB}"):
         assert part in str(caught.value)
 
@@ -60,9 +61,9 @@ def test_a_bad_id_becomes_zeros_or_the_row_asked_for(bad, oov, backend):
     batch = _batch()
     batch["item"][17] = bad
     batch["history"][5, 2] = bad
-    table = made.state_dict()["embedding.embed_dict.item.weight"]
+    table = fetch(made.state_dict())["embedding.embed_dict.item.weight"]
     vector = torch.zeros(4) if oov == "zero" else table[oov]
-    row = made.embedding(batch, made.features, squeeze_dim=True).detach()
+    row = call(made.embedding, batch, made.features, squeeze_dim=True).detach()
     torch.testing.assert_close(row[17, 4:8], vector, rtol=0, atol=0)
     last = torch.zeros(4) if bad == -1 else vector
     torch.testing.assert_close(row[5, 8:], table[batch["history"][5, :2]].sum(0) + last, rtol=1e-6, atol=1e-6)
@@ -77,8 +78,8 @@ def test_gradients_of_bad_ids(oov, backend):
     batch = _batch()
     batch["item"][:] = torch.tensor([VOCAB, -5] * 16)
     batch["history"][:] = -1
-    made(batch).sum().backward()
-    gradient = dict(made.named_gradients())["embedding.embed_dict.item.weight"]
+    call(made, batch).sum().backward()
+    gradient = fetch(dict(made.named_gradients()))["embedding.embed_dict.item.weight"]
     assert (gradient != 0).any(dim=1).nonzero().flatten().tolist() == ([] if oov == "zero" else [3])
 
 

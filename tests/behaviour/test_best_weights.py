@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from devices import call
 
 from behaviour.helpers import Memory, data, loader, model, same_state, trainer
 
@@ -57,7 +58,7 @@ def test_regression_score_is_the_mse(tmp_path):
     score = trainer(trained, tmp_path, REGRESSION).evaluate(trained, val)[0]
     x, _y = next(iter(loader(*data(256, seed=2), batch_size=256)))
     with torch.no_grad():
-        expected = torch.mean((trained.eval()(x)[:, 0] + x["age"]) ** 2)
+        expected = torch.mean((call(trained.eval(), x)[:, 0] + x["age"]) ** 2)
     assert score == pytest.approx(float(expected), rel=1e-5)
 
 

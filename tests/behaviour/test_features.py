@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import call, fetch
 from torch.nn import functional as F
 
 from behaviour.helpers import KINDS, data, features, loader, model, same_state, trainer
@@ -37,13 +38,13 @@ def test_mixed_widths(kind, backend, tmp_path):
     made = model(kind, features=listed)
     (x, y) = _rows()
     batch, _ = next(iter(loader(x, y)))
-    state = made.state_dict()
+    state = fetch(made.state_dict())
     user, item = (state[f"embedding.embed_dict.{name}.weight"] for name in ("user", "item"))
     history = torch.stack([item[row[row >= 0]].sum(0) for row in batch["history"]])
     expected = torch.cat(
         [user[batch["user"]], item[batch["item"]], history, batch["profile"], batch["age"].unsqueeze(1)], dim=1
     )
-    torch.testing.assert_close(made.embedding(batch, listed, squeeze_dim=True), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(call(made.embedding, batch, listed, squeeze_dim=True), expected, rtol=1e-6, atol=1e-6)
     y = y if kind != "ESMM" else np.stack([y[:, 0], y[:, 1], y[:, 0] * y[:, 1]], axis=1)
     _fitted(made, (x, y), tmp_path, n_task=y.shape[1])
 
@@ -74,13 +75,13 @@ def test_concat_pooling(kind, max_len, backend, tmp_path):
     batch, _ = next(iter(loader(x, y)))
     made = model(kind, features=listed)
     assert made.is_built == (max_len is not None)
-    assert made(batch).shape[0] == 64
-    state = made.state_dict()
+    assert call(made, batch).shape[0] == 64
+    state = fetch(made.state_dict())
     table = state["embedding.embed_dict.history.weight"]
     ids = batch["history"].long()
     vectors = F.embedding(ids.clamp(min=0), table) * (ids >= 0).unsqueeze(-1)
     expected = torch.cat([state["embedding.embed_dict.user.weight"][batch["user"]], vectors.flatten(1)], dim=1)
-    torch.testing.assert_close(made.embedding(batch, listed, squeeze_dim=True), expected, rtol=0, atol=0)
+    torch.testing.assert_close(call(made.embedding, batch, listed, squeeze_dim=True), expected, rtol=0, atol=0)
     n_task = 3 if kind == "ESMM" else 2
     y = np.stack([y[:, 0], y[:, 1], y[:, 0] * y[:, 1]], axis=1)[:, :n_task]
     fresh = model(kind, features=listed)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import fetch
 
 from behaviour import by_hand
 from behaviour.helpers import KINDS, data, loader, model, pair, trainer
@@ -49,7 +50,7 @@ def test_steps_are_those_computed_by_hand(n_step, alpha, backend, tmp_path):
     )
     weights = _run(ours, rows, tmp_path, alpha)
     np.testing.assert_allclose(weights, history[-1].numpy(), rtol=1e-4)
-    state = ours.state_dict()
+    state = fetch(ours.state_dict())
     for name, value in theirs.named_parameters():
         torch.testing.assert_close(
             state[name], value.detach(), rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch_rechub.utils.mtl import shared_task_layers as their_shared_task_layers
+from devices import fetch
 
 from behaviour import by_hand
 from behaviour.helpers import CLASSIFICATION, KINDS, data, loader, model, pair, trainer
@@ -39,7 +39,7 @@ def test_steps_are_those_computed_by_hand(kind, n_step, relax_factor, beta, back
     shared = [p for name, p in theirs.named_parameters() if name.startswith(SHARED[kind])]
     by_hand.metabalance(theirs, shared, list(loader(*rows)), CLASSIFICATION, relax_factor, beta, LR)
     _run(ours, rows, tmp_path, relax_factor=relax_factor, beta=beta)
-    state = ours.state_dict()
+    state = fetch(ours.state_dict())
     for name, value in theirs.named_parameters():
         torch.testing.assert_close(
             state[name], value.detach(), rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
@@ -95,6 +95,7 @@ def test_factors_out_of_range_are_named(keywords):
 
 
 def test_shared_task_layers_splits_all_parameters():
+    their_mtl = pytest.importorskip("torch_rechub.utils.mtl", reason="torch-rechub is not here")
     for kind in KINDS:
         if kind == "ESMM":
             continue
@@ -103,6 +104,6 @@ def test_shared_task_layers_splits_all_parameters():
         both = [id(p) for p in (*shared, *task)]
         assert len(set(both)) == len(both)
         assert set(both) == {id(p) for p in trained.parameters()}
-        their_shared, their_task = their_shared_task_layers(model(kind, package="torch_rechub"))
+        their_shared, their_task = their_mtl.shared_task_layers(model(kind, package="torch_rechub"))
         assert sum(p.numel() for p in shared) == sum(p.numel() for p in their_shared)
         assert sum(p.numel() for p in task) == sum(p.numel() for p in their_task)

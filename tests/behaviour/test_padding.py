@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import call, fetch
 
 from behaviour.helpers import ITEMS, data, features, loader, model, trainer
 from fastmtl.basic.features import SequenceFeature, SparseFeature
@@ -15,8 +16,8 @@ def _lookup(feature, ids):
     """The pooled row of one sequence feature, and its table."""
     made = model(features=[SparseFeature("user", 3, 4), feature])
     batch = {"user": torch.zeros(len(ids), dtype=torch.int64), "history": torch.tensor(ids)}
-    row = made.embedding(batch, made.features, squeeze_dim=True)[:, 4:]
-    return row.detach(), made.state_dict()["embedding.embed_dict.history.weight"]
+    row = call(made.embedding, batch, made.features, squeeze_dim=True)[:, 4:]
+    return row.detach(), fetch(made.state_dict())["embedding.embed_dict.history.weight"]
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0, 9])
@@ -84,8 +85,8 @@ def test_padding_gets_no_gradient(backend):
     x, y = data(64)
     trained = model()
     batch, labels = next(iter(loader(x, y)))
-    torch.nn.functional.binary_cross_entropy(trained(batch), labels).backward()
-    gradient = dict(trained.named_gradients())["embedding.embed_dict.item.weight"]
+    torch.nn.functional.binary_cross_entropy(call(trained, batch), labels).backward()
+    gradient = fetch(dict(trained.named_gradients()))["embedding.embed_dict.item.weight"]
     used = np.union1d(x["item"], x["history"])
     assert (gradient[0] == 0).all()
     assert (gradient[used[used > 0]].abs().sum(1) > 0).all()

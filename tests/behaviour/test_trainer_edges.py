@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import call, fetch
 from torch.nn import functional as F
 
 from behaviour.helpers import KINDS, Memory, data, features, loader, model, pair, trainer
@@ -32,11 +33,11 @@ def test_one_row_is_normalised_by_the_running_statistics(kind, backend):
     x, _ = data(80)
     many, one = ({k: torch.from_numpy(v[rows]) for k, v in x.items()} for rows in (slice(0, 79), slice(79, 80)))
     made = model(kind)
-    made.train()(many)
+    call(made.train(), many)
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    in_training = made(one)
+    in_training = call(made, one)
     assert all(torch.equal(made.state_dict()[name], value) for name, value in before.items())
-    torch.testing.assert_close(in_training, made.eval()(one), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(in_training, call(made.eval(), one), rtol=1e-6, atol=1e-7)
 
 
 SCHEDULERS = {
@@ -75,16 +76,16 @@ def test_more_activations(name, function, backend):
     made = model(features=features(history=False), bottom_params={"dims": [8], "activation": name})
     x, y = data(64)
     batch, _ = next(iter(loader(x, y)))
-    state = made.state_dict()
+    state = fetch(made.state_dict())
     with torch.no_grad():
-        row = made.embedding(batch, made.features, squeeze_dim=True)
+        row = call(made.embedding, batch, made.features, squeeze_dim=True)
         hidden = row @ state["bottom_mlp.mlp.0.weight"].T + state["bottom_mlp.mlp.0.bias"]
         hidden = function(hidden / math.sqrt(1 + 1e-5))
         tower = hidden @ state["towers.1.mlp.0.weight"].T + state["towers.1.mlp.0.bias"]
         logit = (
             torch.relu(tower / math.sqrt(1 + 1e-5)) @ state["towers.1.mlp.4.weight"].T + state["towers.1.mlp.4.bias"]
         )
-        torch.testing.assert_close(made.eval()(batch)[:, 1], torch.sigmoid(logit[:, 0]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(call(made.eval(), batch)[:, 1], torch.sigmoid(logit[:, 0]), rtol=1e-5, atol=1e-6)
 
 
 def test_an_unknown_activation_lists_the_known():
@@ -119,13 +120,13 @@ def test_missing_labels_are_left_out_of_the_loss(backend, tmp_path):
         known = ~torch.isnan(labels[:, task])
         expected.append(F.binary_cross_entropy(y_pred[known, task], labels[known, task]))
     (sum(expected) / 2).backward()
-    start = {name: value.clone() for name, value in ours.state_dict().items()}
+    start = {name: value.clone() for name, value in fetch(ours.state_dict()).items()}
     runner = trainer(ours, tmp_path, optimizer_fn=torch.optim.SGD, optimizer_params={"lr": 1.0})
     losses = runner.train_one_epoch(loader(x, y))
     np.testing.assert_allclose(losses, [loss.item() for loss in expected], rtol=1e-5)
     for name, value in theirs.named_parameters():
         torch.testing.assert_close(
-            ours.state_dict()[name],
+            fetch(ours.state_dict())[name],
             start[name] - value.grad,
             rtol=1e-3,
             atol=1e-5,

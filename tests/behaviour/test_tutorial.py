@@ -161,7 +161,7 @@ def _run(code, namespace, n_epoch=1):
     return np.array(trainer.fit(namespace["train_dataloader"], namespace["val_dataloader"], mode="again"))
 
 
-def test_the_tutorial_runs_from_top_to_bottom(backend, namespace):
+def test_the_tutorial_runs_from_top_to_bottom(cpu_backend, namespace):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for part, code in TUTORIAL.items():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import call, fetch
 
 from behaviour import by_hand
 from behaviour.helpers import CLASSIFICATION, Memory, data, loader, model, pair, same_state, trainer
@@ -26,7 +27,7 @@ def test_steps_are_those_computed_by_hand(types, backend, tmp_path):
     )
     runner.train_one_epoch(loader(*rows))
     np.testing.assert_allclose(_log_variances(ours), expected.numpy(), rtol=1e-4)
-    state = ours.state_dict()
+    state = fetch(ours.state_dict())
     for name, value in theirs.named_parameters():
         torch.testing.assert_close(
             state[name], value.detach(), rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
@@ -56,7 +57,7 @@ def test_a_checkpoint_loads_into_a_fresh_model(tmp_path):
     assert same_state(fresh, trained)
     batch, _ = next(iter(loader(x, y)))
     with torch.no_grad():
-        assert torch.equal(fresh.eval()(batch), trained.eval()(batch))
+        assert torch.equal(call(fresh.eval(), batch), call(trained.eval(), batch))
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import call
 from torch import nn
 
 from behaviour.helpers import KINDS, data, loader, model, trainer
@@ -54,7 +55,7 @@ def test_esmm_minimises_ctr_and_ctcvr_alone(backend, tmp_path):
     x, y = data(64, n_task=3)
     trained, expected = model("ESMM"), model("ESMM")
     (batch, labels) = next(iter(loader(x, y)))
-    y_pred = expected.train()(batch)
+    y_pred = call(expected.train(), batch)
     sum(nn.functional.binary_cross_entropy(y_pred[:, task], labels[:, task]) for task in (1, 2)).backward()
     gradients = {name: gradient.clone() for name, gradient in expected.named_gradients()}
     runner = trainer(trained, tmp_path, _task_types("ESMM"), optimizer_fn=torch.optim.SGD, optimizer_params={"lr": 1.0})
@@ -87,7 +88,7 @@ def test_evaluate_and_predict_use_the_model_they_are_given(kind, backend, tmp_pa
     predicted = np.array(runner.predict(other, rows))
     batch, _ = next(iter(loader(x, y, batch_size=300)))
     with torch.no_grad():
-        np.testing.assert_allclose(predicted, other.eval()(batch).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(predicted, call(other.eval(), batch).numpy(), rtol=1e-5, atol=1e-6)
     assert not np.allclose(predicted, runner.predict(mine, rows))
 
 

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
-from torch_rechub.utils.data import DataGenerator as PeerGenerator
-from torch_rechub.utils.data import TorchDataset as PeerDataset
 
 from fastmtl.data.loader import ColumnLoader, PredictDataset, TorchDataset
 from fastmtl.errors import BadDataError, ConfigError
 from fastmtl.utils.data import DataGenerator
+
+peer = pytest.importorskip("torch_rechub.utils.data", reason="torch-rechub is not here: nothing to compare with")
+PeerGenerator, PeerDataset = peer.DataGenerator, peer.TorchDataset
 
 DTYPES = ["int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64", "bool"]
 

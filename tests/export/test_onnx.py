@@ -1,7 +1,6 @@
 """ONNX export against the model, through onnxruntime."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -9,6 +8,8 @@ from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.errors import ConfigError
 from fastmtl.models import AITM, ESMM, MMOE, PLE, SharedBottom
 from fastmtl.trainers import MTLTrainer
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: 'fastmtl[onnx]'")
 
 FEATURES = [
     SparseFeature("a", 10, 4),

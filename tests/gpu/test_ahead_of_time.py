@@ -24,6 +24,7 @@ LIMITS = {
     "tiny_tables_sum_kernel": (64, 1),
     "table_rows_kernel": (128, 3),
     "advance_kernel": (64, 1),
+    "note_losses_kernel": (48, 1),
     "expert_gate_linear_kernel": (255, 99),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (255, 17),

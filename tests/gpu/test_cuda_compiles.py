@@ -39,7 +39,12 @@ LIMITS = {
 def library(tmp_path_factory):
     """The library as CMake builds it beside any torch."""
     folder = tmp_path_factory.mktemp("cuda")
-    options = ["-DFASTMTL_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    options = [
+        "-DFASTMTL_CUDA=ON",
+        "-DFASTMTL_WERROR=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+    ]
     for command in (
         [tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", *options],
         [tool("cmake"), "--build", folder, "--target", "fastmtl_cuda"],

@@ -82,6 +82,8 @@ def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
     grads = torch.empty(touched, dim, device="meta")
     clock = torch.empty(1, dtype=torch.int32, device="meta")
     optimizer.advance(steps, steps[0], clock, 5, 5, [0.5] * FIELDS)
+    losses, count = torch.empty(2, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    backend.note_losses(losses, losses, losses, count, count, losses[:1], clock, clock)
     for name in rules:
         rule = RULES.index(name)
         states = [torch.empty_like(p[:, 0] if name == "rowwise_adagrad" else p) for _ in range(STATES[rule])]

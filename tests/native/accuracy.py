@@ -1,10 +1,10 @@
 """As near to float64 as eager is: the rule for every random lookup, layer and chain.
 
-In float32 native may be at most twice as far from float64 as eager, plus ``FLOOR``. Eager's own error is what rounding
-does to it on this problem. Mostly one run shows that. But where a normalisation of few rows or of nearly equal ones
-amplifies a rounding to all of an error, a single run says who was luckier: there it is the largest of eager's errors on
-problems that are this one but for the last bits of all their numbers. Native is not drawn again: its one result on the
-problem itself must do.
+In float32 a backend may be at most twice as far from float64 as eager, plus ``FLOOR``. Eager's own error is what
+rounding does to it on this problem. Mostly one run shows that. But where a normalisation of few rows or of nearly equal
+ones amplifies a rounding to all of an error, a single run says who was luckier: there it is the largest of eager's
+errors on problems that are this one but for the last bits of all their numbers. The backend is not drawn again: its one
+result on the problem itself must do.
 """
 
 from __future__ import annotations
@@ -54,24 +54,25 @@ def _largest(tensors: Iterable[Tensor]) -> list[float]:
     return [t.abs().max().item() if t.numel() else 0.0 for t in tensors]
 
 
-def judge(run: Run, what: str, seed: int) -> tuple[list[float], int]:
+def judge(run: Run, what: str, seed: int, backend: str = "native") -> tuple[list[float], int]:
     """Assert the rule.
 
     Args:
         run: the problem.
         what: its description, for the message.
         seed: of the last bits.
+        backend: the one that is judged.
 
     Returns:
-        (the logarithm of native's error over eager's, a number a tensor; problems drawn beside this one).
+        (the logarithm of its error over eager's, a number a tensor; problems drawn beside this one).
     """
     want = run("eager", torch.float64, None)
-    native, eager = (errors(run(name, torch.float32, None), want) for name in ("native", "eager"))
-    ratios = [math.log(mine / theirs) for mine, theirs in zip(native, eager, strict=True) if min(mine, theirs) > 1e-9]
+    own, eager = (errors(run(name, torch.float32, None), want) for name in (backend, "eager"))
+    ratios = [math.log(mine / theirs) for mine, theirs in zip(own, eager, strict=True) if min(mine, theirs) > 1e-9]
     drawn = 0
 
     def beyond(factor: float) -> bool:
-        return any(not mine <= factor * theirs + FLOOR for mine, theirs in zip(native, eager, strict=True))
+        return any(not mine <= factor * theirs + FLOOR for mine, theirs in zip(own, eager, strict=True))
 
     # the largest of more draws will not be four times the largest of eight
     while beyond(2) and drawn < DRAWS and not (drawn >= 8 and beyond(8)):
@@ -79,8 +80,8 @@ def judge(run: Run, what: str, seed: int) -> tuple[list[float], int]:
         near = errors(run("eager", torch.float32, bits[0]), run("eager", torch.float64, bits[1]))
         eager = [max(pair) for pair in zip(eager, near, strict=True)]
         drawn += 1
-    for i, (mine, theirs) in enumerate(zip(native, eager, strict=True)):
+    for i, (mine, theirs) in enumerate(zip(own, eager, strict=True)):
         assert mine <= 2 * theirs + FLOOR, (
-            f"seed {seed}: tensor {i} is off by {mine:.1e}, eager by {theirs:.1e} ({drawn} drawn); {what}"
+            f"{backend}, seed {seed}: tensor {i} is off by {mine:.1e}, eager by {theirs:.1e} ({drawn} drawn); {what}"
         )
     return ratios, drawn

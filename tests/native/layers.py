@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 
 import torch
+from devices import fetch, home, place, run_on
 from torch import Tensor
 
-from fastmtl.backend import use_backend
 from fastmtl.backends import eager
 from fastmtl.ops import expert_gate
 from fastmtl.spec import ACTIVATIONS, LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec, Gate, GateParams
@@ -115,11 +115,11 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> Result:
     """Forward and backward on a backend, on copies of the parameters."""
     params = case.copy_params(dtype)
     x = case.x.to(dtype).detach().requires_grad_()
-    with use_backend(backend):
-        out = expert_gate(x, params, case.spec, case.training)
-        out.backward(case.grad.to(dtype))
+    there = place(params, home(backend))
+    out = run_on(backend, expert_gate, x, there, case.spec, case.training)
+    out.backward(case.grad.to(dtype))
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params.learned()]
-    return Result(out.detach(), torch.zeros_like(x) if x.grad is None else x.grad, gradients, params.running())
+    return Result(out.detach(), torch.zeros_like(x) if x.grad is None else x.grad, gradients, fetch(there.running()))
 
 
 def random_case(seed: int, spec: ExpertGateSpec | None = None, batch: int | None = None) -> Case:

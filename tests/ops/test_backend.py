@@ -48,12 +48,12 @@ def test_without_the_native_library_eager_runs_and_says_so_once(monkeypatch, cap
     assert {row.others["native"] for row in backends.report()} == {"it was not built"}
 
 
-def test_a_forced_backend_that_cannot_run_the_tensors_raises(backend):
-    if backend == "native":
+def test_a_forced_backend_that_cannot_run_the_tensors_raises(cpu_backend):
+    if cpu_backend == "native":
         with fastmtl.use_backend("native"), pytest.raises(BackendError, match="'native' was forced but"):
             backends.resolve("expert_gate", torch.zeros(1, dtype=torch.float64))
     else:
-        with fastmtl.use_backend(backend):
+        with fastmtl.use_backend(cpu_backend):
             assert backends.resolve("expert_gate", torch.zeros(1, dtype=torch.float64)) is eager
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import call
 
 from fastmtl import backend as backends
 from fastmtl import ops
@@ -86,7 +87,8 @@ def test_bad_ids(backend, bad):
     ids = torch.tensor([[1], [bad]])
 
     def look_up(oov):
-        return ops.embedding_bag([weight], ids, (0, 1), None, EmbeddingSpec((Bag("item", 0, 0, 5, 2, oov=oov),)))
+        spec = EmbeddingSpec((Bag("item", 0, 0, 5, 2, oov=oov),))
+        return call(ops.embedding_bag, [weight], ids, (0, 1), None, spec)
 
     with backends.use_backend(backend):
         with pytest.raises(BadIdError, match=rf"feature 'item': id {bad} in row 1 .* vocabulary of 5"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import call, place
 from torch import nn
 
 from fastmtl import backend as backends
@@ -85,10 +86,10 @@ def test_matches_single_mlps(activation, output_layer, seed):
 
 def test_one_row_in_training_uses_and_keeps_the_running_statistics(backend):
     torch.manual_seed(0)
-    bank = ExpertGate(bank_spec(3, {"dims": [4]}, (0,)), [MLP(3, False, dims=[4])], (), ["expert"])
+    bank = place(ExpertGate(bank_spec(3, {"dims": [4]}, (0,)), [MLP(3, False, dims=[4])], (), ["expert"]))
     x = torch.randn(1, 1, 3)
     before = {name: value.clone() for name, value in bank.state_dict().items()}
     with backends.use_backend(backend):
-        trained = bank.train()(x)
-        torch.testing.assert_close(trained, bank.eval()(x))
+        trained = call(bank.train(), x)
+        torch.testing.assert_close(trained, call(bank.eval(), x))
     assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())

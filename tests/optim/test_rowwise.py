@@ -50,10 +50,10 @@ def test_the_rule_is_followed(settings, seed):
     tables, optimizer = run(seed, settings, 300)
     right, sums = by_the_rule(seed, settings, 300)
     for table, wanted, total in zip(tables, right, sums, strict=True):
-        torch.testing.assert_close(table.detach().double(), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+        torch.testing.assert_close(table.detach().double(), wanted, rtol=1e-5, atol=2e-5 * float(wanted.abs().max()))
         found = optimizer.state[table]["sum"]
         assert found.shape == (len(table),)
-        torch.testing.assert_close(found.double(), total, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found.double(), total, rtol=5e-5, atol=1e-12)
         assert not table[NEVER, ::2].any()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from devices import place
 from torch import Tensor, nn
 
 OURS, THEIRS = "fastmtl", "torch_rechub"
@@ -230,17 +231,19 @@ def _pretrained(feature: Feature) -> np.ndarray:
 
 
 def build(case: Case, package: str) -> nn.Module:
-    """Build the case's model in one package under ``torch.manual_seed(case.seed)``."""
+    """Build the case's model in one package under ``torch.manual_seed(case.seed)``; ours on the device under test."""
     models = importlib.import_module(f"{package}.models.multi_task")
     torch.manual_seed(case.seed)
     features = build_features(case, package)
     settings = {k: _copy(v) for k, v in case.settings.items()}
     model = getattr(models, case.kind)
     if case.kind == "ESMM":
-        return model(features[: case.n_user], features[case.n_user :], **settings)
-    if case.kind == "AITM":
-        return model(features, **settings)
-    return model(features, list(case.task_types), **settings)
+        made = model(features[: case.n_user], features[case.n_user :], **settings)
+    elif case.kind == "AITM":
+        made = model(features, **settings)
+    else:
+        made = model(features, list(case.task_types), **settings)
+    return place(made) if package == OURS else made
 
 
 def _copy(value: Any) -> Any:

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from devices import call, fetch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,19 +58,21 @@ def eval_numbers(case: Case, model: nn.Module, x: dict[str, Tensor]) -> Numbers:
     """The columns of the eval output, ``{"output t": [B]}``."""
     model.eval()
     with torch.no_grad():
-        y_pred = model(x)
+        y_pred = call(model, x)
     return {f"output {t}": y_pred[:, t] for t in range(y_pred.shape[1])}
 
 
 def train_numbers(case: Case, model: nn.Module, x: dict[str, Tensor], y: Tensor) -> tuple[Numbers, Numbers]:
     """One step's numbers without an update: ``(columns of the train output and BN statistics after it, gradients)``."""
     model.train()
-    y_pred = model(x)
+    y_pred = call(model, x)
     torch.stack(task_losses(case.task_types, y_pred, y.to(y_pred.dtype))).mean().backward()
     numbers = {f"train output {t}": y_pred[:, t].detach() for t in range(y_pred.shape[1])}
-    numbers |= {k: v.clone() for k, v in model.state_dict().items() if k.endswith(("running_mean", "running_var"))}
+    numbers |= {
+        k: v.clone() for k, v in fetch(model.state_dict()).items() if k.endswith(("running_mean", "running_var"))
+    }
     if hasattr(model, "named_gradients"):
-        return numbers, {name: grad.clone() for name, grad in model.named_gradients()}
+        return numbers, {name: fetch(grad).clone() for name, grad in model.named_gradients()}
     return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -78,7 +81,7 @@ def perturbed(model: nn.Module, case: Case) -> Numbers:
     padded = {f"embedding.embed_dict.{f.name}.weight": f.padding_idx for f in case.features if f.shared_with is None}
     generator = torch.Generator().manual_seed(case.seed)
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in fetch(model.state_dict()).items():
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith("num_batches_tracked"):
             state[name] = torch.randint(1, 1000, (), generator=generator)
@@ -94,7 +97,8 @@ def perturbed(model: nn.Module, case: Case) -> Numbers:
 
 
 def assert_same_state(ours: Numbers, theirs: Numbers) -> None:
-    """The same keys, and bitwise equal values of the same dtypes."""
+    """The same keys, and bitwise equal values of the same dtypes, wherever they are."""
+    ours, theirs = fetch(ours), fetch(theirs)
     assert set(ours) == set(theirs), f"only ours {set(ours) - set(theirs)}, missing {set(theirs) - set(ours)}"
     differing = [
         name for name, value in theirs.items() if ours[name].dtype != value.dtype or not torch.equal(ours[name], value)

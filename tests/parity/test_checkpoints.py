@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import call, place
 
 import fastmtl
 from parity.cases import KINDS, OURS, THEIRS, build, columns, random_case, tensors
@@ -26,14 +27,14 @@ def test_pth_files_load_both_ways(kind, backend, tmp_path):
     ours = build(case, OURS)
     ours.load_state_dict(their_file, strict=True)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(batch), theirs.eval()(batch), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(call(ours.eval(), batch), call(theirs.eval(), batch), rtol=1e-5, atol=1e-6)
 
     ours, our_file = _fitted(case, OURS, tmp_path)
     assert_same_state(our_file, ours.state_dict())
     theirs = build(case, THEIRS)
     theirs.load_state_dict(our_file, strict=True)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(batch), theirs.eval()(batch), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(call(ours.eval(), batch), call(theirs.eval(), batch), rtol=1e-5, atol=1e-6)
 
 
 def test_pth_files_with_loss_weights_load_both_ways(tmp_path):
@@ -60,8 +61,8 @@ def test_pretrained_folder_round_trip_is_bitwise(index, backend, tmp_path):
 
     batch = tensors(columns(case)[0])
     with torch.no_grad():
-        expected = ours.eval()(batch)
+        expected = call(ours.eval(), batch)
         for again in (fastmtl.from_pretrained(tmp_path), type(ours).from_pretrained(tmp_path)):
             assert type(again) is type(ours)
             assert_same_state(again.state_dict(), ours.state_dict())
-            assert torch.equal(again.eval()(batch), expected)
+            assert torch.equal(call(place(again).eval(), batch), expected)

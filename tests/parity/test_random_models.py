@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from devices import DEVICE
 
 from parity.cases import OURS, THEIRS, build, random_case
 from parity.compare import Reference, assert_same_state, eval_numbers, gradient_complaints, train_numbers, verdict
 
-N_CASES = 300
+#: On a GPU each has kernels of its own to be compiled.
+N_CASES = 300 if DEVICE.type == "cpu" else 60
 
 
 # Of the module's scope, so that pytest runs the backends of a case one after the other on one reference.

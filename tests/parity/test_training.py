@@ -10,6 +10,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from devices import fetch
 
 from parity.cases import KINDS, OURS, THEIRS, build
 from parity.training import (
@@ -122,7 +123,7 @@ def test_regularisation_loss_moves_the_weights_alike(regularization, backend, tm
             optimizer_params={"lr": 0.1},
         )
         losses.append([runner.train_one_epoch(train) for _ in range(4)])
-        states.append(model.state_dict())
+        states.append(fetch(model.state_dict()))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     for name, theirs in states[0].items():
         np.testing.assert_allclose(states[1][name], theirs, rtol=1e-4, atol=2e-6, err_msg=name)

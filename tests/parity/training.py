@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from devices import DEVICE, call
 from torch import nn
 from torch.utils.data import DataLoader
 
-from parity.cases import KINDS, Case, Feature, base_seed, build, columns
+from parity.cases import KINDS, OURS, Case, Feature, base_seed, build, columns
 from parity.compare import nudged, task_losses
 
 STEPS_AN_EPOCH = 5
@@ -73,9 +74,10 @@ def loaders(case: Case, package: str, x: Any = None, y: Any = None) -> tuple[Dat
 
 
 def trainer(case: Case, package: str, model: nn.Module, **keywords: Any) -> Any:
-    """The package's own MTLTrainer, with the issue's optimizer unless told otherwise."""
+    """The package's own MTLTrainer, with the issue's optimizer unless told otherwise; ours on the device under test."""
     trainers = importlib.import_module(f"{package}.trainers")
-    return trainers.MTLTrainer(model, list(case.task_types), **{"optimizer_params": ADAM, **keywords})
+    where = {"device": DEVICE} if package == OURS else {}
+    return trainers.MTLTrainer(model, list(case.task_types), **{"optimizer_params": ADAM, **where, **keywords})
 
 
 def losses_by_epoch(
@@ -96,7 +98,7 @@ def losses_by_step(case: Case, package: str, n_step: int) -> np.ndarray:
     losses: list[float] = []
     while len(losses) < n_step:
         for x, y in train:
-            by_task = task_losses(case.task_types, model(x), y)
+            by_task = task_losses(case.task_types, call(model, x), y)
             loss = sum(by_task[1:]) if case.kind == "ESMM" else sum(by_task) / len(by_task)
             optimizer.zero_grad()
             loss.backward()

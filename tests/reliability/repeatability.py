@@ -1,6 +1,6 @@
-"""Training twice in fresh processes gives the same weights, whatever the number of threads.
+"""Training twice in fresh processes gives the same weights, whatever the number of threads; on a GPU on each backend.
 
-python -m reliability.repeatability MMOE Adam fp32 2 7      # model, optimizer, precision, threads, seed -> a hash
+python -m reliability.repeatability MMOE Adam fp32 2 native 7    # model, optimizer, precision, threads, backend, seed
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from devices import DEVICE, KERNELS, fetch, place
 
 from fastmtl import models
+from fastmtl.backend import use_backend
 from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.data.loader import ColumnLoader, TorchDataset
 from fastmtl.trainers import MTLTrainer
@@ -27,8 +29,8 @@ OPTIMIZERS = ("Adam", "AdamW", "SGD", "Adagrad")
 KINDS = ["classification", "regression"]
 
 
-def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int, seed: int) -> str:
-    """SHA-256 of every tensor of the state_dict after training with shuffling, dropout and exact sparse updates."""
+def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int, backend: str, seed: int) -> str:
+    """SHA-256 of every tensor of the state_dict after training with shuffling and dropout (native: sparse updates)."""
     torch.set_num_threads(n_threads)
     rng = torch.Generator().manual_seed(seed)
     n = 1500
@@ -53,18 +55,20 @@ def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int
         "SharedBottom": lambda: models.SharedBottom(features, KINDS, bank, towers),
         "AITM": lambda: models.AITM(features, 2, bank, towers),
     }[model_name]()
+    made = place(made)
     if model_name == "AITM":
         y = (y > 0.5).float()
     loader = ColumnLoader(TorchDataset(x, y), 500, shuffle=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, use_backend(backend):
         trainer = MTLTrainer(
             made, optimizer_fn=getattr(torch.optim, optimizer), optimizer_params={"lr": 0.01, "weight_decay": 1e-4},
-            model_path=folder, progress=False, embedding_update="exact", amp=None if precision == "fp32" else precision,
+            model_path=folder, progress=False, embedding_update="exact" if backend == "native" else None,
+            amp=None if precision == "fp32" else precision, device=DEVICE,
         )  # fmt: skip
         for _ in range(2):
             trainer.train_one_epoch(loader)
     digest = hashlib.sha256()
-    for name, value in made.state_dict().items():
+    for name, value in fetch(made.state_dict()).items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -82,10 +86,11 @@ def in_a_process(*words: object) -> str:
     return done.stdout.strip()
 
 
-def check(model_name: str, optimizer: str, precision: str, seed: int, threads: tuple[int, ...] = THREADS) -> None:
-    """Assert one hash for every number of threads, each in a fresh process."""
-    hashes = {n: in_a_process(model_name, optimizer, precision, n, seed) for n in threads}
-    assert len(set(hashes.values())) == 1, f"{model_name}, {optimizer}, {precision}, seed {seed}: {hashes}"
+def check(model_name: str, optimizer: str, precision: str, backend: str, seed: int) -> None:
+    """Assert one hash for every number of threads, each in a fresh process; on a GPU for two processes."""
+    runs = THREADS if backend == "native" else (2, 2)
+    hashes = [in_a_process(model_name, optimizer, precision, n, backend, seed) for n in runs]
+    assert len(set(hashes)) == 1, f"{backend}, {model_name}, {optimizer}, {precision}, seed {seed}: {hashes}"
 
 
 def soak(count: int, seed: int) -> str:
@@ -93,11 +98,12 @@ def soak(count: int, seed: int) -> str:
     drawn = list(itertools.product(MODELS, OPTIMIZERS, ("fp32", "bf16")))
     random.Random(seed).shuffle(drawn)
     for i, combination in enumerate(drawn[:count]):
-        check(*combination, seed + i)
-    return (
-        f"{min(count, len(drawn))} of {len(drawn)} combinations, a fresh process for 1, 2 and 4 threads each, one hash"
-    )
+        for backend in KERNELS:
+            check(*combination, backend, seed + i)
+    how = "a fresh process for 1, 2 and 4 threads each" if DEVICE.type == "cpu" else "two fresh processes each"
+    return f"{min(count, len(drawn))} of {len(drawn)} combinations on {', '.join(KERNELS)}, {how}, one hash"
 
 
 if __name__ == "__main__":
-    print(weights_hash(*sys.argv[1:4], *map(int, sys.argv[4:])))
+    model_name, optimizer, precision, n_threads, backend, seed = sys.argv[1:]
+    print(weights_hash(model_name, optimizer, precision, int(n_threads), backend, int(seed)))

@@ -1,6 +1,7 @@
 """Samples of rows 2, 9, 10 and 11: gradients and schemas, wrong calls, bad ids, large tables."""
 
 import pytest
+from devices import BACKENDS, KERNELS
 
 from fastmtl import backend as backends
 
@@ -35,16 +36,14 @@ def test_wrong_calls_raise_or_work(seed):
 
 
 @pytest.mark.parametrize("oov", bad_ids.CHOICES)
-@pytest.mark.parametrize("how", ["compiled", "exported", *backends.available()])
+@pytest.mark.parametrize("how", ["compiled", "exported", *BACKENDS])
 def test_bad_ids(how, oov, seed):
-    if how == "triton":
-        pytest.skip("tests/gpu looks at it")
     if how == "exported":
         pytest.importorskip("onnxruntime")
     bad_ids.check(how, oov, seed)
 
 
-@needs_native
-def test_tables_of_more_than_2_31_elements():
-    """Only the rows that are looked up take memory."""
-    large.check_table(16)
+@pytest.mark.parametrize("name", KERNELS)
+def test_tables_of_more_than_2_31_elements(name):
+    """Only the rows that are looked up take memory, on a CPU."""
+    large.check_table(16, name)

@@ -1,20 +1,18 @@
 """Samples of rows 4, 15 and 16: the same weights from fresh processes, many threads, no leaks."""
 
 import pytest
-
-from fastmtl import backend
+from devices import DEVICE, KERNELS
 
 from . import leaks, repeatability, threads
 
 
-def test_the_same_weights_from_fresh_processes(seed):
-    if "native" not in backend.available():
-        pytest.skip("sparse updates and results that do not depend on the threads are the native backend's")
-    repeatability.check("PLE", "AdamW", "fp32", seed)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton" or DEVICE.type != "cpu"])
+def test_the_same_weights_from_fresh_processes(name, seed):
+    repeatability.check("PLE", "AdamW", "fp32", name, seed)
 
 
 @pytest.mark.parametrize("name", ["MMOE", "PLE"])
-def test_many_threads_predict_what_one_does(name, seed, backend):
+def test_many_threads_predict_what_one_does(name, seed, cpu_backend):
     threads.check(name, 25, seed)
 
 

@@ -30,7 +30,7 @@ def enliven(model: nn.Module, generator: torch.Generator) -> None:
 def lively_model(index: int) -> tuple[Case, nn.Module, dict[str, Tensor]]:
     """Case number ``index``, its model in evaluation mode, and its batch."""
     case = random_case(index)
-    model = build(case, OURS).eval()
+    model = build(case, OURS).cpu().eval()
     enliven(model, torch.Generator().manual_seed(case.seed))
     return case, model, tensors(columns(case)[0])
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from devices import call, place
 
 from fastmtl.serving import Predictor
 
@@ -34,14 +35,15 @@ def test_random_models():
 def test_the_model_itself_predicts_so(backend):
     for index in range(10):
         _, model, x = lively_model(index)
+        model = place(model)
         with torch.no_grad():
-            got = model(x)
+            got = call(model, x)
         if backend == "native":
             assert torch.equal(got, Predictor(model)(x))
             with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
                 assert torch.equal(model(x), Predictor(model, "bf16")(x))
         with torch.enable_grad():
-            torch.testing.assert_close(model(x).detach(), got, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(call(model, x).detach(), got, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

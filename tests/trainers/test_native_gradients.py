@@ -8,7 +8,7 @@ import torch
 
 from fastmtl import backend
 from fastmtl.backends import native
-from fastmtl.basic.features import DenseFeature, SparseFeature
+from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.basic.loss_func import multi_task_loss
 from fastmtl.models import AITM, ESMM, MMOE, PLE, SharedBottom
 from fastmtl.trainers import MTLTrainer
@@ -72,6 +72,35 @@ def test_gradients_are_autograds(kind, seed):
         for p, q in zip(model.buffers(), expected.buffers(), strict=True):
             assert torch.equal(p, q)
     assert np.median(distances) < 2e-6
+
+
+@pytest.mark.parametrize("update", ["dense", "exact"])
+def test_sequences_of_every_pooling(seed, update, tmp_path):
+    """Two epochs with and without autograd: the same weights to rounding."""
+    rng = np.random.default_rng([seed, 77])
+    features = [*FEATURES, *(SequenceFeature(f"q{i}", 11 + i, 4, p) for i, p in enumerate(("max", "mean", "sum")))]
+    batches = []
+    for _ in range(4):
+        x, y = batch(rng, ["classification"])
+        x |= {f"q{i}": torch.from_numpy(rng.integers(-1, 11, (len(y), 5))) for i in range(3)}
+        batches.append((x, y.nan_to_num(0.0)))
+    weights = []
+    for watches in (False, True):
+        torch.manual_seed(seed)
+        model = MMOE(features, ["classification"], 2, MLP, [{"dims": [5]}])
+        if watches:
+            model.towers.register_forward_hook(lambda *_: None)
+        trainer = MTLTrainer(
+            model, optimizer_fn=torch.optim.SGD, optimizer_params={"lr": 0.05}, embedding_update=update,
+            model_path=str(tmp_path), progress=False,
+        )  # fmt: skip
+        trainer.model.train()
+        assert (trainer._gradients() is None) == watches
+        for _ in range(2):
+            trainer.train_one_epoch(batches)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=2e-4, atol=2e-5, msg=name)
 
 
 def test_frozen_tables_get_no_gradient(seed):

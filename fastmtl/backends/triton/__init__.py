@@ -146,6 +146,13 @@ def embedding_bag_index(
     return run(ids, columns, spec, shapes, needs, out)
 
 
+def table_step(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.table_step`."""
+    from .optimizer import table_step as run
+
+    run(*arguments)
+
+
 def table_catch_up(*arguments: Any) -> None:
     """See :func:`fastmtl.backends.triton.optimizer.table_catch_up`."""
     from .optimizer import table_catch_up as run
@@ -160,11 +167,26 @@ def table_replay(*arguments: Any) -> None:
     run(*arguments)
 
 
-def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+def advance(
+    ring: Tensor,
+    step: Tensor,
+    clock: Tensor,
+    now: int,
+    slot: int,
+    numbers: Sequence[float],
+    taken: Tensor | None = None,
+) -> None:
     """See :func:`fastmtl.backends.triton.optimizer.advance`."""
     from .optimizer import advance as run
 
-    run(ring, step, clock, now, slot, numbers)
+    run(ring, step, clock, now, slot, numbers, taken)
+
+
+def note_losses(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.notes.note_losses`."""
+    from .notes import note_losses as run
+
+    run(*arguments)
 
 
 def expert_gate_fwd(

@@ -140,12 +140,3 @@ def embedding_bag_index(
         sort_rows(ids, table, shape[0], kept) if need else None
         for table, shape, need, kept in zip(tables, shapes, needs, into, strict=True)
     ]
-
-
-def unique_rows(rows: Rows, n_weight_rows: int) -> Tensor:
-    """``[M]`` int64: the rows, each once, the other entries V_total (void); those of tiny tables whether they are
-    looked up or not."""
-    keys = rows.keys.long()
-    repeated = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-    torch.eq(keys[1:], keys[:-1], out=repeated[1:])
-    return torch.cat([keys.masked_fill_(repeated, n_weight_rows), rows.tiny_rows])

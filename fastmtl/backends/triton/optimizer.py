@@ -91,10 +91,11 @@ def table_rows_kernel(
 
 @triton.jit(do_not_specialize=["slot", "now"])
 def advance_kernel(
-    Ring_ptr, Step_ptr, Clock_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
+    Ring_ptr, Step_ptr, Clock_ptr, Taken_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
 ):
     """The numbers of the step that begins, by value: nothing on the host has to live until the device reads it."""
     tl.store(Clock_ptr, now)
+    tl.store(Taken_ptr, now)
     _store_step(Ring_ptr + slot * 9, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
     _store_step(Step_ptr, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
 
@@ -283,7 +284,15 @@ def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:
     }
 
 
-def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+def advance(
+    ring: Tensor,
+    step: Tensor,
+    clock: Tensor,
+    now: int,
+    slot: int,
+    numbers: Sequence[float],
+    taken: Tensor | None = None,
+) -> None:
     """Write a step's numbers into ``ring[slot]`` and ``step``, its number into the clock.
 
     Args:
@@ -293,6 +302,7 @@ def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numb
         now: the step's number.
         slot: a row of the ring.
         numbers: as many as there are fields.
+        taken: ``[1]`` int32, becomes the number too: that of the step which the backward takes.
     """
     named = dict(zip(STEP_FIELDS, map(float, numbers), strict=True))
     launch(
@@ -302,6 +312,7 @@ def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numb
         Ring_ptr=ring,
         Step_ptr=step,
         Clock_ptr=clock,
+        Taken_ptr=clock if taken is None else taken,
         now=now,
         slot=slot,
         **named,

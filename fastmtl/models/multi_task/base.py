@@ -273,7 +273,8 @@ class MTLModel(nn.Module):
     def loss_weights(self, start: float) -> nn.Parameter:
         """The learned loss weights ``[T]``, made with the value ``start`` where the model has none yet."""
         if LOSS_WEIGHT not in self._modules:
-            self.add_module(LOSS_WEIGHT, LossWeights(self.n_task, start))
+            made = LossWeights(self.n_task, start).to(next(self.parameters()).device)
+            self.add_module(LOSS_WEIGHT, made)
         return cast(LossWeights, self._modules[LOSS_WEIGHT]).weight
 
     # ------------------------------------------------------------------------------------------------- folders

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
 from ...basic.features import DenseFeature, SequenceFeature
 from ...errors import ConfigError
+from ...spec import Bag, EmbeddingSpec
 
 if TYPE_CHECKING:
     from .base import MTLModel
@@ -108,26 +109,40 @@ class Packed:
         self.embedding = model.embedding
         self._modules = draft.modules
         self._watched = [model.embedding, *draft.modules]
+        self._hooks: list[Any] = [hooks for m in self._watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
+        self._features = self.embedding.features
+        self._spec = self.embedding.spec_of(self._features)
+        bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
+        # one column a bag: nothing about a batch must be found out first
+        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        folded = self._foldable(draft.program, bf16)
+        self._reads_tables = bool(folded)
+        if folded:
+            self._flush()
+            self._stores.append(self.embedding._parameters)
         # what a stamp points to must not be freed and used again
         self._kept = [tensor.detach() for tensor in self._stored()]
         self._stamp = self._read_stamp()
+        if folded:
+            starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
+            tables = self.embedding.weights()
+            draft.program.fold([(starts[f], _table_of(self._spec.bags[f], tables)) for f in folded])
         self._program = draft.program.pack(bf16)
-        self._features = self.embedding.features
-        self._spec = self.embedding._group(self._features)[1].spec
-        bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
         self.dense_names = [feature.name for feature in dense]
         self.dense_widths = [feature.embed_dim for feature in dense]
-        self._plan = native.bag_plan(self._spec, tuple(range(len(bags) + 1)))
-        # one column a bag: nothing about a batch must be found out first
-        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        self._plan, self._small = _split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
         self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
         self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
 
     def _new_program(self, width: int) -> Any:
         return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        """The bags whose tables are folded into the layers that read them."""
+        return _small_tables(self._spec) if self.is_plain and program.folds and not bf16 else []
 
     # ------------------------------------------------------------------------------------------ is it still good
 
@@ -146,21 +161,28 @@ class Packed:
 
         Writing through ``parameter.data`` or a NumPy view goes unnoticed, as it does for autograd.
         """
+        if self._reads_tables:
+            self._flush()
         return self._read_stamp() == self._stamp
+
+    def _flush(self) -> None:
+        if self.embedding.updater is not None:
+            self.embedding.updater.flush()
 
     def stands_in(self) -> bool:
         """Whether calling the modules would do the same: they are in evaluation mode and have no hooks."""
-        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self._watched)
+        return not (any(self._hooks) or any(map(_is_training, self._watched)))
 
     # --------------------------------------------------------------------------------------------------- running
 
     def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
-        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
+        """Predict from columns in the model's order; see :meth:`PackedProgram.run`. ``plan``: None for a model without
+        sequences."""
         embedding = self.embedding
         if embedding.updater is not None:
             embedding.updater.flush()
         tables: Any = [*embedding._parameters.values()]
-        return self._program.run(tables, ids, dense, self._plan if plan is None else plan)
+        return self._program.run(tables, ids, dense, self._plan if plan is None else plan, self._small)
 
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch; arguments, result and errors are the model's own."""
@@ -173,7 +195,8 @@ class Packed:
         ids, columns, dense_values = self.embedding.inputs(x, self._features)
         parts = [] if ids is None else [ids]
         try:
-            return self.run(parts, [] if dense_values is None else [dense_values], native.bag_plan(self._spec, columns))
+            plan = None if self.is_plain else native.bag_plan(self._spec, columns)
+            return self.run(parts, [] if dense_values is None else [dense_values], plan)
         except RuntimeError:
             if ids is not None:
                 eager.raise_bad_id(ids, columns, self._spec)
@@ -190,6 +213,37 @@ class Packed:
         return None if found is None else ([x.blocks[b] for b in found[0]], [x.blocks[b] for b in found[1]])
 
 
+#: A table is folded into the layers that read it where what they make of its rows is at most so many times the weights
+#: that are no longer read, and where that pays for adding a row; all together have so many rows at most.
+_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
+
+
+def _small_tables(spec: EmbeddingSpec) -> list[int]:
+    """The bags whose tables are folded into the layers that read them, the smallest first chosen; ascending."""
+    chosen, rows = [], 0
+    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
+        rows += bag.vocab
+        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
+        if fits and bag.pooling == "sum":
+            chosen.append(f)
+    return sorted(chosen)
+
+
+def _table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
+
+
+def _split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+    """The bags that are looked up, side by side without the others' columns, and the folded ones."""
+    if not folded:
+        return plan, None
+    kept, small = plan.clone(), plan[folded].clone()
+    for f in folded:
+        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
+    small[:, native.BAG_OUT] = 0
+    return kept[[f for f in range(len(plan)) if f not in folded]], small
+
+
 def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
     """For each list of columns the blocks that are just these side by side; None where one has none such."""
     found = []
@@ -202,6 +256,7 @@ def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
 
 
 _version_of: Callable[[Tensor], int] = attrgetter("_version")
+_is_training: Callable[[nn.Module], bool] = attrgetter("training")
 
 
 def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
@@ -218,6 +273,9 @@ class PackedOnGPU(Packed):
         from ...backends.triton.inference import Program  # which needs triton
 
         return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        return []
 
     def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
         """See :meth:`Packed.run`; raises RuntimeError where columns are of another number or dtype."""
@@ -262,17 +320,13 @@ def make_pack(model: MTLModel, bf16: bool = False) -> Packed:
 _guard = threading.Lock()
 
 
-def _first(x: Mapping[str, Tensor]) -> Tensor | None:
-    return x.blocks[0] if isinstance(x, ColumnBatch) and x.blocks else next(iter(x.values()), None)
-
-
 def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     """The model's pack for the batch ``x``, made anew where it is out of date; None where the model must be run the
     ordinary way.
 
     Under autocast to bfloat16 it is one in bf16.
     """
-    first = _first(x)
+    first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
         return None
     module = _backend_for(first)

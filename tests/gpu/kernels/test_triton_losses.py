@@ -14,6 +14,7 @@ from fastmtl.basic.loss_func import multi_task_loss
 from fastmtl.models import MMOE, PLE, SharedBottom
 from fastmtl.spec import ExpertGateParams
 from fastmtl.trainers import MTLTrainer
+from fastmtl.trainers.device_epoch import note_losses
 from fastmtl.trainers.native_gradients import ChainGradients
 from fastmtl.weighting import make_strategy
 
@@ -189,8 +190,34 @@ def test_training_takes_that_step(seed, device, tmp_path):
             model = make(MMOE, task_types)
             place = device if where == "triton" else "cpu"
             trainer = MTLTrainer(model, model_path=str(tmp_path), device=place, amp=amp, embedding_update="dense")
-            assert (trainer._native_step() is not None) == (where == "triton")
+            assert (trainer._gradients() is not None) == (where == "triton")
             losses[where, amp] = [trainer.train_one_epoch([(x, y.float())]) for _ in range(3)]
     wanted = torch.tensor(losses["eager", None])
     torch.testing.assert_close(torch.tensor(losses["triton", None]), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.tensor(losses["triton", "bf16"]), wanted, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3])
+def test_what_is_noted_of_losses(n_tasks, device):
+    """In one launch what torch's operations note: sums, the last ones, the first step whose loss is NaN, a veto."""
+
+    def places():
+        clock, now = (torch.tensor([number], dtype=torch.int32, device=device) for number in (7, 7))
+        last, total = torch.zeros(2, n_tasks, device=device)
+        first = torch.full((n_tasks,), -1, dtype=torch.int64, device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return [last, total, count, first, torch.zeros((), device=device), clock, now]
+
+    mine, theirs = places(), places()
+    for step in range(5):
+        losses = torch.arange(1.0, n_tasks + 1, device=device) / (step + 1)
+        if step in (2, 3):
+            losses[-1] = torch.nan
+        backend.note_losses(losses, *mine)
+        note_losses(losses, *theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        assert mine[-1].tolist() == [-1 if step in (2, 3) else 7]
+    assert mine[3].tolist() == [-1] * (n_tasks - 1) + [3]
+    backend.note_losses(losses, *mine[:-2], None, None)
+    assert int(mine[2]) == 6

@@ -1,6 +1,6 @@
 """MTLTrainer on a GPU: every way to update tables, checkpoints that go both ways, errors told later, scores.
 
-See test_triton_epochs.py for what stands in for graphs without one.
+Without one, what stands in for graphs is tape.py.
 """
 
 import copy
@@ -9,18 +9,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_triton_epochs import SETTINGS, make_loader, make_model, tape, train
+from trainer_cases import SETTINGS, make_loader, make_model, train
 
 from fastmtl import backend as backends
+from fastmtl.backends.triton import embedding_bag_backward, embedding_index
 from fastmtl.basic.features import SequenceFeature, SparseFeature
 from fastmtl.data.loader import ColumnLoader
 from fastmtl.errors import BadIdError, ConfigError
 from fastmtl.models import ESMM, MMOE
 from fastmtl.trainers import MTLTrainer, evaluate_multi_task
-from fastmtl.trainers.device_optimizer import Adam
+from fastmtl.trainers.device_epoch import DeviceEpochs
+from fastmtl.trainers.device_optimizer import Adam, RowwiseAdagrad
 from fastmtl.trainers.optimizer import sparse_updates
 
-__all__ = ["tape"]
 TABLE = "embedding.embed_dict.user.weight"
 
 
@@ -54,6 +55,24 @@ def test_lazy_updates_are_the_cpus(seed, device, tmp_path):
     assert not torch.allclose(weights[TABLE], exact[TABLE], rtol=2e-4, atol=2e-5)
 
 
+def test_rowwise_adagrad_is_the_cpus(seed, device, tmp_path):
+    """With its checkpoint."""
+    losses, weights, trainer = train(seed, "triton", device, tmp_path, None, "rowwise_adagrad")
+    assert isinstance(trainer.optimizer, RowwiseAdagrad)
+    cpu, right, native = train(seed, "native", "cpu", tmp_path, None, "rowwise_adagrad")
+    torch.testing.assert_close(losses, cpu, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights[TABLE], right[TABLE], rtol=2e-4, atol=2e-5)
+    states = [one.optimizer.state_dict()["state"] for one in (trainer, native)]
+    for number, state in states[0].items():
+        torch.testing.assert_close(state["sum"].cpu(), states[1][number]["sum"], rtol=1e-3, atol=1e-6)
+    with backends.use_backend("triton"):
+        trainer.optimizer.load_state_dict(copy.deepcopy(native.optimizer.state_dict()))
+        assert np.isfinite(trainer.train_one_epoch(make_loader(seed))).all()
+        other = train(seed, "triton", device, tmp_path, "exact", "adagrad", epochs=0)[2]
+        with pytest.raises(ConfigError, match="one number a row"):
+            trainer.optimizer.load_state_dict(other.optimizer.state_dict())
+
+
 def test_dropout_draws_what_plain_steps_draw(seed, device, tmp_path, monkeypatch):
     losses, weights, trainer = train(seed, "triton", device, tmp_path, "exact", dropout=0.3)
     assert trainer._epochs._graphs.n_recorded == 3
@@ -62,6 +81,18 @@ def test_dropout_draws_what_plain_steps_draw(seed, device, tmp_path, monkeypatch
     assert torch.equal(losses, plain)
     for name, value in weights.items():
         assert torch.equal(value, same[name]), name
+
+
+@pytest.mark.parametrize("update", ["exact", "lazy"])
+def test_a_batch_s_ids_are_sorted_once_and_ahead(update, seed, device, tmp_path, monkeypatch):
+    """For catching up and for the backward, before the step on the batch before it."""
+    events = []
+    sort, step = embedding_index.sort_rows, DeviceEpochs.step
+    monkeypatch.setattr(embedding_index, "sort_rows", lambda *a, **k: (events.append("sort"), sort(*a, **k))[1])
+    monkeypatch.setattr(embedding_bag_backward, "sort_rows", embedding_index.sort_rows)
+    monkeypatch.setattr(DeviceEpochs, "step", lambda self, slot: (events.append("step"), step(self, slot))[1])
+    train(seed, "triton", device, tmp_path, update, epochs=1)
+    assert events == ["sort", "sort", "step", "sort", "step", "sort", "step", "step"]
 
 
 def ready(seed, where, device, folder, update="exact", optimizer="adam", **more):
@@ -76,7 +107,7 @@ def ready(seed, where, device, folder, update="exact", optimizer="adam", **more)
     return one
 
 
-@pytest.mark.parametrize("optimizer", SETTINGS)
+@pytest.mark.parametrize("optimizer", ["adam", "momentum", "adagrad"])
 def test_checkpoints_go_both_ways(optimizer, seed, device, tmp_path):
     """From this to torch's own on the CPU, and from there back: the training that was never interrupted."""
 
@@ -202,6 +233,27 @@ def test_other_models_and_weightings_are_recorded(kind, seed, device, tmp_path):
             losses.append([one.train_one_epoch(make_loader(seed)) for _ in range(2)])
         if where == "triton":
             assert one._epochs._graphs.n_recorded == 3
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_model_trains_on_eager(seed, device, tmp_path):
+    """Under torch.compile every op is eager's; data, losses and scores stay on the device all the same."""
+    losses = []
+    for where, place, wrap in (
+        ("triton", device, lambda model: torch.compile(model, backend="aot_eager")),
+        ("eager", "cpu", lambda model: model),
+    ):
+        torch._dynamo.reset()
+        with backends.use_backend(where):
+            one = MTLTrainer(
+                wrap(make_model()), optimizer_fn=torch.optim.SGD, optimizer_params={"lr": 0.1}, device=place,
+                progress=False, model_path=str(tmp_path),
+            )  # fmt: skip
+            torch.manual_seed(seed)
+            losses.append([one.train_one_epoch(make_loader(seed)) for _ in range(2)])
+        if where == "triton":
+            assert one._epochs._graphs is None
+            assert one._epochs._slots is not None
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-6)
 
 
