@@ -121,6 +121,16 @@ def test_products_run_on_tensor_cores(reports):
     assert slow == []
 
 
+def test_lookups_load_sixteen_bytes_at_a_time(reports):
+    """A row of 16 numbers takes four lanes, one of 4 a lane; ids and what is written of a bag are the other loads."""
+    rows = [row for row in reports if row["kernel"] == "embedding_bag_fwd_kernel"]
+    assert {constant for row in rows for constant in row["constants"].split(", ") if "DIM" in constant} >= {
+        "DIM=4",
+        "DIM=16",
+    }
+    assert [f"{name(row)}: {row['wide']}" for row in rows if row["wide"] < 0.05] == []
+
+
 def test_products_load_sixteen_bytes_at_a_time(reports):
     """At widths that are no multiple of anything too (aliexpress reads 319, census 139)."""
     narrow = [f"{name(row)}: {row['wide']}" for row in reports if row["kernel"] in PRODUCTS and row["wide"] < 0.04]
