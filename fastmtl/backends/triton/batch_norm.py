@@ -10,7 +10,6 @@ One program owns BLOCK_C columns and reads their pieces in order: deterministic.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -123,7 +122,7 @@ def statistics(
     own = [field[layer] for field in fields]
     gate = params.gate if layer == 0 else None
     gates = own if gate is None else list(gate[1:])
-    stat = torch.zeros(4, pitch, dtype=torch.float32, device=own[0].device)
+    stat = plan.per_column(layer, 4)
     config = configs.GEMM.reduction()
     n_gate_columns = 0 if gate is None else plan.spec.gate_rows
     names = ("Bias", "Gamma", "Beta", "Mean", "Var")

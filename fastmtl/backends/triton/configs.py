@@ -176,9 +176,11 @@ class GemmConfig:
         k = 64 if precision == "bf16" and not rebuilt else 32
         return self._gemm(m, n, k, 8 if m * n >= (64 if tight else 128) * 128 else 4, 2)
 
-    def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
-        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
+    def split_rows(self, n_rows: int, n_tiles: int, block_k: int, pitch: int) -> int:
+        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice, and
+        rows that are ``pitch`` elements apart are found by offsets of 32 bits."""
         splits = min(max(2 * PROGRAMS // n_tiles, 1), cdiv(n_rows, 4 * block_k))
+        splits = max(splits, cdiv(n_rows * pitch, 2**30))
         return round_up(cdiv(n_rows, splits), block_k)
 
     def reduction(self) -> Reduction:

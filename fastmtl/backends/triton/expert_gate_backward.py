@@ -44,7 +44,7 @@ class _Layers:
         if not self.rebuilds:
             self.d.append(torch.empty_like(hidden[-1].z))
         self.grads = [layer.stat.new_empty(SUMS + 1, layer.pitch) for layer in hidden]
-        self.coef = [layer.stat.new_zeros(2, layer.pitch) for layer in hidden]
+        self.coef = [plan.per_column(layer.layer, 2) for layer in hidden]
         self.weight: list[Tensor] = [layer.stat for layer in hidden]
         self.gate_weight: Tensor | None = None
 

@@ -18,6 +18,7 @@ from ...spec import ExpertGateParams, ExpertGateSpec
 from . import configs
 from .common import narrow
 from .launch import cdiv, launch
+from .layer_plan import layer_plan
 
 
 @triton.jit
@@ -118,10 +119,6 @@ def linear_heads_dw_kernel(
         tl.store(part + n_in, tl.sum(db, axis=0))
 
 
-def _table(rows: tuple[int, ...] | list[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 def linear_heads(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec) -> Tensor:
     """``[B, E]`` fp32 from ``x [N, B, I]``, whose units are contiguous."""
     assert params.out_weight is not None
@@ -135,7 +132,7 @@ def linear_heads(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec) -> T
         X_ptr=x,
         Weight_ptr=params.out_weight,
         Bias_ptr=params.out_bias,
-        Source_ptr=_table(spec.expert_input, x.device),
+        Source_ptr=layer_plan(spec, x.device).sources,
         Y_ptr=y,
         n_rows=n_rows,
         n_experts=n_experts,
@@ -165,7 +162,7 @@ def linear_heads_bwd(
         config.warps,
         Grad_ptr=grad,
         X_ptr=x,
-        Source_ptr=_table(spec.expert_input, x.device),
+        Source_ptr=layer_plan(spec, x.device).sources,
         Part_ptr=part,
         n_rows=n_rows,
         run_rows=run,
@@ -187,7 +184,7 @@ def linear_heads_bwd(
         config.warps,
         Grad_ptr=grad,
         Weight_ptr=params.out_weight,
-        Spans_ptr=_table([*spec.expert_spans], x.device),
+        Spans_ptr=layer_plan(spec, x.device).readers,
         Dx_ptr=dx,
         n_rows=n_rows,
         n_inputs=spec.n_inputs,

@@ -141,7 +141,7 @@ def wgrad(
         precision.name, columns, n_in, a.hidden is not None, isinstance(d, Mixed) and hidden.dropped
     )
     tiles, align = plan.wgrad_tiles(layer, config.block_m, config.block_n)
-    split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k)
+    split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k, max(hidden.pitch, a.stride_row))
     n_splits = cdiv(n_rows, split_rows)
     out = torch.empty(n_splits, n_weight_rows, n_in, dtype=torch.float32, device=coef.device)
     launch(
