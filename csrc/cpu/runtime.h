@@ -70,14 +70,15 @@ struct TorchRuntime {
     const Tensor left = matrix(a, m, k, ld_a, transpose_a), right = matrix(b, k, n, ld_b, transpose_b);
     const Tensor result = matrix(c, m, n, ld_c, false);
     if (accumulate) {
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+      done(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
     } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+      done(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
     }
   }
 
  private:
+  // torch's own macro for this is not in the headers of 2.11
+  static void done(AOTITorchError code) { STD_TORCH_CHECK(code == 0, "a product failed in torch"); }
   static Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t ld, bool transposed) {
     const std::array<int64_t, 2> sizes{rows, columns};
     const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, ld} : std::array<int64_t, 2>{ld, 1};
