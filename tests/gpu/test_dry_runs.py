@@ -268,7 +268,7 @@ def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeyp
 
 @without_gpu
 def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
-    """A stand-in for compute-sanitizer gets what the real one would: the planted write, and the tests by their names."""
+    """A stand-in for compute-sanitizer gets what the real one would: the planted write, and the tests by name."""
     sys.path.insert(0, str(ROOT / "tests"))
     from reliability import sanitize_gpu
 
