@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench import equality
 from bench.models import build
 from bench.shapes import Shape
 from fastmtl import backend
 from fastmtl.basic.batch import ColumnBatch
 from fastmtl.basic.loss_func import multi_task_loss
-from fastmtl.optim.tables import MOST_MISSED
+from fastmtl.optim.waiting import MOST_MISSED
 from fastmtl.trainers import MTLTrainer
 from fastmtl.trainers.optimizer import sparse_updates
 
@@ -31,8 +32,8 @@ PEER = "torch-rechub"
 PEER_BF16 = "torch-rechub bf16 + fused Adam"
 SETTINGS = {"lr": 1e-3, "weight_decay": 1e-5}
 SEED = 2022
-#: Greatest relative distance of a loss of the first steps from torch-rechub's, which is fp32.
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+#: Losses of so many first steps are compared with float64's.
+CHECKED_STEPS = 3
 
 
 @dataclass
@@ -115,12 +116,21 @@ class Runner:
 
 
 class RechubRunner(Runner):
-    """torch-rechub's model; ``fused``: with torch's fused Adam."""
+    """torch-rechub's model; ``fused``: with torch's fused Adam; ``dtype``: of the parameters and what follows."""
 
-    def __init__(self, setting: Setting, compiled: bool = False, amp: bool = False, fused: bool = False) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        compiled: bool = False,
+        amp: bool = False,
+        fused: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(setting, amp)
+        self.dtype = dtype
         bare = build("torch_rechub", setting.model, setting.shape)
         bare.load_state_dict(setting.state)
+        bare.to(dtype)
         self.optimizer = torch.optim.Adam(bare.parameters(), fused=fused or None, **SETTINGS)
         self.model = torch.compile(bare) if compiled else bare
 
@@ -128,7 +138,7 @@ class RechubRunner(Runner):
         x, y = self._next(self.setting.batches)
         with self.autocast():
             out = self.model(x)
-        out = out.float()
+        out, y = out.to(self.dtype), y.to(self.dtype)
         losses = [nn.functional.binary_cross_entropy(out[:, t], y[:, t]) for t in range(y.shape[1])]
         loss = sum(losses) / len(losses)
         self.model.zero_grad()
@@ -161,7 +171,10 @@ class FastRunner(Runner):
                 # for as long as this runner lives: the rows are current when an epoch ends, not after each step
                 self.stack.enter_context(sparse_updates(self.bare, self.trainer.optimizer))
                 self.model.train()
-                self.train_step = self.trainer._native_step() or self.trainer._step
+                gradients = self.trainer._gradients()
+                self.train_step = self.trainer._step
+                if gradients is not None:
+                    self.train_step = partial(self.trainer._chain_step, gradients)
             return self.train_step(*self._next(self.setting.column_batches))
 
     def predict(self, x: Mapping[str, Tensor]) -> Tensor:
@@ -278,28 +291,22 @@ def contenders(compiled: bool = True) -> tuple[list[Contender], dict[str, str]]:
     return runs, missing
 
 
-def check_steps(runs: list[Contender], runners: dict[str, Runner], steps: int = 3) -> dict[str, float]:
+def check_steps(runs: list[Contender], runners: dict[str, Runner], setting: Setting) -> dict[str, float]:
     """Take the first steps with every contender.
 
     Returns:
-        contender -> the greatest relative distance of its losses from torch-rechub's.
+        contender -> the greatest relative distance of its losses from those of torch-rechub's model in float64.
 
     Raises:
-        SystemExit: one is beyond its tolerance.
+        SystemExit: one is too far away (:mod:`bench.equality`).
     """
-    losses = {one.name: torch.stack([runners[one.name].step() for _ in range(steps)]) for one in runs}
-    expected = losses[PEER]
-    distances = {}
+    in_double = RechubRunner(setting, dtype=torch.float64)
+    exact = torch.cat([in_double.step() for _ in range(CHECKED_STEPS)]).tolist()
+    losses = {}
     for one in runs:
-        compared = steps if one.same_steps else 1
-        distance = ((losses[one.name] - expected).abs() / expected.abs())[:compared].max().item()
-        if not distance <= TOLERANCE[one.precision]:
-            raise SystemExit(
-                f"{one.name}: its losses are {distance:.1e} away from torch-rechub's, allowed are "
-                f"{TOLERANCE[one.precision]:.0e}: not the same computation; nothing was timed"
-            )
-        distances[one.name] = distance
-    return distances
+        taken = torch.cat([runners[one.name].step() for _ in range(CHECKED_STEPS)]).tolist()
+        losses[one.name] = taken if one.same_steps else taken[: len(exact) // CHECKED_STEPS]
+    return equality.check(losses, {one.name: one.precision for one in runs}, PEER, exact)
 
 
 def check_predictions(runs: list[Contender], runners: dict[str, Runner], batch: int) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
     python -m bench.end_to_end --shape census --rounds 5
     python -m bench.end_to_end --shape ali-ccp --model ple --amp bf16
+    python -m bench.end_to_end --shape census --busy 2
 
 Census is the real data set where its file is found (FASTMTL_DATA), otherwise made-up rows of its shape. First every
-contender trains one epoch from the same seed, and the epoch's losses must agree. Then each round trains every
+contender trains one epoch from the same seed, and the epoch's losses must be those of the same epoch in float64, as
+closely as their precision allows. Then each round trains every
 contender for an epoch with its validation, in turns that begin with another one each round; a ratio is the median of
 the rounds' ratios. Everything is fp32, Adam with weight decay, the same rows and batches; ``--amp bf16`` adds fastmtl
 in bf16, and torch-rechub stays in fp32, having nothing else. Where the tables are large (ali-ccp), fastmtl's native
@@ -24,17 +26,19 @@ import gc
 import importlib
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from bench import equality
 from bench.floors import Machine
 from bench.models import MODELS, build, columns
 from bench.shapes import SHAPES, Shape
@@ -42,8 +46,6 @@ from fastmtl import backend
 from fastmtl.data import find_census, load_census
 
 PEER = "torch-rechub"
-#: Greatest relative distance of an epoch's loss from torch-rechub's.
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 SEED = 2022
 
 
@@ -60,12 +62,13 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """A package, and for fastmtl the backend it is held to (None: its own choice) and its precision."""
+    """A package, and for fastmtl the backend it is held to (None: its own choice), its precision and its parameters."""
 
     name: str
     package: str
     backend: str | None = None
     amp: str | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def precision(self) -> str:
@@ -88,7 +91,7 @@ class Contender:
             if self.backend is not None:
                 stack.enter_context(backend.use_backend(self.backend))
             torch.manual_seed(SEED)
-            model = build(self.package, model_name, shape, rows.vocabs)
+            model = build(self.package, model_name, shape, rows.vocabs).to(self.dtype)
             train, valid, _ = generator(rows.x_train, rows.y_train).generate_dataloader(
                 x_val=rows.x_valid, y_val=rows.y_valid, x_test=rows.x_valid, y_test=rows.y_valid,
                 batch_size=shape.batch_size,
@@ -151,19 +154,14 @@ def check_equality(runs: Sequence[Contender], model: str, shape: Shape, rows: Ro
     """Train every contender for one epoch from one seed.
 
     Returns:
-        contender -> the greatest relative distance of its losses from the peer's.
+        contender -> the greatest relative distance of its losses from those in float64.
 
     Raises:
-        SystemExit: when one is beyond the tolerance.
+        SystemExit: one is too far away (:mod:`bench.equality`).
     """
-    expected, _ = runs[0].train(model, shape, rows, epochs=1)
-    distances = {}
-    for contender in runs[1:]:
-        losses, _ = contender.train(model, shape, rows, epochs=1)
-        distances[contender.name] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-        if not distances[contender.name] <= LOSS_TOLERANCE[contender.precision]:
-            raise SystemExit(f"{contender.name}: losses {losses}, {runs[0].name}: {expected}: not the same computation")
-    return distances
+    exact, _ = Contender("float64", "fastmtl", "eager", dtype=torch.float64).train(model, shape, rows, epochs=1)
+    losses = {contender.name: contender.train(model, shape, rows, epochs=1)[0] for contender in runs}
+    return equality.check(losses, {contender.name: contender.precision for contender in runs}, PEER, exact)
 
 
 def measure(
@@ -185,6 +183,16 @@ def measure(
         latest = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
         tell(f"round {number + 1} of {rounds}: {latest} samples/s")
     return speeds
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """``count`` other processes that compute all the while."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
+        yield
 
 
 def summary(
@@ -219,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=1, help="epochs of a contender in a round (%(default)s)")
     parser.add_argument("--rows", type=int, help="training rows at most")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute beside the contenders")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")  # torch-rechub's, of other packages
@@ -238,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, why in missing.items():
         tell(f"fastmtl {name} does not run: {why}")
     distances = check_equality(runs, args.model, shape, rows)
-    tell("first epoch's losses agree: " + ", ".join(f"{name} to {d:.1e}" for name, d in distances.items()))
-    speeds = measure(runs, args.model, shape, rows, args.rounds, args.epochs, tell)
+    tell("first epoch's losses, from float64's: " + ", ".join(f"{name} to {d:.1e}" for name, d in distances.items()))
+    with neighbours(args.busy):
+        speeds = measure(runs, args.model, shape, rows, args.rounds, args.epochs, tell)
     figures = summary(speeds, runs, args.model, shape, machine)
     if args.json:
         print(

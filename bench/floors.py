@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from fastmtl.backends import native
-from fastmtl.optim.tables import MOST_MISSED
+from fastmtl.optim.waiting import MOST_MISSED
 
 M, K, N = 1024, 512, 512
 

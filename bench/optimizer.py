@@ -1,6 +1,7 @@
 """Adam with weight decay over ali-ccp's tables: torch's fused sweep against fastmtl's exact updates at sparse cost.
 
     python -m bench.optimizer --steps 60
+    python -m bench.optimizer --rule adamw        # or adam: without decay
 
 First both train the same table with the same gradients and must agree. Then they take turns, step by step; a figure is
 the median of the steps. fastmtl's step is catch_up (before a forward would read the rows) and step; the making of the
@@ -27,10 +28,15 @@ from torch import Tensor, nn
 from bench.shapes import ALI_CCP
 from fastmtl import optim
 from fastmtl.backends import native
-from fastmtl.optim.tables import MOST_MISSED
+from fastmtl.optim.waiting import MOST_MISSED, Replays
 from fastmtl.spec import Bag, EmbeddingSpec
 
-SETTINGS = {"lr": 1e-3, "weight_decay": 1e-5}
+#: name -> (class in torch.optim and fastmtl.optim, settings)
+RULES: dict[str, tuple[str, dict[str, float]]] = {
+    "adam with decay": ("Adam", {"lr": 1e-3, "weight_decay": 1e-5}),
+    "adam": ("Adam", {"lr": 1e-3, "weight_decay": 0.0}),
+    "adamw": ("AdamW", {"lr": 1e-3, "weight_decay": 1e-2}),
+}
 TOLERANCE = 1e-6
 
 
@@ -44,8 +50,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 class Run:
     """One table under both optimizers, and the batches that they train on."""
 
-    def __init__(self, n_batches: int, batch_size: int) -> None:
-        shape = ALI_CCP
+    def __init__(self, rule: str, n_batches: int, batch_size: int) -> None:
+        shape, (name, settings) = ALI_CCP, RULES[rule]
         offsets = [0, *accumulate(shape.vocabs)]
         self.spec = EmbeddingSpec(
             tuple(
@@ -61,8 +67,8 @@ class Run:
         torch.manual_seed(0)
         start = torch.randn(self.shapes[0]) * 1e-4
         self.table, self.dense = nn.Parameter(start), nn.Parameter(start.clone())
-        self.ours = optim.Adam([self.table], tables=[self.table], **SETTINGS)
-        self.fused = torch.optim.Adam([self.dense], fused=True, **SETTINGS)
+        self.ours = getattr(optim, name)([self.table], tables=[self.table], **settings)
+        self.fused = getattr(torch.optim, name)([self.dense], fused=True, **settings)
         self.grad = torch.randn(batch_size, self.spec.width(self.columns)) * 1e-4
 
     def index(self, step: int) -> list[native.RowIndex | None]:
@@ -115,11 +121,12 @@ def copy_bandwidth() -> float:
 def main() -> None:
     """Check, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rule", choices=RULES, default="adam with decay")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=ALI_CCP.batch_size)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    run = Run(args.steps, args.batch_size)
+    run = Run(args.rule, args.steps, args.batch_size)
     # until every row has missed as many steps as rows do in a long run, the sweep has less to do
     warm = MOST_MISSED + 8
     for number in range(warm):
@@ -137,7 +144,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     weights = run.table.numel()
     row = 4 * run.table.shape[1]
-    moved = 6 * 4 * weights / MOST_MISSED + median["rows"] * (6 * row + 6 * row + row)
+    sweeps = isinstance(run.ours._pending[run.table].waiting, Replays)
+    moved = 6 * 4 * weights / MOST_MISSED * sweeps + median["rows"] * (6 * row + 6 * row + row)
     result = {
         "difference": difference,
         "fused_ms": median["fused"],
@@ -159,7 +167,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    print(f"tables: {weights / 1e6:.2f} M parameters, B={args.batch_size}, {torch.get_num_threads()} threads, fp32")
+    how = f"B={args.batch_size}, {torch.get_num_threads()} threads, fp32"
+    print(f"{args.rule}, tables: {weights / 1e6:.2f} M parameters, {how}")
     for key, value in result.items():
         print(f"  {key:24} {value:.3g}")
 

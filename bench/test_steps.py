@@ -24,7 +24,7 @@ def measure_steps(setting, compiled, rounds, turn, benchmark, report, machine):
     runs, missing = contenders(compiled)
     runners = {one.name: one.make(setting) for one in runs}
     try:
-        distances = check_steps(runs, runners)
+        distances = check_steps(runs, runners, setting)
         for one in runs:
             for _ in range(max(one.warm_steps - runners[one.name].count, 0)):
                 runners[one.name].step()

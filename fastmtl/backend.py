@@ -123,6 +123,11 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
     raise BackendError(f"{op}: no backend can run it")
 
 
+def is_device(device: torch.device) -> bool:
+    """Whether work on ``device`` runs behind the host's back: on a GPU, or on what stands in for one in tests."""
+    return device.type == "cuda" or (device.type == "cpu" and triton.interpreting() and forced() == "triton")
+
+
 def _tell_once(name: str, reason: str) -> None:
     global _told
     if not _told:

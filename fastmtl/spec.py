@@ -77,6 +77,9 @@ class EmbeddingSpec:
     bags: tuple[Bag, ...]
     n_dense: int = 0
 
+    def __post_init__(self) -> None:
+        _ = self.is_common  # the first access takes a lock in Python 3.11, at which torch.compile breaks its graph
+
     @cached_property
     def is_common(self) -> bool:
         """Whether no bag is ragged or takes a maximum."""
@@ -137,6 +140,9 @@ class ExpertGateSpec:
     dropout: float = 0.0
     gates: tuple[Gate, ...] = ()
     output_layer: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.n_inputs, self.expert_spans, self.gate_spans, self.gate_input_spans  # as in EmbeddingSpec
 
     @property
     def n_experts(self) -> int:

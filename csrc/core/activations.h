@@ -9,7 +9,7 @@
 namespace fastmtl::FASTMTL_ISA {
 
 struct Linear {
-  static constexpr bool kLearned = false;
+  static constexpr bool kLearned = false, kRow = false;  // kRow: it looks at a whole row of an expert
   FASTMTL_INLINE static F32 forward(F32 y, F32) { return y; }
   FASTMTL_INLINE static F32 backward(F32, F32 dh, F32) { return dh; }
 };
@@ -26,7 +26,7 @@ struct LeakyRelu : Linear {
 };
 
 struct PRelu {
-  static constexpr bool kLearned = true;
+  static constexpr bool kLearned = true, kRow = false;
   FASTMTL_INLINE static F32 forward(F32 y, F32 alpha) { return y > 0.0f ? y : alpha * y; }
   FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32 alpha) { return y > 0.0f ? dh : alpha * dh; }
   FASTMTL_INLINE static F32 dalpha(F32 y, F32 dh) { return y > 0.0f ? F32{} : y * dh; }

@@ -1,13 +1,13 @@
 // Chooses, once, the builds of the kernels that suit this processor.
-#include <cstdlib>
-#include <cstring>
-
 #include "core/inference_kernels.h"
 #include "core/kernels.h"
 #include "core/packed_gemm.h"
 
 #ifdef FASTMTL_X86
 #include <cpuid.h>
+
+#include <cstdlib>
+#include <cstring>
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,11 +17,11 @@
 namespace fastmtl {
 namespace {
 
+#ifdef FASTMTL_X86
 // Each has the ones before it.
 enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsas };
 constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
-#ifdef FASTMTL_X86
 // Tiles are 8 KiB of registers, which Linux saves only for a process that has asked for them.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -59,16 +59,13 @@ bool runs(Isa isa) {
 // Intel's cores take two cycles for a dot product of pairs, so that without tiles widening to fp32 is faster (195 to
 // 123 GFLOP/s measured on a core); AMD's take one.
 bool worthwhile(Isa isa) { return isa != kAvx512Bf16 || !__builtin_cpu_is("intel"); }
-#endif
 
 Isa choose() {
-#ifdef FASTMTL_X86
   const char* asked = std::getenv("FASTMTL_ISA");
   for (int isa = kAmx; isa > kBaseline; --isa) {
     const bool allowed = asked == nullptr ? worthwhile(static_cast<Isa>(isa)) : std::strcmp(asked, kNames[isa]) == 0;
     if (allowed && runs(static_cast<Isa>(isa))) return static_cast<Isa>(isa);
   }
-#endif
   return kBaseline;
 }
 
@@ -76,6 +73,7 @@ Isa best_isa() {
   static const Isa best = choose();
   return best;
 }
+#endif
 
 }  // namespace
 
@@ -85,6 +83,25 @@ const Kernels& best_kernels() {
   if (best_isa() == kAvx2) return avx2::kernels();
 #endif
   return baseline::kernels();
+}
+
+template <>
+const TileKernels<float>& best_tile_kernels() {
+#ifdef FASTMTL_X86
+  if (best_isa() >= kAvx512) return avx512::tile_kernels_f32();
+  if (best_isa() == kAvx2) return avx2::tile_kernels_f32();
+#endif
+  return baseline::tile_kernels_f32();
+}
+
+template <>
+const TileKernels<Bf16>& best_tile_kernels() {
+#ifdef FASTMTL_X86
+  if (best_isa() >= kAvx512Bf16) return avx512_bf16::tile_kernels_bf16();
+  if (best_isa() == kAvx512) return avx512::tile_kernels_bf16();
+  if (best_isa() == kAvx2) return avx2::tile_kernels_bf16();
+#endif
+  return baseline::tile_kernels_bf16();
 }
 
 const InferenceKernels& best_inference_kernels() {

@@ -55,7 +55,8 @@ FASTMTL_INLINE void for_column_pairs(int64_t cols, F&& f) {
                             __attribute__((always_inline)) { f(c + rest, std::integral_constant<int, 1>{}, n); });
 }
 
-FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
+template <class A>
+FASTMTL_INLINE float dot(const A* a, const float* b, int64_t width) {
   F32 total{};
   for_columns(width,
               [&](int64_t c, auto n) __attribute__((always_inline)) { total += load(a + c, n) * load(b + c, n); });
@@ -65,7 +66,8 @@ FASTMTL_INLINE float dot(const float* a, const float* b, int64_t width) {
 struct ColumnConstants {
   F32 mean, scale, shift, alpha;
 };
-FASTMTL_INLINE ColumnConstants constants(const Tile& t, int64_t c, int64_t n) {
+template <class T>
+FASTMTL_INLINE ColumnConstants constants(const Tile<T>& t, int64_t c, int64_t n) {
   return {load(t.mean + c, n), load(t.scale + c, n), load(t.shift + c, n), t.alpha ? load(t.alpha + c, n) : F32{}};
 }
 
@@ -83,8 +85,9 @@ FASTMTL_INLINE void sum_rows(int64_t rows, F64 (&totals)[kVectors][kSums], F&& f
   }
 }
 
-template <bool kExact>
-void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
+template <bool kExact, class T>
+void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2, T* kept,
+                     int64_t ld_kept) {
   constexpr int kSumRows = kExact ? 1 : 16;
   for_column_pairs(cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -101,8 +104,9 @@ void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, dou
     }
     sum_rows<kSumRows>(rows, squares, [&](int64_t r, auto& sums) __attribute__((always_inline)) {
       for (int v = 0; v < kVectors; ++v) {
-        const F32 d = load(z + r * ld + first + v * kLanes, n) - centre[v];
+        const F32 value = load(z + r * ld + first + v * kLanes, n), d = value - centre[v];
         sums[v][0] += d * d;
+        if (kept) store(kept + r * ld_kept + first + v * kLanes, value, n);
       }
     });
     for (int v = 0; v < kVectors; ++v) {
@@ -116,16 +120,18 @@ void column_stats_of(const float* z, int64_t ld, int64_t rows, int64_t cols, dou
   });
 }
 
-inline void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2) {
+template <class T>
+void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2, T* kept,
+                  int64_t ld_kept) {
   if (exact) {
-    column_stats_of<true>(z, ld, rows, cols, mean, m2);
+    column_stats_of<true>(z, ld, rows, cols, mean, m2, kept, ld_kept);
   } else {
-    column_stats_of<false>(z, ld, rows, cols, mean, m2);
+    column_stats_of<false>(z, ld, rows, cols, mean, m2, kept, ld_kept);
   }
 }
 
-template <class Act, bool kDropout>
-void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
+template <class Act, bool kDropout, class T, class H>
+void hidden_elementwise(const Tile<T>& t, H* h, int64_t ld_h) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
     ColumnConstants k[kVectors];
@@ -144,38 +150,38 @@ void hidden_elementwise(const Tile& t, float* h, int64_t ld_h) {
   });
 }
 
-template <class Act, bool kDropout>
-void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy,
-                             const GradSums& sums, float* h, int64_t ld_h) {
+template <class Act, bool kDropout, class T>
+void hidden_grad_elementwise(const Tile<T>& t, const float* dh, int64_t ld_dh, T* dy, int64_t ld_dy,
+                             const GradSums& sums) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
     ColumnConstants k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
     F64 totals[kVectors][3] = {};
-    // in double: an error of these sums would be one of dz in the same direction in every row
-    for (int64_t r = 0; r < t.rows; ++r) {
+    const auto row = [&](int64_t r, auto& near) __attribute__((always_inline)) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         const F32 centred = load(t.z + r * t.ld + c, n) - k[v].mean;
         const F32 y = centred * k[v].scale + k[v].shift;
         F32 d = load(dh + r * ld_dh + c, n);
-        F32 mask;
         if constexpr (kDropout) {
-          mask = dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
-          d *= mask;
+          d *= dropout_mask(t.dropout, row_key(t.dropout.key, t.first_row + r), t.first_column + c);
         }
         const F32 g = Act::backward(y, d, k[v].alpha);
-        totals[v][0] += wide(g);
-        totals[v][1] += wide(g) * wide(centred);
-        if constexpr (Act::kLearned) totals[v][2] += wide(Act::dalpha(y, d));
-        store(dy + r * ld_dy + c, g, n);
-        if (h) {
-          F32 value = Act::forward(y, k[v].alpha);
-          if constexpr (kDropout) value *= mask;
-          store(h + r * ld_h + c, value, n);
+        if constexpr (std::is_same_v<T, Bf16>) {
+          near[v][0] += g;
+          near[v][1] += g * centred;
+          if constexpr (Act::kLearned) near[v][2] += Act::dalpha(y, d);
+        } else {
+          // in double: an error of these sums would be one of dz in the same direction in every row
+          totals[v][0] += wide(g);
+          totals[v][1] += wide(g) * wide(centred);
+          if constexpr (Act::kLearned) totals[v][2] += wide(Act::dalpha(y, d));
         }
+        store(dy + r * ld_dy + c, g, n);
       }
-    }
+    };
+    sum_rows<16>(t.rows, totals, row);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t c = first + v * kLanes;
       add_to(sums.dy + c, totals[v][0], n);
@@ -186,12 +192,13 @@ void hidden_grad_elementwise(const Tile& t, const float* dh, int64_t ld_dh, floa
 }
 
 // dy -> dz with fp32 constants.
-template <bool kStatistics, class To>
-void linear_grad_near(const Tile& t, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope, To* dz,
+template <bool kStatistics, class T>
+void linear_grad_near(const Tile<T>& t, const T* dy, int64_t ld_dy, const double* mean_dy, const double* slope, T* dz,
                       int64_t ld_dz) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(vectors)::value;
-    // the constants' rests: rounding them would err in the same direction in every row
+    // the constants' rests: rounding them would err in the same direction in every row (in bf16 the rows' own are
+    // larger)
     F32 mean[kVectors] = {}, scale[kVectors], m[kVectors] = {}, k[kVectors] = {};
     F32 rest_m[kVectors] = {}, rest_k[kVectors] = {};
     for (int v = 0; v < kVectors; ++v) {
@@ -212,7 +219,8 @@ void linear_grad_near(const Tile& t, const float* dy, int64_t ld_dy, const doubl
         F32 left = load(dy + r * ld_dy + c, n);
         if constexpr (kStatistics) {
           const F32 centred = load(t.z + r * t.ld + c, n) - mean[v];
-          left = left - m[v] - centred * k[v] - (rest_m[v] + centred * rest_k[v]);
+          left = left - m[v] - centred * k[v];
+          if constexpr (!std::is_same_v<T, Bf16>) left -= rest_m[v] + centred * rest_k[v];
         }
         store(dz + r * ld_dz + c, scale[v] * left, n);
       }
@@ -220,9 +228,9 @@ void linear_grad_near(const Tile& t, const float* dy, int64_t ld_dy, const doubl
   });
 }
 
-template <class To>
-void linear_grad(const Tile& t, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope, To* dz,
-                 int64_t ld_dz) {
+template <class T>
+void linear_grad_rows(const Tile<T>& t, const T* dy, int64_t ld_dy, const double* mean_dy, const double* slope, T* dz,
+                      int64_t ld_dz) {
   if (!mean_dy) return linear_grad_near<false>(t, dy, ld_dy, mean_dy, slope, dz, ld_dz);
   if (!t.exact) return linear_grad_near<true>(t, dy, ld_dy, mean_dy, slope, dz, ld_dz);
   for_columns(t.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {

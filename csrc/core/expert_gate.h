@@ -1,7 +1,9 @@
 // expert_gate: what its forward and backward share: the description of a layer, its parameters, how its rows are cut.
 //
-// Layout      x is [N, B, I]; z of hidden layer l is [B, E * H_l] with a row stride of row_stride(E * H_l), expert e in
-//             the columns [e * H_l, (e + 1) * H_l); the gates' z and weights are [B, C].
+// Layout      x is [N, B, I]; z of hidden layer l has the columns [e * H_l, (e + 1) * H_l) for expert e and lies in
+//             groups of them, see Grouped; the gates' z and weights are [B, C].
+// Precision   T is what the operands of products, and activations between the passes, are kept in: float, or Bf16. The
+//             gates' z, the weights and all that is summed is fp32.
 // Threading   through the Runtime: team(limit, tasks, work, f) calls f(worker) on threads that share Phases, and
 //             gemm(m, n, k, a, ld_a, transpose_a, b, ld_b, transpose_b, c, ld_c, accumulate) runs inside it on one
 //             thread.
@@ -32,6 +34,24 @@ struct Range {
   int64_t size() const { return stop - start; }
 };
 
+// Columns in pieces that stay in the cache, with a tile's height, between the kernels that work on them.
+constexpr int64_t kPiece = 256;
+inline int64_t n_pieces(int64_t columns) { return (columns + kPiece - 1) / kPiece; }
+inline Range piece_of(Range columns, int64_t piece) {
+  return {columns.start + piece * kPiece, std::min(columns.stop, columns.start + (piece + 1) * kPiece)};
+}
+// The pieces of columns that lie in groups; none has columns of two groups.
+inline std::vector<Range> pieces_of(Range columns, int64_t group_columns) {
+  std::vector<Range> pieces;
+  while (columns.size() > 0) {
+    const int64_t group = columns.start / group_columns * group_columns;
+    const Range rest{columns.start, std::min(columns.stop, group + group_columns)};
+    for (int64_t p = 0; p < n_pieces(rest.size()); ++p) pieces.push_back(piece_of(rest, p));
+    columns.start = rest.stop;
+  }
+  return pieces;
+}
+
 // A layer of E experts and G gates, see fastmtl.spec.ExpertGateSpec.
 struct ExpertGateLayer {
   int64_t in_features, n_inputs, n_experts, activation, gate_columns;
@@ -49,15 +69,43 @@ struct ExpertGateLayer {
     return work;
   }
   int64_t columns(int64_t layer) const { return n_experts * dims[layer]; }
+  // Columns of a group, see Grouped: whole experts.
+  int64_t group_columns(int64_t layer) const {
+    return dims[layer] * std::clamp<int64_t>(kPiece / dims[layer], 1, n_experts);
+  }
   int64_t fan_in(int64_t layer) const { return layer == 0 ? in_features : dims[layer - 1]; }
 };
 
 // Row stride of a matrix of our own: whole cache lines, and no multiple of 4 KiB, which would map a column of a tile to
 // a few sets of the cache.
-inline int64_t row_stride(int64_t columns) {
-  const int64_t lines = (columns + 15) / 16 * 16;
-  return lines % 1024 == 0 ? lines + 16 : lines;
+template <class T>
+int64_t row_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = round_up(columns, kLine);
+  return lines % (64 * kLine) == 0 ? lines + kLine : lines;
 }
+
+// Row stride of a product that is read down its columns at once: an odd number of lines, which uses all of the cache.
+inline int64_t product_stride(int64_t columns) { return round_up(columns, 32) + 16; }
+
+// A matrix [B, columns] in groups of columns, one behind the other, each [B, ld]: the rows of a tile of a group are
+// neighbours in memory, as the processor's prefetching wants them.
+template <class T>
+struct Grouped {
+  T* data = nullptr;
+  int64_t n_rows = 0, group_columns = 1, ld = 0;
+
+  Grouped() = default;
+  Grouped(T* to, int64_t rows, int64_t group)
+      : data(to), n_rows(rows), group_columns(group), ld(row_stride<T>(group)) {}
+  T* at(int64_t row, int64_t column) const {
+    const int64_t group = column / group_columns;
+    return data + (group * n_rows + row) * ld + column - group * group_columns;
+  }
+  static int64_t size(int64_t rows, int64_t columns, int64_t group) {
+    return (columns + group - 1) / group * rows * row_stride<T>(group);
+  }
+};
 
 // Linear -> BatchNorm over some columns: [columns, I] and [columns]; the running statistics are written in training.
 struct LinearNorm {
@@ -82,18 +130,19 @@ struct ExpertGateGrads {
 };
 
 // What the forward leaves for the backward.
-struct Normalised {
-  float* z;  // [B, ld]
-  int64_t ld;
+struct Statistics {
   // [columns] of z without bias. The rests are what rounding to fp32 has taken from them: in a small batch, where
   // almost all of a gradient cancels, they are what remains.
   float *mean, *rstd, *mean_rest, *rstd_rest;
 };
+template <class T>
 struct ExpertGateSaved {
-  uint16_t* x = nullptr;  // the inputs in bf16, [N, B, ld_x], where the layer computes in bf16
+  Bf16* x = nullptr;  // the inputs rounded, [N, B, ld_x], where T is Bf16
   int64_t ld_x = 0;
-  std::vector<Normalised> hidden;
-  Normalised gate{};
+  std::vector<Grouped<T>> z;
+  std::vector<Statistics> hidden;
+  Grouped<float> gate_z;
+  Statistics gate{};
   float* weights = nullptr;  // [B, C], the gates' softmax
 };
 
@@ -113,46 +162,42 @@ struct Tiles {
   Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
 };
 
-// Columns in pieces that stay in the cache, with a tile's height, between the kernels that work on them.
-constexpr int64_t kPiece = 256;
-inline int64_t n_pieces(int64_t columns) { return (columns + kPiece - 1) / kPiece; }
-inline Range piece_of(Range columns, int64_t piece) {
-  return {columns.start + piece * kPiece, std::min(columns.stop, columns.start + (piece + 1) * kPiece)};
-}
-
-// Floats on a cache line, uninitialised.
+// Numbers on a cache line, uninitialised.
+template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(take(bytes_of(n)), Free{bytes_of(n) >= Pool::kLarge}) {}
-  float* get() const { return data_.get(); }
+  explicit Scratch(int64_t n) : data_(take(bytes_of(n)), Free{bytes_of(n) >= kPooled}) {}
+  T* get() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kLine{64};
+  // the system takes a thread's memory back as soon as this much is free
+  static constexpr size_t kPooled = size_t{1} << 16;
   struct Free {
     bool pooled;
-    void operator()(float* data) const {
+    void operator()(T* data) const {
       if (pooled) return Pool::global().give(data);
       ::operator delete[](data, kLine);
     }
   };
-  static size_t bytes_of(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
-  static float* take(size_t bytes) {
-    return static_cast<float*>(bytes >= Pool::kLarge ? Pool::global().take(bytes) : ::operator new[](bytes, kLine));
+  static size_t bytes_of(int64_t n) { return sizeof(T) * static_cast<size_t>(n); }
+  static T* take(size_t bytes) {
+    return static_cast<T*>(bytes >= kPooled ? Pool::global().take(bytes) : ::operator new[](bytes, kLine));
   }
-  std::unique_ptr<float, Free> data_;
+  std::unique_ptr<T, Free> data_;
 };
 
 // The constants that turn z into y, for all columns of one BatchNorm; `fill` takes them from the statistics.
 struct ColumnFactors {
   std::vector<float> scale, shift, alpha;
   const float *mean, *rstd, *mean_rest, *rstd_rest, *gamma, *beta;
-  ColumnFactors(const Normalised& normal, const LinearNorm& params, int64_t columns)
+  ColumnFactors(const Statistics& of, const LinearNorm& params, int64_t columns)
       : scale(static_cast<size_t>(columns)),
         shift(static_cast<size_t>(columns)),
-        mean(normal.mean),
-        rstd(normal.rstd),
-        mean_rest(normal.mean_rest),
-        rstd_rest(normal.rstd_rest),
+        mean(of.mean),
+        rstd(of.rstd),
+        mean_rest(of.mean_rest),
+        rstd_rest(of.rstd_rest),
         gamma(params.gamma),
         beta(params.beta) {}
   Range all() const { return {0, static_cast<int64_t>(scale.size())}; }
@@ -164,8 +209,9 @@ struct ColumnFactors {
   }
 };
 
-inline ColumnFactors hidden_factors(const ExpertGateLayer& spec, const ExpertGateParams& params,
-                                    const ExpertGateSaved& saved, int64_t layer) {
+template <class T>
+ColumnFactors hidden_factors(const ExpertGateLayer& spec, const ExpertGateParams& params,
+                             const ExpertGateSaved<T>& saved, int64_t layer) {
   ColumnFactors factors(saved.hidden[layer], params.hidden[layer], spec.columns(layer));
   if (params.alpha[layer]) {
     factors.alpha.resize(static_cast<size_t>(spec.columns(layer)));
@@ -185,18 +231,19 @@ inline Dropout dropout_of(double p, int64_t seed, int64_t layer) {
   return dropout;
 }
 
-// The tile of rows x columns of one BatchNorm; `width` is the share of one expert.
-inline Tile tile_of(const Normalised& normal, const ColumnFactors& factors, Range rows, Range columns, int64_t width,
-                    int64_t activation, const Dropout& dropout, bool exact) {
+// The tile of rows x columns of one BatchNorm, which lie in one group; `width` is the share of one expert.
+template <class T>
+Tile<T> tile_of(const Grouped<T>& z, const ColumnFactors& factors, Range rows, Range columns, int64_t width,
+                int64_t activation, const Dropout& dropout, bool exact) {
   const int64_t c = columns.start;
-  Tile tile;
+  Tile<T> tile;
   tile.activation = activation;
   tile.exact = exact;
   tile.rows = rows.size();
   tile.cols = columns.size();
   tile.width = width;
-  tile.z = normal.z + rows.start * normal.ld + c;
-  tile.ld = normal.ld;
+  tile.z = z.at(rows.start, c);
+  tile.ld = z.ld;
   tile.mean = factors.mean + c;
   tile.scale = factors.scale.data() + c;
   tile.shift = factors.shift.data() + c;

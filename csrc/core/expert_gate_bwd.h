@@ -16,15 +16,16 @@ struct OutputGrad {
   const float* at(int64_t matrix, int64_t row) const { return data + matrix * matrix_stride + row * row_stride; }
 };
 
-template <class Runtime>
+template <class T, class Runtime>
 class ExpertGateBackward {
  public:
   // dx is [N, B, I] dense, or null where it is not wanted.
   ExpertGateBackward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
-                     int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved& saved,
+                     int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved<T>& saved,
                      OutputGrad dout, const ExpertGateGrads& grads, float* dx)
       : runtime_(runtime),
-        kernels_(best_kernels()),
+        of_tiles_(best_tile_kernels<T>()),
+        in_f32_(best_tile_kernels<float>()),
         spec_(spec),
         params_(params),
         x_(x),
@@ -35,21 +36,26 @@ class ExpertGateBackward {
         saved_(saved),
         dout_(dout),
         grads_(grads),
-        dx_(dx) {}
+        dx_(dx),
+        gate_memory_(n_rows * row_stride<float>(spec.gate_columns)),
+        gate_dz_(gate_memory_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)),
+        gate_memory_near_(kBf16 ? n_rows * row_stride<Bf16>(spec.gate_columns) : 0),
+        gate_near_(gate_memory_near_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)) {}
 
   void run() {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) {
       factors_.push_back(hidden_factors(spec_, params_, saved_, l));
-      layers_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr, l + 1 < depth, bf16());
+      sums_.emplace_back(tiles_, spec_.columns(l), params_.alpha[l] != nullptr);
+      layers_.emplace_back(tiles_.rows, spec_.columns(l), spec_.group_columns(l));
     }
     if (has_gates()) {
       factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-      layers_.emplace_back(tiles_, spec_.gate_columns, false, false, bf16());
+      sums_.emplace_back(tiles_, spec_.gate_columns, false);
       list_mixers();
     }
-    if (bf16()) packed_ = std::make_unique<PackedWeights>(spec_, params_, true);
-    const PackedInputs inputs(spec_, saved_, bf16() ? tiles_.rows : 0);
+    if (kBf16) packed_ = std::make_unique<PackedWeights>(spec_, params_, true);
+    const PackedInputs inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
         spec_.output_layer ? spec_.n_experts * (1 + (depth ? spec_.dims[depth - 1] : spec_.in_features)) : 0;
@@ -57,12 +63,13 @@ class ExpertGateBackward {
     const std::vector<WeightTask> weights = weight_tasks();
 
     runtime_.team(2 * depth + 4, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
-      const int64_t packing = bf16() ? packed_->count() + inputs.count() : 0;
+      const Space space(spec_, tiles_);
+      const int64_t packing = kBf16 ? packed_->count() + inputs.count() : 0;
       worker.run(packing, [&](int64_t i) {
         if (i < inputs.count()) return inputs.pack(i);
         packed_->pack(i - inputs.count());
       });
-      worker.run(tiles_.count, [&](int64_t tile) { part(tile, tiles_.at(tile)); });
+      worker.run(tiles_.count, [&](int64_t tile) { part(tile, tiles_.at(tile), space); });
       worker.run(has_gates() + (out_columns > 0), [&](int64_t) {
         if (has_gates()) return finish_norm(depth, factors_[depth].all());
         finish_output(out_columns);
@@ -71,41 +78,61 @@ class ExpertGateBackward {
         worker.run(n_pieces(spec_.columns(l)),
                    [&](int64_t piece) { finish_norm(l, piece_of(factors_[l].all(), piece)); });
         worker.run(tiles_.count, [&](int64_t tile) {
-          if (l > 0) return step_down(l, tile, tiles_.at(tile));
+          if (l > 0) return step_down(l, tile, tiles_.at(tile), space);
           first_layer(tiles_.at(tile));
         });
       }
-      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i], inputs); });
+      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i], inputs, space); });
     });
     for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
   }
 
  private:
-  // dy, then dz, of one BatchNorm, and each tile's sums.
-  struct LayerGrad {
-    int64_t columns, ld, n_sums, ld_near;
-    bool keeps_h;
-    Scratch dz, h;                       // h: input of the next layer, for its weights' gradient
-    Bf16Scratch dz_near, h_near;         // the same in bf16, where the layer computes in it: then h is not kept in fp32
+  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+
+  // A thread's own memory, which stays in its cache from tile to tile.
+  struct Space {
+    Scratch<T> h;         // of all columns of a block, or of an expert and a stretch of rows
+    Scratch<float> dh;    // of the same, or of a tile and an expert
+    Scratch<T> operands;  // of a weight's gradient
+    Space(const ExpertGateLayer& spec, const Tiles& tiles)
+        : h(h_size(spec, tiles)), dh(dh_size(spec, tiles)), operands(operands_size(spec, tiles)) {}
+    static int64_t block_size(const ExpertGateLayer& spec) {
+      return spec.depth() ? kBlock * spec.columns(spec.depth() - 1) : 0;
+    }
+    static int64_t h_size(const ExpertGateLayer& spec, const Tiles& tiles) {
+      int64_t size = block_size(spec);
+      const int64_t rows = std::min(kStretchRows, tiles.rows);
+      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, rows * row_stride<T>(spec.fan_in(l)));
+      return size;
+    }
+    static int64_t dh_size(const ExpertGateLayer& spec, const Tiles& tiles) {
+      int64_t size = spec.depth() ? block_size(spec) : tiles.height * spec.in_features;
+      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, tiles.height * product_stride(spec.fan_in(l)));
+      return size;
+    }
+    static int64_t operands_size(const ExpertGateLayer& spec, const Tiles& tiles) {
+      int64_t size = 0;
+      for (int64_t l = 0; l < spec.depth(); ++l) {
+        const int64_t k = spec.fan_in(l);
+        size = std::max(size, kBf16 ? wgrad_scratch_size(tiles.rows, kPiece, k) : wgrad_f32_scratch_size(kPiece, k));
+      }
+      return size;
+    }
+  };
+
+  // What is summed over the rows of one BatchNorm, tile by tile.
+  struct NormSums {
+    int64_t columns, n_sums;
     std::vector<double> sums;            // [tiles, n_sums, columns]
-    std::vector<double> mean_dy, slope;  // see Kernels::linear_grad
-    LayerGrad(const Tiles& tiles, int64_t n, bool learned, bool keep_h, bool bf16)
+    std::vector<double> mean_dy, slope;  // see TileKernels::linear_grad
+    NormSums(const Tiles& tiles, int64_t n, bool learned)
         : columns(n),
-          ld(row_stride(n)),
           n_sums(learned ? 3 : 2),
-          ld_near(bf16_stride(n)),
-          keeps_h(keep_h && !bf16),
-          dz(tiles.rows * ld),
-          h(keeps_h ? tiles.rows * ld : 0),
-          dz_near(bf16 ? tiles.rows * ld_near : 0),
-          h_near(keep_h && bf16 ? tiles.rows * ld_near : 0),
           sums(static_cast<size_t>(tiles.count * n_sums * n)),
           mean_dy(static_cast<size_t>(n)),
           slope(static_cast<size_t>(n)) {}
-    float* at(int64_t row, int64_t column) const { return dz.get() + row * ld + column; }
-    Bf16* near_at(int64_t row, int64_t column) const { return dz_near.get() + row * ld_near + column; }
-    float* h_at(int64_t row, int64_t column) const { return keeps_h ? h.get() + row * ld + column : nullptr; }
-    GradSums sums_of(int64_t tile, int64_t column) {
+    GradSums of(int64_t tile, int64_t column) {
       double* first = sums.data() + tile * n_sums * columns + column;
       return {first, first + columns, n_sums == 3 ? first + 2 * columns : nullptr};
     }
@@ -116,41 +143,48 @@ class ExpertGateBackward {
     }
   };
 
-  // The bf16 inputs, packed for the gradient of the weights that read them.
+  // dy, then dz, of a hidden layer.
+  struct LayerGrad {
+    Scratch<T> memory;
+    Grouped<T> dz;
+    LayerGrad(int64_t n_rows, int64_t columns, int64_t group)
+        : memory(Grouped<T>::size(n_rows, columns, group)), dz(memory.get(), n_rows, group) {}
+  };
+
+  // The rounded inputs, packed for the gradient of the weights that read them, some rows at a time.
   class PackedInputs {
    public:
-    PackedInputs(const ExpertGateLayer& spec, const ExpertGateSaved& saved, int64_t n_rows)
+    PackedInputs(const ExpertGateLayer& spec, const ExpertGateSaved<T>& saved, int64_t n_rows)
         : saved_(saved),
           features_(spec.in_features),
           rows_(n_rows),
-          inputs_(n_rows ? spec.n_inputs : 0),
-          packed_(inputs_ * packed_bf16_size(features_, rows_)) {}
-    int64_t count() const { return inputs_ * n_pieces(features_); }
+          inputs_(spec.n_inputs),
+          stretches_((n_rows + kStretchRows - 1) / kStretchRows),
+          size_(packed_bf16_size(features_, kStretchRows)),
+          packed_(inputs_ * stretches_ * size_) {}
+    int64_t count() const { return inputs_ * stretches_; }
     void pack(int64_t index) const {
-      const int64_t n = index / n_pieces(features_);
-      const Range columns = piece_of({0, features_}, index % n_pieces(features_));
-      best_packed_gemm().repack_bf16(columns.size(), rows_, saved_.x + n * rows_ * saved_.ld_x + columns.start,
-                                     saved_.ld_x, true, at(n) + columns.start * round_up(rows_, kPairDepth));
+      const int64_t n = index / stretches_, start = index % stretches_ * kStretchRows;
+      best_packed_gemm().repack_bf16(features_, std::min(kStretchRows, rows_ - start),
+                                     saved_.x + (n * rows_ + start) * saved_.ld_x, saved_.ld_x, true, at(n, start));
     }
-    Bf16* at(int64_t n) const { return packed_.get() + n * packed_bf16_size(features_, rows_); }
+    Bf16* at(int64_t n, int64_t row) const { return packed_.get() + (n * stretches_ + row / kStretchRows) * size_; }
 
    private:
-    const ExpertGateSaved& saved_;
-    const int64_t features_, rows_, inputs_;
-    const Bf16Scratch packed_;
+    const ExpertGateSaved<T>& saved_;
+    const int64_t features_, rows_, inputs_, stretches_, size_;
+    const Scratch<Bf16> packed_;
   };
 
-  bool bf16() const { return saved_.x != nullptr; }
   bool has_gates() const { return !spec_.gates.empty(); }
-  LayerGrad& gate_grad() { return layers_[spec_.depth()]; }
-  const ColumnFactors& gate_factors() const { return factors_[spec_.depth()]; }
+  NormSums& gate_sums() { return sums_[spec_.depth()]; }
 
-  Tile tile(int64_t l, Range rows, Range columns) const {
-    return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
+  Tile<T> tile(int64_t l, Range rows, Range columns) const {
+    return tile_of(saved_.z[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
                    dropout_of(dropout_, seed_, l), tiles_.rows < kFewRows);
   }
-  Tile gate_tile(Range rows) const {
-    return tile_of(saved_.gate, gate_factors(), rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{},
+  Tile<float> gate_tile(Range rows) const {
+    return tile_of(saved_.gate_z, factors_[spec_.depth()], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{},
                    tiles_.rows < kFewRows);
   }
 
@@ -169,58 +203,60 @@ class ExpertGateBackward {
   }
 
   // From the result back to dy of the last hidden layer and of the gates.
-  void part(int64_t tile_index, Range rows) {
+  void part(int64_t tile_index, Range rows, const Space& space) {
     const int64_t last = spec_.depth() - 1, n_experts = spec_.n_experts;
-    if (last < 0) return part_inputs(tile_index, rows);
-    LayerGrad& grad = layers_[last];
+    if (last < 0) return part_inputs(tile_index, rows, space.dh.get());
+    const Grouped<T>& dy = layers_[last].dz;
     const int64_t width = spec_.dims[last], columns = spec_.columns(last);
     if (!spec_.output_layer && spec_.gates.empty()) {
       for (int64_t e = 0; e < n_experts; ++e) {
-        kernels_.hidden_grad(tile(last, rows, {e * width, (e + 1) * width}), dout_.at(e, rows.start), dout_.row_stride,
-                             grad.at(rows.start, e * width), grad.ld, grad.sums_of(tile_index, e * width), nullptr, 0);
+        of_tiles_.hidden_grad(tile(last, rows, {e * width, (e + 1) * width}), dout_.at(e, rows.start), dout_.row_stride,
+                              dy.at(rows.start, e * width), dy.ld, sums_[last].of(tile_index, e * width));
       }
       return;
     }
-    const Scratch h(kBlock * columns);
+    T* h = space.h.get();
+    float* dh = space.dh.get();
+    const int64_t group = spec_.group_columns(last);
     for (int64_t start = rows.start; start < rows.stop; start += kBlock) {
       const Range block{start, std::min(rows.stop, start + kBlock)};
-      const Tile t = tile(last, block, {0, columns});
-      float* dh = grad.at(start, 0);
-      kernels_.hidden(t, h.get(), columns);
+      const auto by_groups = [&](const auto& f) {
+        for (int64_t c = 0; c < columns; c += group) f(tile(last, block, {c, std::min(columns, c + group)}), c);
+      };
+      by_groups([&](const Tile<T>& t, int64_t c) { of_tiles_.hidden(t, h + c, columns); });
       if (spec_.output_layer) {
         double* sums = out_sums_.data() + tile_index * n_experts * (width + 1);
-        kernels_.logits_grad(block.size(), width, n_experts, h.get(), columns, params_.out_weight, dout_.at(0, start),
-                             dout_.row_stride, dh, grad.ld, sums, sums + columns);
+        of_tiles_.logits_grad(block.size(), width, n_experts, h, columns, params_.out_weight, dout_.at(0, start),
+                              dout_.row_stride, dh, columns, sums, sums + columns);
       } else {
         std::vector<const float*> from(spec_.gates.size());
         for (size_t g = 0; g < from.size(); ++g) from[g] = dout_.at(static_cast<int64_t>(g), start);
-        kernels_.mix_grad(spec_.gates.data(), spec_.n_gates(), block.size(), width, n_experts, starts_.data(),
-                          mixers_.data(), saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h.get(),
-                          columns, from.data(), dout_.row_stride, dh, grad.ld, gate_grad().at(start, 0),
-                          gate_grad().ld);
+        of_tiles_.mix_grad(spec_.gates.data(), spec_.n_gates(), block.size(), width, n_experts, starts_.data(),
+                           mixers_.data(), saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h, columns,
+                           from.data(), dout_.row_stride, dh, columns, gate_dz_.at(start, 0), gate_dz_.ld);
       }
-      kernels_.hidden_grad(t, dh, grad.ld, dh, grad.ld, grad.sums_of(tile_index, 0), nullptr, 0);
+      by_groups([&](const Tile<T>& t, int64_t c) {
+        of_tiles_.hidden_grad(t, dh + c, columns, dy.at(start, c), dy.ld, sums_[last].of(tile_index, c));
+      });
     }
     if (has_gates()) {
-      LayerGrad& gate = gate_grad();
-      float* ds = gate.at(rows.start, 0);
-      kernels_.hidden_grad(gate_tile(rows), ds, gate.ld, ds, gate.ld, gate.sums_of(tile_index, 0), nullptr, 0);
+      float* ds = gate_dz_.at(rows.start, 0);
+      in_f32_.hidden_grad(gate_tile(rows), ds, gate_dz_.ld, ds, gate_dz_.ld, gate_sums().of(tile_index, 0));
     }
   }
 
   // An output layer straight on the inputs.
-  void part_inputs(int64_t tile_index, Range rows) {
+  void part_inputs(int64_t tile_index, Range rows, float* dh) {
     const int64_t width = spec_.in_features, n_experts = spec_.n_experts;
-    const Scratch dh(rows.size() * width);
     double* sums = out_sums_.data() + tile_index * n_experts * (width + 1);
     for (int64_t n = 0; n < spec_.n_inputs; ++n) {
       float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * width : nullptr;
       if (to) std::fill_n(to, rows.size() * width, 0.0f);
       for (int64_t e = spec_.experts_of[n].start; e < spec_.experts_of[n].stop; ++e) {
-        kernels_.logits_grad(rows.size(), width, 1, x_.at(n, rows.start), x_.row_stride, params_.out_weight + e * width,
-                             dout_.at(0, rows.start) + e, dout_.row_stride, dh.get(), width, sums + e * width,
-                             sums + n_experts * width + e);
-        for (int64_t i = 0; to && i < rows.size() * width; ++i) to[i] += dh.get()[i];
+        in_f32_.logits_grad(rows.size(), width, 1, x_.at(n, rows.start), x_.row_stride, params_.out_weight + e * width,
+                            dout_.at(0, rows.start) + e, dout_.row_stride, dh, width, sums + e * width,
+                            sums + n_experts * width + e);
+        for (int64_t i = 0; to && i < rows.size() * width; ++i) to[i] += dh[i];
       }
     }
   }
@@ -236,7 +272,7 @@ class ExpertGateBackward {
 
   // Norms are counted through the hidden layers, the gates' is last.
   void finish_norm(int64_t norm, Range columns) {
-    LayerGrad& grad = layers_[norm];
+    NormSums& grad = sums_[norm];
     const ColumnFactors& factors = factors_[norm];
     const LinearNormGrads& to = norm < spec_.depth() ? grads_.hidden[norm] : grads_.gate;
     const double n_rows = static_cast<double>(std::max<int64_t>(1, tiles_.rows));
@@ -258,86 +294,100 @@ class ExpertGateBackward {
     if (!params_.alpha[l]) return;
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       double sum = 0;
-      for (int64_t j = 0; j < spec_.dims[l]; ++j) sum += layers_[l].total(2, e * spec_.dims[l] + j, tiles_.count);
+      for (int64_t j = 0; j < spec_.dims[l]; ++j) sum += sums_[l].total(2, e * spec_.dims[l] + j, tiles_.count);
       grads_.alpha[l][e] = static_cast<float>(sum);
     }
   }
 
-  // dy to dz: in place, or in bf16 for the products.
-  void finish_dz(const Tile& t, LayerGrad& grad, Range rows, int64_t column) {
-    const double* mean_dy = batch_statistics_ ? grad.mean_dy.data() + column : nullptr;
-    const double* slope = batch_statistics_ ? grad.slope.data() + column : nullptr;
-    float* dy = grad.at(rows.start, column);
-    if (bf16()) {
-      kernels_.linear_grad_bf16(t, dy, grad.ld, mean_dy, slope, grad.near_at(rows.start, column), grad.ld_near);
+  // dy to dz of some columns of a layer, in place.
+  void finish_dz(int64_t l, Range rows, Range columns) {
+    const Grouped<T>& dz = layers_[l].dz;
+    T* at = dz.at(rows.start, columns.start);
+    of_tiles_.linear_grad(tile(l, rows, columns), at, dz.ld, mean_dy(l, columns.start), slope(l, columns.start), at,
+                          dz.ld);
+  }
+  void finish_gate_dz(Range rows) {
+    float* at = gate_dz_.at(rows.start, 0);
+    const int64_t norm = spec_.depth();
+    in_f32_.linear_grad(gate_tile(rows), at, gate_dz_.ld, mean_dy(norm, 0), slope(norm, 0), at, gate_dz_.ld);
+    if constexpr (kBf16) {
+      best_packed_gemm().round_bf16(rows.size(), spec_.gate_columns, at, gate_dz_.ld, gate_near_.at(rows.start, 0),
+                                    gate_near_.ld);
+    }
+  }
+  const double* mean_dy(int64_t norm, int64_t column) const {
+    return batch_statistics_ ? sums_[norm].mean_dy.data() + column : nullptr;
+  }
+  const double* slope(int64_t norm, int64_t column) const {
+    return batch_statistics_ ? sums_[norm].slope.data() + column : nullptr;
+  }
+
+  // dz of a norm as products read it.
+  const Grouped<T>& operand(int64_t norm) const {
+    if (norm < spec_.depth()) return layers_[norm].dz;
+    if constexpr (kBf16) {
+      return gate_near_;
     } else {
-      kernels_.linear_grad(t, dy, grad.ld, mean_dy, slope, dy, grad.ld);
+      return gate_dz_;
+    }
+  }
+
+  // to [rows, fan_in] = dz W.
+  void multiply(int64_t norm, Range rows, Range columns, float* to, int64_t ld, bool accumulate) const {
+    const bool gate = norm == spec_.depth();
+    const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
+    const Grouped<T>& dz = operand(norm);
+    if constexpr (kBf16) {
+      best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
+                                   packed_->at(norm, columns.start), to, ld, accumulate);
+    } else {
+      const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
+      runtime_.gemm(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
+                    weight + columns.start * fan_in, fan_in, false, to, ld, accumulate);
     }
   }
 
   // dy of layer l to dz, and on to dy of layer l - 1.
-  void step_down(int64_t l, int64_t tile_index, Range rows) {
-    LayerGrad &above = layers_[l], &below = layers_[l - 1];
+  void step_down(int64_t l, int64_t tile_index, Range rows, const Space& space) {
+    const LayerGrad& below = layers_[l - 1];
     const int64_t width = spec_.dims[l], fan_in = spec_.fan_in(l);
-    const Scratch h(bf16() ? rows.size() * fan_in : 0);
+    const int64_t ld = product_stride(fan_in);
+    float* dh = space.dh.get();
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
-      finish_dz(tile(l, rows, {e * width, (e + 1) * width}), above, rows, e * width);
-      float* dh = below.at(rows.start, e * fan_in);
-      const Tile t = tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in});
-      const GradSums sums = below.sums_of(tile_index, e * fan_in);
-      if (bf16()) {
-        product_near(above, l, rows, {e * width, (e + 1) * width}, fan_in, dh, below.ld, false);
-        kernels_.hidden_grad(t, dh, below.ld, dh, below.ld, sums, h.get(), fan_in);
-        best_packed_gemm().round_bf16(rows.size(), fan_in, h.get(), fan_in,
-                                      below.h_near.get() + rows.start * below.ld_near + e * fan_in, below.ld_near);
-      } else {
-        runtime_.gemm(rows.size(), fan_in, width, above.at(rows.start, e * width), above.ld, false,
-                      params_.hidden[l].weight + e * width * fan_in, fan_in, false, dh, below.ld, false);
-        kernels_.hidden_grad(t, dh, below.ld, dh, below.ld, sums, below.h_at(rows.start, e * fan_in), below.ld);
-      }
+      const int64_t column = e * fan_in;
+      finish_dz(l, rows, {e * width, (e + 1) * width});
+      multiply(l, rows, {e * width, (e + 1) * width}, dh, ld, false);
+      of_tiles_.hidden_grad(tile(l - 1, rows, {column, column + fan_in}), dh, ld, below.dz.at(rows.start, column),
+                            below.dz.ld, sums_[l - 1].of(tile_index, column));
     }
-  }
-
-  // to [rows, fan_in] = dz W in bf16.
-  void product_near(const LayerGrad& grad, int64_t norm, Range rows, Range columns, int64_t fan_in, float* to,
-                    int64_t ld_to, bool accumulate) const {
-    best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), grad.near_at(rows.start, columns.start),
-                                 grad.ld_near, packed_->at(norm, columns.start), to, ld_to, accumulate);
   }
 
   void first_layer(Range rows) {
     const int64_t width = spec_.dims[0], fan_in = spec_.in_features;
-    if (has_gates()) finish_dz(gate_tile(rows), gate_grad(), rows, 0);
+    if (has_gates()) finish_gate_dz(rows);
     for (int64_t n = 0; n < spec_.n_inputs; ++n) {
       const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
       float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
       bool begun = false;
-      const auto send = [&](int64_t norm, Range columns, const float* weight) {
+      const auto send = [&](int64_t norm, Range columns) {
         if (!to || columns.size() == 0) return;
-        const LayerGrad& grad = layers_[norm];
-        if (bf16()) {
-          product_near(grad, norm, rows, columns, fan_in, to, fan_in, begun);
-          begun = true;
-          return;
-        }
-        runtime_.gemm(rows.size(), fan_in, columns.size(), grad.at(rows.start, columns.start), grad.ld, false,
-                      weight + columns.start * fan_in, fan_in, false, to, fan_in, begun);
+        multiply(norm, rows, columns, to, fan_in, begun);
         begun = true;
       };
-      for (int64_t p = 0; p < n_pieces(experts.size()); ++p) {
-        const Range piece = piece_of(experts, p);
-        finish_dz(tile(0, rows, piece), layers_[0], rows, piece.start);
-        send(0, piece, params_.hidden[0].weight);
+      for (const Range& piece : pieces_of(experts, spec_.group_columns(0))) {
+        finish_dz(0, rows, piece);
+        send(0, piece);
       }
-      if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n], params_.gate.weight);
+      if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n]);
       if (to && !begun) std::fill_n(to, rows.size() * fan_in, 0.0f);
     }
   }
 
-  // Some rows of a weight's gradient = dz[:, columns]^T h over the whole batch; h is what the layer below kept from
-  // column `from` on, or without such a layer the input `from`.
+  // Some rows of a weight's gradient = dz[:, columns]^T h over the whole batch; h is the layer below from column `from`
+  // on, or without such a layer the input `from`.
   struct WeightTask {
-    const LayerGrad *grad, *below;
+    int64_t norm;
+    bool below;
     Range columns;
     int64_t from, fan_in;
     float* to;
@@ -345,56 +395,65 @@ class ExpertGateBackward {
 
   std::vector<WeightTask> weight_tasks() {
     std::vector<WeightTask> tasks;
-    const auto add = [&](const LayerGrad& grad, Range columns, const LayerGrad* below, int64_t from, int64_t fan_in,
-                         float* weight) {
-      // about eight pieces, not so small that a product reads (in bf16: packs) h more than it multiplies
-      const int64_t least = bf16() && below ? 256 : 64;
-      const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, least, 256);
-      for (int64_t c = columns.start; c < columns.stop; c += piece) {
-        tasks.push_back({&grad, below, {c, std::min(columns.stop, c + piece)}, from, fan_in, weight + c * fan_in});
+    const auto add = [&](int64_t norm, Range columns, bool below, int64_t from, int64_t fan_in, float* weight) {
+      // about eight pieces, and where other experts keep the threads busy not so small that h is prepared again
+      const int64_t least = below && spec_.n_experts > 2 ? kPiece : 64;
+      const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, least, kPiece);
+      for (const Range& group : pieces_of(columns, operand(norm).group_columns)) {
+        for (int64_t c = group.start; c < group.stop; c += piece) {
+          tasks.push_back({norm, below, {c, std::min(group.stop, c + piece)}, from, fan_in, weight + c * fan_in});
+        }
       }
     };
     for (int64_t l = spec_.depth() - 1; l > 0; --l) {
       for (int64_t e = 0; e < spec_.n_experts; ++e) {
-        add(layers_[l], {e * spec_.dims[l], (e + 1) * spec_.dims[l]}, &layers_[l - 1], e * spec_.fan_in(l),
-            spec_.fan_in(l), grads_.hidden[l].weight);
+        add(l, {e * spec_.dims[l], (e + 1) * spec_.dims[l]}, true, e * spec_.fan_in(l), spec_.fan_in(l),
+            grads_.hidden[l].weight);
       }
     }
     for (int64_t n = 0; spec_.depth() && n < spec_.n_inputs; ++n) {
       const Range experts = spec_.experts_of[n];
-      add(layers_[0], {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, nullptr, n, spec_.in_features,
+      add(0, {experts.start * spec_.dims[0], experts.stop * spec_.dims[0]}, false, n, spec_.in_features,
           grads_.hidden[0].weight);
       if (has_gates()) {
-        add(gate_grad(), spec_.gate_columns_of[n], nullptr, n, spec_.in_features, grads_.gate.weight);
+        add(spec_.depth(), spec_.gate_columns_of[n], false, n, spec_.in_features, grads_.gate.weight);
       }
     }
     return tasks;
   }
 
-  void weight_gradient(const WeightTask& t, const PackedInputs& inputs) const {
-    const int64_t n = t.columns.size(), n_rows = tiles_.rows;
-    if (!bf16()) {
-      const float* h = t.below ? t.below->h_at(0, t.from) : x_.at(t.from, 0);
-      runtime_.gemm(n, t.fan_in, n_rows, t.grad->at(0, t.columns.start), t.grad->ld, true, h,
-                    t.below ? t.below->ld : x_.row_stride, false, t.to, t.fan_in, false);
-      return;
-    }
+  // Some rows of the batch at a time, so that both operands stay in the cache with the result; h is computed again.
+  void weight_gradient(const WeightTask& t, const PackedInputs& inputs, const Space& space) const {
     const PackedGemm& gemm = best_packed_gemm();
-    const Bf16* dz = t.grad->near_at(0, t.columns.start);
-    if (t.below) {
-      const Bf16Scratch scratch(wgrad_scratch_size(n_rows, n, t.fan_in));
-      gemm.wgrad_bf16(n_rows, n, t.fan_in, dz, t.grad->ld_near, t.below->h_near.get() + t.from, t.below->ld_near, t.to,
-                      t.fan_in, false, scratch.get());
-      return;
-    }
-    const int64_t ld = bf16_stride(n_rows);
-    const Bf16Scratch transposed(n * ld);
-    gemm.transpose_bf16(n_rows, n, dz, t.grad->ld_near, transposed.get(), ld);
-    gemm.gemm_bf16(n, t.fan_in, n_rows, transposed.get(), ld, inputs.at(t.from), t.to, t.fan_in, false);
+    const int64_t n = t.columns.size(), k = t.fan_in, n_rows = tiles_.rows, ld_h = row_stride<T>(k);
+    const Grouped<T>& dz = operand(t.norm);
+    int64_t row = 0;
+    do {
+      const int64_t rows = std::min(kStretchRows, n_rows - row);
+      const T* from = dz.at(row, t.columns.start);
+      T *const operands = space.operands.get(), *const h = space.h.get();
+      if (t.below) of_tiles_.hidden(tile(t.norm - 1, {row, row + rows}, {t.from, t.from + k}), h, ld_h);
+      if constexpr (!kBf16) {
+        const float* source = t.below ? h : x_.at(t.from, row);
+        const int64_t ld = t.below ? ld_h : x_.row_stride;
+        if (n * k * n_rows <= kSmallProduct) {
+          runtime_.gemm(n, k, rows, from, dz.ld, true, source, ld, false, t.to, k, row > 0);
+        } else {
+          gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0, operands);
+        }
+      } else if (t.below) {
+        gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, t.to, k, row > 0, operands);
+      } else {
+        gemm.transpose_bf16(rows, n, from, dz.ld, operands, stretch_stride(n_rows));
+        gemm.gemm_bf16(n, k, rows, operands, stretch_stride(n_rows), inputs.at(t.from, row), t.to, k, row > 0);
+      }
+      row += rows;
+    } while (row < n_rows);
   }
 
   const Runtime& runtime_;
-  const Kernels& kernels_;
+  const TileKernels<T>& of_tiles_;
+  const TileKernels<float>& in_f32_;  // for the gates and the inputs
   const ExpertGateLayer& spec_;
   const ExpertGateParams& params_;
   const Inputs x_;
@@ -402,13 +461,18 @@ class ExpertGateBackward {
   const bool batch_statistics_;
   const double dropout_;
   const int64_t seed_;
-  const ExpertGateSaved& saved_;
+  const ExpertGateSaved<T>& saved_;
   const OutputGrad dout_;
   const ExpertGateGrads& grads_;
   float* const dx_;
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
+  std::vector<NormSums> sums_;
   std::vector<LayerGrad> layers_;
+  const Scratch<float> gate_memory_;
+  const Grouped<float> gate_dz_;
+  const Scratch<Bf16> gate_memory_near_;
+  const Grouped<Bf16> gate_near_;
   std::unique_ptr<PackedWeights> packed_;  // null: fp32
   std::vector<int64_t> starts_, mixers_;
   std::vector<double> out_sums_;

@@ -8,15 +8,16 @@
 
 namespace fastmtl {
 
-template <class Runtime>
+template <class T, class Runtime>
 class ExpertGateForward {
  public:
-  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer. In bf16 where `saved` has the inputs so.
+  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer.
   ExpertGateForward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
-                    int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved& saved,
+                    int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved<T>& saved,
                     float* out)
       : runtime_(runtime),
         kernels_(best_kernels()),
+        of_tiles_(best_tile_kernels<T>()),
         spec_(spec),
         params_(params),
         x_(x),
@@ -32,16 +33,17 @@ class ExpertGateForward {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
     if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-    if (saved_.x) packed_ = std::make_unique<PackedWeights>(spec_, params_, false);
+    if (kBf16) packed_ = std::make_unique<PackedWeights>(spec_, params_, false);
     const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
       for (int64_t l = 0; l < depth; ++l) use_running(params_.hidden[l], saved_.hidden[l], factors_[l]);
       if (has_gates()) use_running(params_.gate, saved_.gate, factors_[depth]);
       runtime_.team(2, tiles_.count, work, [&](Phases::Worker& worker) {
+        const Space space(spec_, tiles_);
         pack(worker);
         worker.run(tiles_.count, [&](int64_t tile) {
-          for (int64_t l = 0; l < depth; ++l) linear(l, tile);
-          join(tiles_.at(tile));
+          for (int64_t l = 0; l < depth; ++l) linear(l, tile, space);
+          join(tiles_.at(tile), space);
         });
       });
       return;
@@ -49,20 +51,41 @@ class ExpertGateForward {
     for (int64_t l = 0; l < depth; ++l) partials_.emplace_back(tiles_.count, spec_.columns(l));
     if (has_gates()) partials_.emplace_back(tiles_.count, spec_.gate_columns);
     runtime_.team(2 * depth + 2, tiles_.count, work, [&](Phases::Worker& worker) {
+      const Space space(spec_, tiles_);
       pack(worker);
       for (int64_t l = 0; l < depth; ++l) {
-        worker.run(tiles_.count, [&](int64_t tile) { linear(l, tile); });
+        worker.run(tiles_.count, [&](int64_t tile) { linear(l, tile, space); });
         const int64_t pieces = n_pieces(spec_.columns(l)), gates = l == 0 && has_gates();
         worker.run(pieces + gates, [&](int64_t piece) {
           if (piece < pieces) return take(l, params_.hidden[l], saved_.hidden[l], piece_of(factors_[l].all(), piece));
           take(depth, params_.gate, saved_.gate, factors_[depth].all());
         });
       }
-      worker.run(tiles_.count, [&](int64_t tile) { join(tiles_.at(tile)); });
+      worker.run(tiles_.count, [&](int64_t tile) { join(tiles_.at(tile), space); });
     });
   }
 
  private:
+  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+
+  // A thread's own memory, which stays in its cache from tile to tile.
+  struct Space {
+    Scratch<T> h;            // of a tile, or of all columns of a block
+    Scratch<float> product;  // of a tile and a piece or an expert, before it is rounded
+    Space(const ExpertGateLayer& spec, const Tiles& tiles)
+        : h(h_size(spec, tiles)), product(product_size(spec, tiles)) {}
+    static int64_t h_size(const ExpertGateLayer& spec, const Tiles& tiles) {
+      int64_t size = spec.depth() ? kBlock * spec.columns(spec.depth() - 1) : 0;
+      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, tiles.height * row_stride<T>(spec.fan_in(l)));
+      return size;
+    }
+    static int64_t product_size(const ExpertGateLayer& spec, const Tiles& tiles) {
+      int64_t width = kPiece;
+      for (int64_t l = 1; l < spec.depth(); ++l) width = std::max(width, spec.dims[l]);
+      return kBf16 ? tiles.height * product_stride(width) : 0;
+    }
+  };
+
   // Each tile's column means and sums of squared deviations.
   struct Partials {
     int64_t columns;
@@ -78,7 +101,7 @@ class ExpertGateForward {
   bool has_gates() const { return !spec_.gates.empty(); }
 
   // With the bias taken into the mean, evaluation and training share everything that follows.
-  static void use_running(const LinearNorm& norm, const Normalised& to, ColumnFactors& factors) {
+  static void use_running(const LinearNorm& norm, const Statistics& to, ColumnFactors& factors) {
     const Range columns = factors.all();
     for (int64_t c = columns.start; c < columns.stop; ++c) {
       keep(to, c, static_cast<double>(norm.running_mean[c]) - static_cast<double>(norm.bias[c]),
@@ -87,7 +110,7 @@ class ExpertGateForward {
     factors.fill(columns);
   }
 
-  static void keep(const Normalised& to, int64_t c, double mean, double var) {
+  static void keep(const Statistics& to, int64_t c, double mean, double var) {
     const double rstd = 1 / std::sqrt(var + kBatchNormEpsilon);
     to.mean[c] = static_cast<float>(mean);
     to.rstd[c] = static_cast<float>(rstd);
@@ -95,73 +118,94 @@ class ExpertGateForward {
     to.rstd_rest[c] = static_cast<float>(rstd - static_cast<double>(to.rstd[c]));
   }
 
-  void linear(int64_t l, int64_t tile_index) {
+  void linear(int64_t l, int64_t tile_index, const Space& space) {
     const Range rows = tiles_.at(tile_index);
-    const Normalised& to = saved_.hidden[l];
-    const float* weight = params_.hidden[l].weight;
     const int64_t fan_in = spec_.fan_in(l), width = spec_.dims[l];
     if (l == 0) {
       for (int64_t n = 0; n < spec_.n_inputs; ++n) {
-        if (packed_) {
-          best_packed_gemm().round_bf16(rows.size(), fan_in, x_.at(n, rows.start), x_.row_stride, rounded(n, rows),
-                                        saved_.ld_x);
-        }
+        const Operand x = input(n, rows);
         const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
-        for (int64_t piece = 0; piece < n_pieces(experts.size()); ++piece) {
-          first_product(n, tile_index, piece_of(experts, piece), weight, to, 0);
-        }
-        first_product(n, tile_index, spec_.gate_columns_of[n], params_.gate.weight, saved_.gate, spec_.depth());
+        for (const Range& piece : pieces_of(experts, spec_.group_columns(0))) product(0, tile_index, piece, x, space);
+        gate_product(tile_index, spec_.gate_columns_of[n], x);
       }
       return;
     }
-    const Scratch h(rows.size() * fan_in);
-    const int64_t ld_near = bf16_stride(fan_in);
-    const Bf16Scratch near(packed_ ? rows.size() * ld_near : 0);
+    const int64_t ld = row_stride<T>(fan_in);
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
-      kernels_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), h.get(), fan_in);
-      float* z = to.z + rows.start * to.ld + e * width;
-      if (packed_) {
-        best_packed_gemm().round_bf16(rows.size(), fan_in, h.get(), fan_in, near.get(), ld_near);
-        best_packed_gemm().gemm_bf16(rows.size(), width, fan_in, near.get(), ld_near, packed_->at(l, e * width), z,
-                                     to.ld, false);
-      } else {
-        runtime_.gemm(rows.size(), width, fan_in, h.get(), fan_in, false, weight + e * width * fan_in, fan_in, true, z,
-                      to.ld, false);
-      }
-      note(to, tile_index, {e * width, (e + 1) * width}, l);
+      of_tiles_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), space.h.get(), ld);
+      product(l, tile_index, {e * width, (e + 1) * width}, {space.h.get(), ld}, space);
     }
   }
 
-  void first_product(int64_t n, int64_t tile_index, Range columns, const float* weight, const Normalised& to,
-                     int64_t norm) {
+  struct Operand {
+    const T* data;
+    int64_t ld;
+  };
+
+  Operand input(int64_t n, Range rows) const {
+    const float* x = x_.at(n, rows.start);
+    if constexpr (kBf16) {
+      Bf16* to = saved_.x + (n * tiles_.rows + rows.start) * saved_.ld_x;
+      best_packed_gemm().round_bf16(rows.size(), spec_.in_features, x, x_.row_stride, to, saved_.ld_x);
+      return {to, saved_.ld_x};
+    } else {
+      return {x, x_.row_stride};
+    }
+  }
+
+  // z of some columns of a layer, and their statistics, before z is rounded.
+  void product(int64_t l, int64_t tile_index, Range columns, const Operand& h, const Space& space) {
+    const Range rows = tiles_.at(tile_index);
+    const Grouped<T>& to = saved_.z[l];
+    T* z = to.at(rows.start, columns.start);
+    if constexpr (kBf16) {
+      const int64_t ld = product_stride(columns.size());
+      float* exact = space.product.get();
+      multiply(l, rows, columns, h, exact, ld);
+      if (batch_statistics_) {
+        note(l, tile_index, columns, exact, ld, z, to.ld);
+      } else {
+        best_packed_gemm().round_bf16(rows.size(), columns.size(), exact, ld, z, to.ld);
+      }
+    } else {
+      multiply(l, rows, columns, h, z, to.ld);
+      note(l, tile_index, columns, z, to.ld, nullptr, 0);
+    }
+  }
+
+  void gate_product(int64_t tile_index, Range columns, const Operand& x) {
     if (columns.size() == 0) return;
     const Range rows = tiles_.at(tile_index);
-    float* z = to.z + rows.start * to.ld + columns.start;
-    if (packed_) {
-      best_packed_gemm().gemm_bf16(rows.size(), columns.size(), spec_.in_features, rounded(n, rows), saved_.ld_x,
-                                   packed_->at(norm, columns.start), z, to.ld, false);
-    } else {
-      runtime_.gemm(rows.size(), columns.size(), spec_.in_features, x_.at(n, rows.start), x_.row_stride, false,
-                    weight + columns.start * spec_.in_features, spec_.in_features, true, z, to.ld, false);
-    }
-    note(to, tile_index, columns, norm);
+    float* z = saved_.gate_z.at(rows.start, columns.start);
+    multiply(spec_.depth(), rows, columns, x, z, saved_.gate_z.ld);
+    note(spec_.depth(), tile_index, columns, z, saved_.gate_z.ld, nullptr, 0);
   }
 
-  Bf16* rounded(int64_t n, Range rows) const { return saved_.x + (n * tiles_.rows + rows.start) * saved_.ld_x; }
+  // Norms are counted through the hidden layers, the gates' is last.
+  void multiply(int64_t norm, Range rows, Range columns, const Operand& h, float* z, int64_t ld) const {
+    const bool gate = norm == spec_.depth();
+    const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
+    if constexpr (kBf16) {
+      best_packed_gemm().gemm_bf16(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
+                                   z, ld, false);
+    } else {
+      const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
+      runtime_.gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, weight + columns.start * fan_in, fan_in,
+                    true, z, ld, false);
+    }
+  }
 
-  // The statistics of what a product has just written, while it is in the cache. Norms are counted through the hidden
-  // layers, the gates' is last.
-  void note(const Normalised& of, int64_t tile_index, Range columns, int64_t norm) {
+  // The statistics of what a product has just written, while it is in the cache; keeps it where there is `kept`.
+  void note(int64_t norm, int64_t tile_index, Range columns, const float* z, int64_t ld, T* kept, int64_t ld_kept) {
     if (!batch_statistics_) return;
-    const Range rows = tiles_.at(tile_index);
     Partials& partials = partials_[norm];
     const int64_t first = tile_index * partials.columns + columns.start;
-    kernels_.column_stats(of.z + rows.start * of.ld + columns.start, of.ld, rows.size(), columns.size(),
-                          tiles_.rows < kFewRows, partials.mean.data() + first, partials.m2.data() + first);
+    of_tiles_.column_stats(z, ld, tiles_.at(tile_index).size(), columns.size(), tiles_.rows < kFewRows,
+                           partials.mean.data() + first, partials.m2.data() + first, kept, ld_kept);
   }
 
   // Chan's merge of the tiles, in their order; then the running statistics. (Chan et al., Stanford STAN-CS-79-773.)
-  void take(int64_t index, const LinearNorm& norm, const Normalised& to, Range columns) {
+  void take(int64_t index, const LinearNorm& norm, const Statistics& to, Range columns) {
     const Partials& partials = partials_[index];
     for (int64_t c = columns.start; c < columns.stop; ++c) {
       double mean = 0, m2 = 0, count = 0;
@@ -185,20 +229,20 @@ class ExpertGateForward {
     running = static_cast<float>((1 - kBatchNormMomentum) * static_cast<double>(running) + kBatchNormMomentum * now);
   }
 
-  Tile tile(int64_t l, Range rows, Range columns) const {
-    return tile_of(saved_.hidden[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
+  Tile<T> tile(int64_t l, Range rows, Range columns) const {
+    return tile_of(saved_.z[l], factors_[l], rows, columns, spec_.dims[l], spec_.activation,
                    dropout_of(dropout_, seed_, l), tiles_.rows < kFewRows);
   }
 
   // From the last hidden layer to the result.
-  void join(Range rows) {
+  void join(Range rows, const Space& space) {
     const int64_t last = spec_.depth() - 1, n_experts = spec_.n_experts;
     if (last < 0) {
       for (int64_t n = 0; n < spec_.n_inputs; ++n) {
         for (int64_t e = spec_.experts_of[n].start; e < spec_.experts_of[n].stop; ++e) {
-          kernels_.logits(rows.size(), spec_.in_features, 1, x_.at(n, rows.start), x_.row_stride,
-                          params_.out_weight + e * spec_.in_features, params_.out_bias + e,
-                          out_ + rows.start * n_experts + e, n_experts);
+          best_tile_kernels<float>().logits(rows.size(), spec_.in_features, 1, x_.at(n, rows.start), x_.row_stride,
+                                            params_.out_weight + e * spec_.in_features, params_.out_bias + e,
+                                            out_ + rows.start * n_experts + e, n_experts);
         }
       }
       return;
@@ -206,35 +250,39 @@ class ExpertGateForward {
     const int64_t width = spec_.dims[last], columns = spec_.columns(last);
     if (!spec_.output_layer && spec_.gates.empty()) {
       for (int64_t e = 0; e < n_experts; ++e) {
-        kernels_.hidden(tile(last, rows, {e * width, (e + 1) * width}), out_ + (e * tiles_.rows + rows.start) * width,
-                        width);
+        const Tile<T> t = tile(last, rows, {e * width, (e + 1) * width});
+        float* to = out_ + (e * tiles_.rows + rows.start) * width;
+        of_tiles_.hidden_f32(t, to, width);
       }
       return;
     }
     if (!spec_.gates.empty()) {
       kernels_.gate_softmax(
-          tile_of(saved_.gate, factors_[last + 1], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{}, false),
+          tile_of(saved_.gate_z, factors_[last + 1], rows, {0, spec_.gate_columns}, 1, kLinear, Dropout{}, false),
           spec_.gates.data(), spec_.n_gates(), saved_.weights + rows.start * spec_.gate_columns, spec_.gate_columns);
     }
-    const Scratch h(kBlock * columns);
+    T* h = space.h.get();
+    const int64_t group = spec_.group_columns(last);
     for (int64_t start = rows.start; start < rows.stop; start += kBlock) {
       const Range block{start, std::min(rows.stop, start + kBlock)};
-      kernels_.hidden(tile(last, block, {0, columns}), h.get(), columns);
+      for (int64_t c = 0; c < columns; c += group) {
+        of_tiles_.hidden(tile(last, block, {c, std::min(columns, c + group)}), h + c, columns);
+      }
       if (spec_.output_layer) {
-        kernels_.logits(block.size(), width, n_experts, h.get(), columns, params_.out_weight, params_.out_bias,
-                        out_ + start * n_experts, n_experts);
+        of_tiles_.logits(block.size(), width, n_experts, h, columns, params_.out_weight, params_.out_bias,
+                         out_ + start * n_experts, n_experts);
       } else {
         std::vector<float*> to(spec_.gates.size());
         for (size_t g = 0; g < to.size(); ++g) to[g] = out_ + (static_cast<int64_t>(g) * tiles_.rows + start) * width;
-        kernels_.mix(spec_.gates.data(), spec_.n_gates(), block.size(), width,
-                     saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h.get(), columns, to.data(),
-                     width);
+        of_tiles_.mix(spec_.gates.data(), spec_.n_gates(), block.size(), width,
+                      saved_.weights + start * spec_.gate_columns, spec_.gate_columns, h, columns, to.data(), width);
       }
     }
   }
 
   const Runtime& runtime_;
   const Kernels& kernels_;
+  const TileKernels<T>& of_tiles_;
   const ExpertGateLayer& spec_;
   const ExpertGateParams& params_;
   const Inputs x_;
@@ -242,7 +290,7 @@ class ExpertGateForward {
   const bool batch_statistics_;
   const double dropout_;
   const int64_t seed_;
-  const ExpertGateSaved& saved_;
+  const ExpertGateSaved<T>& saved_;
   float* const out_;
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;

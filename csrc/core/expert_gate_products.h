@@ -1,5 +1,5 @@
 // The matrix products of expert_gate: in fp32 by the Runtime's library, or in bf16 on weights that are packed once a
-// call. In bf16 the operands are rounded copies; results, and whatever lies between two products, stay fp32.
+// call.
 #pragma once
 
 #include <algorithm>
@@ -9,29 +9,6 @@
 #include "core/packed_gemm.h"
 
 namespace fastmtl {
-
-// Row stride of a bf16 matrix of our own: whole cache lines, and no multiple of 4 KiB, as for row_stride.
-inline int64_t bf16_stride(int64_t columns) {
-  const int64_t lines = round_up(columns, kPairDepth);
-  return lines % 2048 == 0 ? lines + kPairDepth : lines;
-}
-
-// bf16 numbers on a cache line, uninitialised.
-class Bf16Scratch {
- public:
-  explicit Bf16Scratch(int64_t n) : floats_((n + 1) / 2) {}
-  Bf16* get() const { return reinterpret_cast<Bf16*>(floats_.get()); }
-
- private:
-  Scratch floats_;
-};
-
-// A matrix as a product reads it: fp32, or bf16 where that pointer is set.
-struct Operand {
-  const float* f32;
-  const Bf16* bf16;
-  int64_t ld;
-};
 
 // The weights of a layer in bf16, packed in the pieces in which products take them. Norms are counted through the
 // hidden layers, the gates' is last.
@@ -50,15 +27,15 @@ class PackedWeights {
       }
       for (const Range& experts : spec.experts_of) {
         const Range columns{experts.start * spec.dims[0], experts.stop * spec.dims[0]};
-        for (int64_t piece = 0; piece < n_pieces(columns.size()); ++piece) {
-          add(0, weight, piece_of(columns, piece), spec.in_features, spec.columns(0));
+        for (const Range& piece : pieces_of(columns, spec.group_columns(0))) {
+          add(0, weight, piece, spec.in_features, spec.columns(0));
         }
       }
       for (const Range& columns : spec.gate_columns_of) {
         if (columns.size()) add(spec.depth(), params.gate.weight, columns, spec.in_features, spec.gate_columns);
       }
     }
-    packed_ = std::make_unique<Bf16Scratch>(size_);
+    packed_ = std::make_unique<Scratch<Bf16>>(size_);
   }
 
   int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
@@ -91,7 +68,7 @@ class PackedWeights {
   std::vector<Piece> pieces_;
   std::vector<std::vector<int64_t>> starts_;  // [norm][first column of a piece]
   int64_t size_ = 0;
-  std::unique_ptr<Bf16Scratch> packed_;
+  std::unique_ptr<Scratch<Bf16>> packed_;
 };
 
 }  // namespace fastmtl

@@ -27,11 +27,13 @@ class PackedInference final : public Inference {
       : gemm_(best_packed_gemm()),
         kernels_(best_kernels()),
         between_(best_inference_kernels()),
-        width_(program.width),
+        small_(program.small, program.width),
+        width_(small_.kept_columns()),
         n_logits_(program.n_logits),
         outputs_(program.outputs) {
     views_.push_back({reserve<T>(width_), stride<T>(width_), 0, width_});
     if constexpr (kBf16) block_floats(stride<float>(width_));
+    picks_ = reserve<int32_t>(small_.count());
     logits_ = reserve<float>(2 * n_logits_);
     for (const Stage& stage : program.stages) {
       if (stage.is_bank) {
@@ -43,6 +45,7 @@ class PackedInference final : public Inference {
   }
 
   int64_t width() const override { return width_; }
+  const SmallTables& small() const override { return small_; }
   int64_t n_outputs() const override { return static_cast<int64_t>(outputs_.size()); }
   int64_t work() const override { return work_; }
   bool is_bf16() const override { return kBf16 && gemm_.has_bf16; }
@@ -70,6 +73,7 @@ class PackedInference final : public Inference {
       }
     } else {
       source.fill(0, rows, x, ld_x);
+      if (small_.count() > 0) source.pick(0, rows, space.template at<int32_t>(picks_), stride<int32_t>(small_.count()));
     }
     // a few rows are done when the weights are read: those that the last call left in the cache come first
     const bool backwards = rows <= kFew && (turn_.fetch_add(1, std::memory_order_relaxed) & 1);
@@ -106,6 +110,7 @@ class PackedInference final : public Inference {
   };
   struct Linear {
     int64_t n, k, weight, bias;  // where the packed weight and the bias begin
+    int64_t sums;                // and what it makes of small tables; -1: it reads none
   };
   // Experts that read one input, whose first layers are one product.
   struct Group {
@@ -145,12 +150,6 @@ class PackedInference final : public Inference {
   // ------------------------------------------------------------------------------------------------ packing
 
   template <class U>
-  static int64_t stride(int64_t cols) {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(U));
-    const int64_t whole = round_up(std::max<int64_t>(cols, 1), kLine);
-    return whole * static_cast<int64_t>(sizeof(U)) % 4096 == 0 ? whole + kLine : whole;
-  }
-  template <class U>
   int64_t reserve(int64_t cols) {
     const int64_t buffer = row_bytes_;
     row_bytes_ += stride<U>(cols) * static_cast<int64_t>(sizeof(U));
@@ -170,8 +169,9 @@ class PackedInference final : public Inference {
   }
 
   // Rows [first, first + n) of a weight [*, k], with the normalisation that follows folded in where there is one; the
-  // bias goes to `bias`, which is kept already.
-  Linear pack(const float* weight, const LinearNorm* norm, int64_t first, int64_t n, int64_t k, int64_t bias) {
+  // bias goes to `bias`, which is kept already. `input`: what it reads, where that may be matrix 0.
+  Linear pack(const float* weight, const LinearNorm* norm, int64_t first, int64_t n, int64_t k, int64_t bias,
+              const View* input = nullptr) {
     std::vector<float> folded(static_cast<size_t>(n * k));
     for (int64_t i = 0; i < n; ++i) {
       const int64_t c = first + i;
@@ -186,8 +186,14 @@ class PackedInference final : public Inference {
       for (int64_t p = 0; p < k; ++p)
         folded[static_cast<size_t>(i * k + p)] = static_cast<float>(static_cast<double>(weight[c * k + p]) * scale);
     }
+    int64_t sums = -1;
+    if (small_.count() > 0 && input != nullptr && input->buffer == views_[0].buffer) {
+      sums = small_.append_sums(n, k, folded.data(), sums_);
+      small_.keep_columns(n, k, folded.data());
+      k = small_.kept_columns();
+    }
     work_ += n * k;
-    Linear linear{n, k, static_cast<int64_t>(weights_.size()), bias};
+    Linear linear{n, k, static_cast<int64_t>(weights_.size()), bias, sums};
     if constexpr (kBf16) {
       weights_.resize(weights_.size() + static_cast<size_t>(packed_bf16_size(n, k)));
       gemm_.pack_bf16(n, k, folded.data(), k, false, weights_.data() + linear.weight);
@@ -238,8 +244,8 @@ class PackedInference final : public Inference {
           const int64_t pieces = l == 0 ? 1 : count, wide = l == 0 ? count * width : width;
           for (int64_t i = 0; i < pieces; ++i) {
             const int64_t c = first * width + i * wide;
-            linears.push_back(
-                pack(params.hidden[l].weight, &params.hidden[l], c, wide, layer.fan_in(l), bank.biases[l] + c));
+            linears.push_back(pack(params.hidden[l].weight, &params.hidden[l], c, wide, layer.fan_in(l),
+                                   bank.biases[l] + c, l == 0 ? &bank.inputs[static_cast<size_t>(n)] : nullptr));
           }
           group.layers.push_back(std::move(linears));
         }
@@ -254,7 +260,7 @@ class PackedInference final : public Inference {
       for (GateProduct& gate : bank.gates) {
         const Range columns = layer.gate_columns_of[gate.input];
         gate.linear = pack(params.gate.weight, &params.gate, columns.start, columns.size(), layer.in_features,
-                           bank.gate_bias + columns.start);
+                           bank.gate_bias + columns.start, &bank.inputs[static_cast<size_t>(gate.input)]);
       }
       // the kernel subtracts what it is given
       for (int64_t c = 0; c < layer.gate_columns; ++c) floats_[static_cast<size_t>(bank.gate_bias + c)] *= -1;
@@ -304,9 +310,7 @@ class PackedInference final : public Inference {
   // ------------------------------------------------------------------------------------------------ running
 
   Space lay_out(int64_t rows, std::byte* scratch) const {
-    Space space;
-    space.rows = rows;
-    space.base = scratch;
+    Space space{rows, scratch, nullptr, nullptr, nullptr, nullptr};
     space.z = reinterpret_cast<float*>(scratch + rows * row_bytes_);
     space.last = space.z + kBlock * stride<float>(z_columns_);
     space.h = reinterpret_cast<T*>(space.last + kBlock * stride<float>(z_columns_));
@@ -318,13 +322,22 @@ class PackedInference final : public Inference {
     return space.template at<T>(view.buffer) + row * view.ld + view.column;
   }
   const float* kept(int64_t at) const { return floats_.data() + at; }
+  const int32_t* picks_of(const Space& space, int64_t row) const {
+    return space.template at<int32_t>(picks_) + row * stride<int32_t>(small_.count());
+  }
 
-  void multiply(int64_t rows, const T* a, int64_t ld_a, const Linear& linear, float* c, int64_t ld_c) const {
+  // `picks`: of the rows, where the layer may read small tables.
+  void multiply(int64_t rows, const T* a, int64_t ld_a, const Linear& linear, float* c, int64_t ld_c,
+                const int32_t* picks = nullptr) const {
     const T* weight = weights_.data() + linear.weight;
+    if (linear.sums >= 0) {
+      between_.add_up(rows, linear.n, picks, stride<int32_t>(small_.count()), small_.count(),
+                      sums_.data() + linear.sums, SmallTables::stride(linear.n), c, ld_c);
+    }
     if constexpr (kBf16) {
       gemm_.gemm_bf16(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, false);
     } else {
-      gemm_.gemm_f32(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, false);
+      gemm_.gemm_f32(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, linear.sums >= 0);
     }
   }
 
@@ -353,7 +366,7 @@ class PackedInference final : public Inference {
     const ExpertGateLayer& layer = bank.layer;
     const int64_t depth = layer.depth(), ld_z = stride<float>(z_columns_), ld_h = stride<T>(h_columns_);
     const View& input = bank.inputs[static_cast<size_t>(group.input)];
-    multiply(rows, row_of(input, space, start), input.ld, group.layers[0][0], space.z, ld_z);
+    multiply(rows, row_of(input, space, start), input.ld, group.layers[0][0], space.z, ld_z, picks_of(space, start));
     T *h = space.h, *next = space.next;
     for (int64_t l = 0; l < depth; ++l) {
       const int64_t width = layer.dims[l], first = group.first * width, columns = group.count * width;
@@ -380,8 +393,9 @@ class PackedInference final : public Inference {
     float* logits = space.template at<float>(logits_) + start * n_logits_;
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t e = group.first + i;
-      kernels_.logits(rows, width, 1, space.last + i * width, ld_z, kept(bank.out_weight + e * width),
-                      kept(bank.out_bias + e), logits + bank.logits[static_cast<size_t>(e)], n_logits_);
+      best_tile_kernels<float>().logits(rows, width, 1, space.last + i * width, ld_z, kept(bank.out_weight + e * width),
+                                        kept(bank.out_bias + e), logits + bank.logits[static_cast<size_t>(e)],
+                                        n_logits_);
     }
   }
 
@@ -391,9 +405,9 @@ class PackedInference final : public Inference {
     float *z = space.template at<float>(bank.gate_z), *weights = space.template at<float>(bank.gate_weights);
     for (const GateProduct& gate : bank.gates) {
       const View& input = bank.inputs[static_cast<size_t>(gate.input)];
-      multiply(rows, row_of(input, space, 0), input.ld, gate.linear, z + gate.column, ld);
+      multiply(rows, row_of(input, space, 0), input.ld, gate.linear, z + gate.column, ld, picks_of(space, 0));
     }
-    Tile tile{};
+    Tile<float> tile{};
     tile.activation = kLinear;
     tile.rows = rows;
     tile.cols = layer.gate_columns;
@@ -466,25 +480,15 @@ class PackedInference final : public Inference {
     }
   }
 
-  // Weights on cache lines: a tile is loaded by lines.
-  template <class U>
-  struct OnLines {
-    using value_type = U;
-    OnLines() = default;
-    template <class V>
-    OnLines(const OnLines<V>&) {}
-    U* allocate(size_t n) { return static_cast<U*>(::operator new(n * sizeof(U), std::align_val_t{64})); }
-    void deallocate(U* data, size_t) { ::operator delete(data, std::align_val_t{64}); }
-    bool operator==(const OnLines&) const { return true; }
-  };
-
   const PackedGemm& gemm_;
   const Kernels& kernels_;
   const InferenceKernels& between_;
+  const SmallTables small_;
   const int64_t width_, n_logits_;
   const std::vector<Output> outputs_;
-  int64_t logits_ = 0, row_bytes_ = 0, z_columns_ = 1, h_columns_ = 1, work_ = 0;
+  int64_t logits_ = 0, picks_ = 0, row_bytes_ = 0, z_columns_ = 1, h_columns_ = 1, work_ = 0;
   std::vector<T, OnLines<T>> weights_;
+  std::vector<float, OnLines<float>> sums_;
   std::vector<float> floats_;
   std::vector<View> views_;
   std::vector<Packed> stages_;

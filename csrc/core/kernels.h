@@ -3,9 +3,10 @@
 // Layout      every matrix is row-major with a row stride ("ld"); a kernel works on `rows` rows and on the columns
 //             [0, cols) behind the pointers it is given, so that the caller can hand it a tile.
 // Threading   none: the caller gives each thread its own tiles.
-// Accumulation over rows in double, in their order, where `exact` says so; otherwise sixteen rows in fp32 at a time,
-// and
-//             these sums in double; over the columns of a row in fp32, sixteen at a time.
+// Accumulation over rows in double, in their order; statistics that are not `exact`, and what is summed of activations
+// in
+//             bf16, in fp32 for sixteen rows at a time and these sums in double. Over the columns of a row in fp32,
+//             sixteen at a time.
 // Determinism a tile's result depends on the tile alone.
 // Aliasing    only where a kernel says "in place".
 #pragma once
@@ -46,12 +47,14 @@ struct Dropout {
 };
 
 // A tile of one layer: z is the linear layer's result without bias; y = (z - mean) * scale + shift is normalised, with
-// scale = gamma * rstd; alpha is the activation's learned scalar, spread over the columns.
+// scale = gamma * rstd; alpha is the activation's learned scalar, spread over the columns. T, float or Bf16, is what
+// activations and their gradients are kept in: they are computed in fp32 and rounded where they are stored.
+template <class T>
 struct Tile {
   int64_t activation;
   int64_t rows, cols;
-  int64_t width;   // H: columns of one expert; cols is a multiple of it
-  const float* z;  // [rows, ld]
+  int64_t width;  // H: columns of one expert; cols is a multiple of it
+  const T* z;     // [rows, ld]
   int64_t ld;
   const float *mean, *scale, *shift, *alpha;  // [cols]; alpha may be null
   Dropout dropout;
@@ -71,6 +74,46 @@ struct GateView {
   const int64_t* experts;  // [fan_in]
 };
 
+// The kernels over activations that are kept as T.
+template <class T>
+struct TileKernels {
+  // Mean and sum of squared deviations of each column of z, of at least one row; keeps z as T too, where `kept` is not
+  // null.
+  void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2,
+                       T* kept, int64_t ld_kept);
+
+  // h = dropout(activation(y)).
+  void (*hidden)(const Tile<T>& tile, T* h, int64_t ld_h);
+  void (*hidden_f32)(const Tile<T>& tile, float* h, int64_t ld_h);
+
+  // dh -> dy, the gradient of y; adds the sums. dy may be dh.
+  void (*hidden_grad)(const Tile<T>& tile, const float* dh, int64_t ld_dh, T* dy, int64_t ld_dy, const GradSums& sums);
+
+  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope); both null: dz = scale * dy. In double where the tile is
+  // exact, because in a small batch almost nothing is left of the difference. dz may be dy.
+  void (*linear_grad)(const Tile<T>& tile, const T* dy, int64_t ld_dy, const double* mean_dy, const double* slope,
+                      T* dz, int64_t ld_dz);
+
+  // out[g] = sum over k of weights[column_g + k] * h[experts_g[k]].
+  void (*mix)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
+              const T* h, int64_t ld_h, float* const* out, int64_t ld_out);
+
+  // From dout[g]: dh[e] for each expert, and ds, the gradient of the gates' normalised z. `mixers` lists for expert e
+  // the (gate, column) pairs that mix it at [2 * starts[e], 2 * starts[e + 1]).
+  void (*mix_grad)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
+                   const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const T* h,
+                   int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
+                   int64_t ld_ds);
+
+  // logits[r, e] = <h[r, e], weight[e]> + bias[e].
+  void (*logits)(int64_t rows, int64_t width, int64_t n_experts, const T* h, int64_t ld_h, const float* weight,
+                 const float* bias, float* out, int64_t ld_out);
+
+  // dh[r, e] = dout[r, e] * weight[e]; adds to dweight [E * H] and dbias [E].
+  void (*logits_grad)(int64_t rows, int64_t width, int64_t n_experts, const T* h, int64_t ld_h, const float* weight,
+                      const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias);
+};
+
 struct Kernels {
   const char* name;
 
@@ -79,44 +122,8 @@ struct Kernels {
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                      int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate);
 
-  // Mean and sum of squared deviations of each column of z, of at least one row.
-  void (*column_stats)(const float* z, int64_t ld, int64_t rows, int64_t cols, bool exact, double* mean, double* m2);
-
-  // h = dropout(activation(y)).
-  void (*hidden)(const Tile& tile, float* h, int64_t ld_h);
-
-  // dh -> dy, the gradient of y; adds the sums; writes h too where it is not null. dy may be dh.
-  void (*hidden_grad)(const Tile& tile, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
-                      float* h, int64_t ld_h);
-
-  // dy -> dz = scale * (dy - mean_dy - (z - mean) * slope); both null: dz = scale * dy. In double where the tile is
-  // exact, because in a small batch almost nothing is left of the difference. dz may be dy, or is rounded to bf16.
-  void (*linear_grad)(const Tile& tile, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope,
-                      float* dz, int64_t ld_dz);
-  void (*linear_grad_bf16)(const Tile& tile, const float* dy, int64_t ld_dy, const double* mean_dy, const double* slope,
-                           Bf16* dz, int64_t ld_dz);
-
   // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.
-  void (*gate_softmax)(const Tile& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);
-
-  // out[g] = sum over k of weights[column_g + k] * h[experts_g[k]].
-  void (*mix)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
-              const float* h, int64_t ld_h, float* const* out, int64_t ld_out);
-
-  // From dout[g]: dh[e] for each expert, and ds, the gradient of the gates' normalised z. `mixers` lists for expert e
-  // the (gate, column) pairs that mix it at [2 * starts[e], 2 * starts[e + 1]).
-  void (*mix_grad)(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
-                   const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const float* h,
-                   int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
-                   int64_t ld_ds);
-
-  // logits[r, e] = <h[r, e], weight[e]> + bias[e].
-  void (*logits)(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
-                 const float* bias, float* out, int64_t ld_out);
-
-  // dh[r, e] = dout[r, e] * weight[e]; adds to dweight [E * H] and dbias [E].
-  void (*logits_grad)(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
-                      const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias);
+  void (*gate_softmax)(const Tile<float>& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);
 
   // losses [n_tasks]: the mean over the rows that have a label (NaN: none) of the cross-entropy or squared error of
   // logits [rows, n_tasks]; grad [rows, n_tasks]: of the sum of factors * losses by the logits. All dense.
@@ -127,15 +134,31 @@ struct Kernels {
 // The kernels as built for one instruction set.
 namespace baseline {
 const Kernels& kernels();
-}
+const TileKernels<float>& tile_kernels_f32();
+const TileKernels<Bf16>& tile_kernels_bf16();
+}  // namespace baseline
 namespace avx2 {
 const Kernels& kernels();
-}
+const TileKernels<float>& tile_kernels_f32();
+const TileKernels<Bf16>& tile_kernels_bf16();
+}  // namespace avx2
 namespace avx512 {
 const Kernels& kernels();
+const TileKernels<float>& tile_kernels_f32();
+const TileKernels<Bf16>& tile_kernels_bf16();
+}  // namespace avx512
+
+namespace avx512_bf16 {
+const TileKernels<Bf16>& tile_kernels_bf16();
 }
 
 // The best build that this processor runs; FASTMTL_ISA=baseline, avx2 or avx512 asks for one by name.
 const Kernels& best_kernels();
+template <class T>
+const TileKernels<T>& best_tile_kernels();
+template <>
+const TileKernels<float>& best_tile_kernels();
+template <>
+const TileKernels<Bf16>& best_tile_kernels();
 
 }  // namespace fastmtl

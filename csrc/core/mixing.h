@@ -12,7 +12,7 @@
 namespace fastmtl::FASTMTL_ISA {
 
 // Sixteen rows at a time, one in a lane: a gate has few columns, so a row alone would leave most lanes empty.
-inline void gate_softmax(const Tile& t, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w) {
+inline void gate_softmax(const Tile<float>& t, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w) {
   int64_t widest = 0;
   for (int64_t g = 0; g < n_gates; ++g) widest = std::max(widest, gates[g].fan_in);
   std::vector<float> scratch(static_cast<size_t>(widest * kLanes));
@@ -43,8 +43,9 @@ inline void gate_softmax(const Tile& t, const GateView* gates, int64_t n_gates, 
   }
 }
 
-inline void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
-                const float* h, int64_t ld_h, float* const* out, int64_t ld_out) {
+template <class T>
+void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, const float* weights, int64_t ld_w,
+         const T* h, int64_t ld_h, float* const* out, int64_t ld_out) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t g = 0; g < n_gates; ++g) {
       const float* w = weights + r * ld_w + gates[g].column;
@@ -59,10 +60,11 @@ inline void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t wi
   }
 }
 
-inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
-                     const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const float* h,
-                     int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
-                     int64_t ld_ds) {
+template <class T>
+void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
+              const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const T* h,
+              int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
+              int64_t ld_ds) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* w = weights + r * ld_w;
     float* s = ds + r * ld_ds;
@@ -70,7 +72,7 @@ inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64
       const int64_t first = gates[g].column, fan_in = gates[g].fan_in;
       int64_t top = 0;
       for (int64_t k = 0; k < fan_in; ++k) {
-        s[first + k] = dot(dout[g] + r * ld_dout, h + r * ld_h + gates[g].experts[k] * width, width);
+        s[first + k] = dot(h + r * ld_h + gates[g].experts[k] * width, dout[g] + r * ld_dout, width);
         if (w[first + k] > w[first + top]) top = k;
       }
       // about the heaviest expert's: a gate that is almost sure of it leaves nothing else of its gradient
@@ -91,8 +93,9 @@ inline void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64
   }
 }
 
-inline void logits(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h, const float* weight,
-                   const float* bias, float* out, int64_t ld_out) {
+template <class T>
+void logits(int64_t rows, int64_t width, int64_t n_experts, const T* h, int64_t ld_h, const float* weight,
+            const float* bias, float* out, int64_t ld_out) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t e = 0; e < n_experts; ++e) {
       out[r * ld_out + e] = dot(h + r * ld_h + e * width, weight + e * width, width) + bias[e];
@@ -100,9 +103,9 @@ inline void logits(int64_t rows, int64_t width, int64_t n_experts, const float* 
   }
 }
 
-inline void logits_grad(int64_t rows, int64_t width, int64_t n_experts, const float* h, int64_t ld_h,
-                        const float* weight, const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh,
-                        double* dweight, double* dbias) {
+template <class T>
+void logits_grad(int64_t rows, int64_t width, int64_t n_experts, const T* h, int64_t ld_h, const float* weight,
+                 const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias) {
   for (int64_t e = 0; e < n_experts; ++e) {
     for (int64_t r = 0; r < rows; ++r) dbias[e] += static_cast<double>(dout[r * ld_dout + e]);
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {

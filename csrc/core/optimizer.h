@@ -21,6 +21,8 @@ namespace fastmtl {
 
 // In the order of fastmtl.optim.rules.RULES.
 enum Rule : int64_t { kSgd = 0, kMomentum, kNesterov, kAdam, kAdamW, kAdagrad, kRules };
+// Behind torch's: of tables only.
+constexpr int kRowwiseAdagrad = kRules;
 
 // Numbers of state a rule keeps for each weight.
 inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam || rule == kAdamW ? 2 : 1; }
@@ -34,6 +36,7 @@ inline int64_t states_of(int64_t rule) { return rule == kSgd ? 0 : rule == kAdam
 //              p += neg_lr * first / (sqrt(second) / root + eps)
 //   AdamW      p *= shrink, then Adam
 //   Adagrad    first += g * g;  p += neg_lr * g / (sqrt(first) + eps)
+//   row-wise   first += mean of g * g over the row;  likewise
 struct Step {
   float l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr;
 };
@@ -46,10 +49,12 @@ struct History {
 };
 
 struct Table {
-  float *p, *first, *second;  // first, second: null where the rule has no such state
+  float *p, *first, *second;  // null where the rule has no such state; first is [rows] for the row-wise rule
   int32_t* last;
   int64_t rows, dim;
 };
+
+struct Waits;  // core/optimizer_waiting.h
 
 struct OptimizerKernels {
   // Brings rows[begin, end), or without a list the rows begin .. end - 1 themselves, to step `upto`, with gradients of
@@ -63,6 +68,10 @@ struct OptimizerKernels {
 
   // Takes a step with the gradients of n neighbouring numbers, rows or not.
   void (*dense)(int64_t rule, const Step& step, float* p, const float* grad, float* first, float* second, int64_t n);
+
+  // Brings rows, as for replay, to the newest of the steps that they wait for, by Adam's or AdamW's closed form: not to
+  // the bits of a replay. False: a row waits for longer than that.
+  bool (*close)(const Table& table, const Waits& waits, const int64_t* rows, int64_t begin, int64_t end);
 };
 
 // The kernels as built for one instruction set.

@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "core/optimizer.h"
+#include "core/optimizer_closed.h"
 #include "core/optimizer_lanes.h"
 #include "core/optimizer_quick.h"
+#include "core/optimizer_rows.h"
+#include "core/optimizer_rowwise.h"
 
 namespace fastmtl::FASTMTL_ISA {
 namespace {
@@ -112,15 +115,6 @@ class Tile {
   int64_t stride() const { return (capacity * padded + kLine - 1) / kLine * kLine + 13 * kLine; }
 };
 
-[[gnu::always_inline]] inline void prefetch(const Table& t, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(float), kLines = 4;
-  for (int64_t d = 0; d < std::min(t.dim, kLines * kLine); d += kLine) {
-    __builtin_prefetch(t.p + row * t.dim + d, 1);
-    if (t.first) __builtin_prefetch(t.first + row * t.dim + d, 1);
-    if (t.second) __builtin_prefetch(t.second + row * t.dim + d, 1);
-  }
-}
-
 // The rows that a tile takes next, those that missed most first.
 struct Pick {
   std::array<int64_t, Tile::kMost> rows, lags;
@@ -178,13 +172,6 @@ class Picker {
   const int64_t* rows_;
   int64_t at_, end_, upto_;
 };
-
-bool all_zero(const float* x, int64_t n) {
-  bool zero = n == 0 || x[0] == 0.0f;  // mostly that settles it
-  if (!zero) return false;
-  for (int64_t d = 0; d < n; ++d) zero &= x[d] == 0.0f;
-  return zero;
-}
 
 // A row that no step moves: no gradient, no L2 term, no memory of gradients. Only an average fades, or weights shrink.
 template <Rule R>
@@ -370,6 +357,8 @@ bool replay(int64_t rule, const Table& t, const History& history, const int64_t*
       return replay_rule<kMomentum>(t, history, rows, begin, end, upto);
     case kNesterov:
       return replay_rule<kNesterov>(t, history, rows, begin, end, upto);
+    case kRowwiseAdagrad:
+      return rowwise_replay(t, history, rows, begin, end, upto);
     case kAdam:
       return replay_rule<kAdam>(t, history, rows, begin, end, upto);
     case kAdamW:
@@ -388,6 +377,8 @@ void apply(int64_t rule, const Table& t, const Step& step, int64_t number, const
       return apply_rule<kMomentum>(t, step, number, rows, grads, begin, end);
     case kNesterov:
       return apply_rule<kNesterov>(t, step, number, rows, grads, begin, end);
+    case kRowwiseAdagrad:
+      return rowwise_apply(t, step, number, rows, grads, begin, end);
     case kAdam:
       return apply_rule<kAdam>(t, step, number, rows, grads, begin, end);
     case kAdamW:
@@ -417,7 +408,7 @@ void dense(int64_t rule, const Step& step, float* p, const float* grad, float* f
 }  // namespace
 
 const OptimizerKernels& optimizer_kernels() {
-  static const OptimizerKernels table = {replay, apply, dense};
+  static const OptimizerKernels table = {replay, apply, dense, close_rows};
   return table;
 }
 

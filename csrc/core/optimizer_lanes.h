@@ -89,8 +89,20 @@ class FlushTiny {
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+  FlushTiny() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    set(before_ | kFlushToZero);
+  }
+  ~FlushTiny() { set(before_); }
+
+ private:
+  static constexpr uint64_t kFlushToZero = uint64_t{1} << 24;  // results and operands
+  // "memory": what is loaded afterwards is computed with afterwards
+  static void set(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+  uint64_t before_;
 #else
-  FlushTiny() = default;
+  FlushTiny() {}  // by hand, or a guard that does nothing is warned of as unused
 #endif
   FlushTiny(const FlushTiny&) = delete;
   FlushTiny& operator=(const FlushTiny&) = delete;

@@ -12,11 +12,16 @@ namespace {
 
 void wgrad_bf16(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, const Bf16* h, int64_t ld_h, float* dw,
                 int64_t ld_dw, bool accumulate, Bf16* scratch) {
-  const int64_t depth = round_up(m, kPairDepth);
-  Bf16* packed = scratch + round_up(n * depth, kPairDepth);
-  transpose_bf16(m, n, dz, ld_dz, scratch, depth);
-  repack_bf16(k, m, h, ld_h, true, packed);
-  gemm_bf16(n, k, m, scratch, depth, packed, dw, ld_dw, accumulate);
+  const int64_t ld = stretch_stride(m);
+  Bf16* packed = scratch + n * ld;
+  int64_t row = 0;
+  do {
+    const int64_t rows = std::min(kStretchRows, m - row);
+    transpose_bf16(rows, n, dz + row * ld_dz, ld_dz, scratch, ld);
+    repack_bf16(k, rows, h + row * ld_h, ld_h, true, packed);
+    gemm_bf16(n, k, rows, scratch, ld, packed, dw, ld_dw, accumulate || row > 0);
+    row += rows;
+  } while (row < m);
 }
 
 }  // namespace
@@ -34,6 +39,7 @@ const PackedGemm& packed_gemm() {
                                    repack_bf16,
                                    gemm_f32,
                                    gemm_bf16,
+                                   wgrad_f32,
                                    wgrad_bf16,
                                    transpose_bf16,
                                    round_bf16};

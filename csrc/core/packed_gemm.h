@@ -29,9 +29,23 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 constexpr int64_t packed_f32_size(int64_t n, int64_t k) { return round_up(n, kPanel) * k; }
 constexpr int64_t packed_bf16_size(int64_t n, int64_t k) { return round_up(n, kPanel) * round_up(k, kPairDepth); }
 
+// Rows of a batch that a weight's gradient takes at a time: both operands stay in the cache with the result.
+constexpr int64_t kStretchRows = 512;
+
+// Row stride of a transposed stretch of m rows at most: no power of two, which would use few sets of the cache.
+constexpr int64_t stretch_stride(int64_t m) {
+  return round_up(m < kStretchRows ? m : kStretchRows, kPairDepth) + kPairDepth;
+}
+
 // Elements that wgrad_bf16 wants as scratch.
 constexpr int64_t wgrad_scratch_size(int64_t m, int64_t n, int64_t k) {
-  return round_up(n * round_up(m, kPairDepth), kPairDepth) + packed_bf16_size(k, m);
+  return n * stretch_stride(m) + packed_bf16_size(k, stretch_stride(m));
+}
+
+// The same in fp32: of its operands some rows lie packed in the innermost cache.
+constexpr int64_t kStretchRowsF32 = 128;
+constexpr int64_t wgrad_f32_scratch_size(int64_t n, int64_t k) {
+  return kStretchRowsF32 * (round_up(k, kPanel) + round_up(n, kPanel) + kPanel);
 }
 
 struct PackedGemm {
@@ -49,7 +63,11 @@ struct PackedGemm {
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t ld_a, const Bf16* packed, float* c,
                     int64_t ld_c, bool accumulate);
 
-  // dw [n, k] = dz^T h, plus dw where it accumulates; dz is [m, n], h is [m, k]. `scratch` on a cache line. It
+  // dw [n, k] = dz^T h, plus dw where it accumulates; dz is [m, n], h is [m, k]. `scratch` on a cache line.
+  void (*wgrad_f32)(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
+                    float* dw, int64_t ld_dw, bool accumulate, float* scratch);
+
+  // The same in bf16. `scratch` on a cache line. It
   // transposes dz and packs h; where n is much larger than k, swapping the two and taking dw transposed costs less.
   void (*wgrad_bf16)(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, const Bf16* h, int64_t ld_h,
                      float* dw, int64_t ld_dw, bool accumulate, Bf16* scratch);

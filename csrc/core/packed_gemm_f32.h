@@ -107,4 +107,46 @@ inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
   });
 }
 
+// The same for a weight's gradient, whose operands both lie by depth: a has the block's rows side by side, kRows of
+// them.
+template <int kR, int kP>
+void block_by_depth(int64_t lanes, int64_t depth, const float* a, const float* panels, float* c, int64_t ld_c,
+                    bool accumulate) {
+  Reg total[kR][kP * kRegs], w[kP * kRegs];
+  clear_block(total);
+  for (int64_t p = 0; p < depth; ++p) {
+    FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) {
+      w[q] = load_reg(panels + q / kRegs * depth * kPanel + p * kPanel + q % kRegs * kRegLanes);
+    }
+    FASTMTL_UNROLL for (int r = 0; r < kR; ++r) {
+      const float x = a[p * kRows + r];
+      FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) total[r][q] += x * w[q];
+    }
+  }
+  store_block(total, lanes, c, ld_c, accumulate);
+}
+
+inline void wgrad_f32(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
+                      float* dw, int64_t ld_dw, bool accumulate, float* scratch) {
+  float* columns = scratch + kStretchRowsF32 * round_up(k, kPanel);
+  int64_t row = 0;
+  do {
+    const int64_t depth = std::min(kStretchRowsF32, m - row);
+    pack_f32(k, depth, h + row * ld_h, ld_h, true, scratch);
+    for (int64_t i = 0; i < n; i += kRows) {
+      const int64_t width = std::min<int64_t>(kRows, n - i);
+      float* to = columns + i * depth;
+      for (int64_t p = 0; p < depth; ++p) {
+        for (int64_t r = 0; r < width; ++r) to[p * kRows + r] = dz[(row + p) * ld_dz + i + r];
+      }
+    }
+    int64_t column = 0;
+    panels_of<kPanels>(n, k, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
+      block_by_depth<kR, kP>(lanes, depth, columns + i / kRows * kRows * depth + i % kRows, scratch + j * depth,
+                             dw + i * ld_dw + j, ld_dw, accumulate || row > 0);
+    });
+    row += depth;
+  } while (row < m);
+}
+
 }  // namespace fastmtl::FASTMTL_ISA

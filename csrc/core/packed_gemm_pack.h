@@ -52,40 +52,6 @@ FASTMTL_INLINE U32 pairs_of(H16 a, H16 b) {
   return __builtin_convertvector(a, U32) | __builtin_convertvector(b, U32) << 16;
 }
 
-template <class T>
-void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf16* packed) {
-  const int64_t depth = round_up(k, kPairDepth);
-  for (int64_t j = 0; j < n; j += kPanel) {
-    const int64_t lanes = std::min(kPanel, n - j);
-    Bf16* panel = packed + j * depth;
-    if (by_depth && lanes == kPanel) {
-      int64_t p = 0;
-      for (; p + 2 <= k; p += 2) {
-        const U32 pairs = pairs_of(load_16(w + p * ld + j), load_16(w + (p + 1) * ld + j));
-        std::memcpy(panel + p * kPanel, &pairs, sizeof(pairs));
-      }
-      std::fill(panel + p * kPanel, panel + depth * kPanel, Bf16{0});
-      if (p < k) {
-        for (int64_t l = 0; l < kPanel; ++l) panel[p * kPanel + 2 * l] = as_bf16(w[p * ld + j + l]);
-      }
-      continue;
-    }
-    if (lanes < kPanel || k < depth) std::fill(panel, panel + depth * kPanel, Bf16{0});
-    const int64_t step_lane = by_depth ? 1 : ld, step_depth = by_depth ? ld : 1;
-    for (int64_t l = 0; l < lanes; ++l) {
-      const T* from = w + (j + l) * step_lane;
-      for (int64_t p = 0; p < k; ++p) panel[(p & ~1) * kPanel + 2 * l + (p & 1)] = as_bf16(from[p * step_depth]);
-    }
-  }
-}
-
-inline void pack_bf16(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, Bf16* packed) {
-  pack_pairs(n, k, w, ld, by_depth, packed);
-}
-inline void repack_bf16(int64_t n, int64_t k, const Bf16* w, int64_t ld, bool by_depth, Bf16* packed) {
-  pack_pairs(n, k, w, ld, by_depth, packed);
-}
-
 #ifdef __AVX512F__
 // Sixteen rows of sixteen 32-bit numbers, transposed in registers. (The masks are full: without one, gcc 12 takes the
 // intrinsics for reads of uninitialised registers.)
@@ -115,6 +81,53 @@ FASTMTL_INLINE void transpose_16(__m512i* v) {
   }
 }
 #endif
+
+template <class T>
+void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf16* packed) {
+  const int64_t depth = round_up(k, kPairDepth);
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t lanes = std::min(kPanel, n - j);
+    Bf16* panel = packed + j * depth;
+    if (by_depth && lanes == kPanel) {
+      int64_t p = 0;
+      for (; p + 2 <= k; p += 2) {
+        const U32 pairs = pairs_of(load_16(w + p * ld + j), load_16(w + (p + 1) * ld + j));
+        std::memcpy(panel + p * kPanel, &pairs, sizeof(pairs));
+      }
+      std::fill(panel + p * kPanel, panel + depth * kPanel, Bf16{0});
+      if (p < k) {
+        for (int64_t l = 0; l < kPanel; ++l) panel[p * kPanel + 2 * l] = as_bf16(w[p * ld + j + l]);
+      }
+      continue;
+    }
+    if (lanes < kPanel || k < depth) std::fill(panel, panel + depth * kPanel, Bf16{0});
+    const int64_t step_lane = by_depth ? 1 : ld, step_depth = by_depth ? ld : 1;
+    int64_t start = 0;
+#ifdef __AVX512F__
+    // a row's pairs as 32-bit numbers, sixteen of each of sixteen rows
+    for (; !by_depth && lanes == kPanel && start + 32 <= k; start += 32) {
+      __m512i v[16];
+      for (int l = 0; l < 16; ++l) {
+        const H16 halves[2] = {load_16(w + (j + l) * ld + start), load_16(w + (j + l) * ld + start + 16)};
+        std::memcpy(&v[l], halves, sizeof(v[l]));
+      }
+      transpose_16(v);
+      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(panel + (start + 2 * p) * kPanel, v[p]);
+    }
+#endif
+    for (int64_t l = 0; l < lanes; ++l) {
+      const T* from = w + (j + l) * step_lane;
+      for (int64_t p = start; p < k; ++p) panel[(p & ~1) * kPanel + 2 * l + (p & 1)] = as_bf16(from[p * step_depth]);
+    }
+  }
+}
+
+inline void pack_bf16(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, Bf16* packed) {
+  pack_pairs(n, k, w, ld, by_depth, packed);
+}
+inline void repack_bf16(int64_t n, int64_t k, const Bf16* w, int64_t ld, bool by_depth, Bf16* packed) {
+  pack_pairs(n, k, w, ld, by_depth, packed);
+}
 
 inline void transpose_bf16(int64_t rows, int64_t cols, const Bf16* from, int64_t ld, Bf16* to, int64_t ld_to) {
   const int64_t depth = round_up(rows, kPairDepth);

@@ -1,8 +1,8 @@
 // Large blocks of memory, kept from one step to the next: a fresh one costs a page fault for each of its pages, which
 // was a tenth of a training step.
 //
-// Threading   any thread may take and give. A thread that finds another at it goes to the system instead of waiting, so
-//             that a process forked at that moment does not wait for ever.
+// Threading   any thread may take and give. A thread that finds another at it waits for a moment and then goes to the
+//             system, so that a process forked at that moment does not wait for ever.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ class Pool {
   void* take(size_t bytes) {
     // whole huge pages: fewer faults, and strided reads keep their translations
     const size_t size = (bytes + kHeader + kHugePage - 1) / kHugePage * kHugePage;
-    if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
+    if (const std::unique_lock lock = briefly(); lock) {
       auto best = kept_.end();
       for (auto block = kept_.begin(); block != kept_.end(); ++block) {
         const bool fits = block->size >= size && block->size <= size + size / 4;
@@ -58,7 +58,7 @@ class Pool {
   void give(void* data) {
     void* const start = static_cast<char*>(data) - kHeader;
     const Block block{start, *static_cast<size_t*>(start)};
-    const std::unique_lock lock{mutex_, std::try_to_lock};
+    const std::unique_lock lock = briefly();
     if (!lock || block.size > kMostKept) {
       std::free(start);
       return;
@@ -81,6 +81,13 @@ class Pool {
 #else
   static constexpr size_t kMostKept = size_t{512} << 20;
 #endif
+
+  // The lock, if it is to be had within about 10 us: threads of one op come here at the same time.
+  std::unique_lock<std::mutex> briefly() {
+    std::unique_lock lock{mutex_, std::try_to_lock};
+    for (int turn = 0; !lock && turn < 1000; ++turn) lock.try_lock();
+    return lock;
+  }
 
   static void* data_of(void* start) { return static_cast<char*>(start) + kHeader; }
 

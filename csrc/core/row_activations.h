@@ -16,7 +16,7 @@
 namespace fastmtl::FASTMTL_ISA {
 
 struct SoftmaxRow {
-  static constexpr bool kLearned = false;
+  static constexpr bool kLearned = false, kRow = true;
 
   static void forward(const float* y, const float*, int64_t width, float* h) {
     float top = -std::numeric_limits<float>::infinity();
@@ -48,7 +48,7 @@ struct SoftmaxRow {
 };
 
 struct DiceRow {
-  static constexpr bool kLearned = true;
+  static constexpr bool kLearned = true, kRow = true;
 
   struct Moments {
     float mean, norm;
@@ -114,14 +114,16 @@ struct DiceRow {
 };
 
 // y of one expert's row into `y`.
-FASTMTL_INLINE void normalise_row(const Tile& t, int64_t r, int64_t first, float* y) {
+template <class T>
+FASTMTL_INLINE void normalise_row(const Tile<T>& t, int64_t r, int64_t first, float* y) {
   for_columns(t.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
     const ColumnConstants k = constants(t, first + c, n);
     store(y + c, (load(t.z + r * t.ld + first + c, n) - k.mean) * k.scale + k.shift, n);
   });
 }
 
-FASTMTL_INLINE void drop_row(const Tile& t, int64_t r, int64_t first, float* values) {
+template <class T>
+FASTMTL_INLINE void drop_row(const Tile<T>& t, int64_t r, int64_t first, float* values) {
   if (!t.dropout.on) return;
   const uint64_t key = row_key(t.dropout.key, t.first_row + r);
   for_columns(t.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
@@ -129,43 +131,44 @@ FASTMTL_INLINE void drop_row(const Tile& t, int64_t r, int64_t first, float* val
   });
 }
 
-template <class Act>
-void hidden_rows(const Tile& t, float* h, int64_t ld_h) {
-  std::vector<float> y(static_cast<size_t>(t.width));
+template <class T>
+FASTMTL_INLINE void store_row(const float* values, int64_t width, T* to) {
+  for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) { store(to + c, load(values + c, n), n); });
+}
+
+template <class Act, class T, class H>
+void hidden_rows(const Tile<T>& t, H* h, int64_t ld_h) {
+  std::vector<float> y(static_cast<size_t>(t.width)), value(y.size());
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t first = 0; first < t.cols; first += t.width) {
       normalise_row(t, r, first, y.data());
-      Act::forward(y.data(), t.alpha ? t.alpha + first : nullptr, t.width, h + r * ld_h + first);
-      drop_row(t, r, first, h + r * ld_h + first);
+      Act::forward(y.data(), t.alpha ? t.alpha + first : nullptr, t.width, value.data());
+      drop_row(t, r, first, value.data());
+      store_row(value.data(), t.width, h + r * ld_h + first);
     }
   }
 }
 
-template <class Act>
-void hidden_grad_rows(const Tile& t, const float* dh, int64_t ld_dh, float* dy, int64_t ld_dy, const GradSums& sums,
-                      float* h, int64_t ld_h) {
+template <class Act, class T>
+void hidden_grad_rows(const Tile<T>& t, const float* dh, int64_t ld_dh, T* dy, int64_t ld_dy, const GradSums& sums) {
   const size_t width = static_cast<size_t>(t.width);
-  std::vector<float> y(width), value(width), masked(width);
+  std::vector<float> y(width), value(width), masked(width), grad(width);
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t first = 0; first < t.cols; first += t.width) {
       const float* alpha = t.alpha ? t.alpha + first : nullptr;
-      float* to = dy + r * ld_dy + first;
       normalise_row(t, r, first, y.data());
       std::copy_n(dh + r * ld_dh + first, width, masked.data());
       drop_row(t, r, first, masked.data());
       Act::forward(y.data(), alpha, t.width, value.data());
-      Act::backward(y.data(), value.data(), masked.data(), alpha, t.width, to,
+      Act::backward(y.data(), value.data(), masked.data(), alpha, t.width, grad.data(),
                     Act::kLearned ? sums.dalpha + first : nullptr);
       for_columns(t.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
         const ColumnConstants k = constants(t, first + c, n);
-        const F32 g = load(to + c, n);
+        const F32 g = load(grad.data() + c, n);
         add_to(sums.dy + first + c, wide(g), n);
         add_to(sums.dy_centred + first + c, wide(g) * wide(load(t.z + r * t.ld + first + c, n) - k.mean), n);
       });
-      if (h) {
-        drop_row(t, r, first, value.data());
-        std::copy_n(value.data(), width, h + r * ld_h + first);
-      }
+      store_row(grad.data(), t.width, dy + r * ld_dy + first);
     }
   }
 }

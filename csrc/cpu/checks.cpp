@@ -73,6 +73,26 @@ double check_wgrad(const Tensor& dz, const Tensor& h, Tensor dw, bool accumulate
   return best;
 }
 
+// The same in fp32: dw = dz^T h.
+double check_wgrad_f32(const Tensor& dz, const Tensor& h, Tensor dw, bool accumulate, int64_t repeat) {
+  check_cpu(dz, ScalarType::Float, 2, "dz");
+  check_cpu(h, ScalarType::Float, 2, "h");
+  check_cpu(dw, ScalarType::Float, 2, "dw");
+  const int64_t m = dz.size(0), n = dz.size(1), k = h.size(1);
+  STD_TORCH_CHECK(h.size(0) == m && dw.size(0) == n && dw.size(1) == k, "sizes do not match");
+  STD_TORCH_CHECK(dz.stride(1) == 1 && h.stride(1) == 1 && dw.stride(1) == 1, "rows must be dense");
+  Tensor scratch = empty_f32({wgrad_f32_scratch_size(n, k)});
+  double best = 1e9;
+  for (int64_t i = 0; i < repeat; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    best_packed_gemm().wgrad_f32(m, n, k, dz.const_data_ptr<float>(), dz.stride(0), h.const_data_ptr<float>(),
+                                 h.stride(0), dw.mutable_data_ptr<float>(), dw.stride(0), accumulate,
+                                 scratch.mutable_data_ptr<float>());
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
 std::string gemm_isa() { return best_packed_gemm().name; }
 
 }  // namespace
@@ -82,12 +102,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "check_packed_gemm(Tensor a, Tensor w, bool by_depth, bool bf16, Tensor(a!) c, bool accumulate, int repeat) -> "
       "float");
   m.def("check_wgrad(Tensor dz, Tensor h, Tensor(a!) dw, bool accumulate, int repeat) -> float");
+  m.def("check_wgrad_f32(Tensor dz, Tensor h, Tensor(a!) dw, bool accumulate, int repeat) -> float");
   m.def("gemm_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("check_packed_gemm", TORCH_BOX(&check_packed_gemm));
   m.impl("check_wgrad", TORCH_BOX(&check_wgrad));
+  m.impl("check_wgrad_f32", TORCH_BOX(&check_wgrad_f32));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("gemm_isa", TORCH_BOX(&gemm_isa)); }

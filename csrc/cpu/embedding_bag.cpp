@@ -128,8 +128,10 @@ Tensor empty_of(int64_t n, ScalarType dtype) {
 }
 
 // For each wanted weight the rows that the batch looks up (int64, ascending), where their entries start (int64), and
-// the entries (int32), as core/embedding_bag_sparse.h describes them.
-std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes) {
+// the entries (int32), as core/embedding_bag_sparse.h describes them. `alone`: on the calling thread, which wakes no
+// other.
+std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes,
+                                        bool alone) {
   check_ids(ids);
   const Wanted wanted(shapes);
   const Bag* bags = checked_bags(plan, wanted.rows, wanted.dims, ids.size(1), std::numeric_limits<int64_t>::max() / 2);
@@ -140,7 +142,7 @@ std::vector<Tensor> embedding_bag_index(const Tensor& ids, const Tensor& plan, s
     STD_TORCH_CHECK(height <= std::numeric_limits<uint32_t>::max(), "a table of ", height,
                     " rows is too high for a sparse gradient");
   }
-  const int64_t threads = useful_threads(ids);
+  const int64_t threads = alone ? 1 : useful_threads(ids);
   const std::vector<Unit> units = plan_bwd(bags, plan.size(0), wanted.rows.data(), wanted.dims.data(), wanted.needs,
                                            wanted.size(), n_rows, threads, 0.0);
   const std::vector<std::vector<int64_t>> hands = deal(units, threads);
@@ -242,7 +244,7 @@ std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& i
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def("embedding_bag_fwd(Tensor[] weights, Tensor ids, Tensor? dense, Tensor plan, int width) -> Tensor");
   m.def("embedding_bag_bwd(Tensor grad, Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
-  m.def("embedding_bag_index(Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
+  m.def("embedding_bag_index(Tensor ids, Tensor plan, int[] shapes, bool alone=False) -> Tensor[]");
   m.def("embedding_bag_bwd_sparse(Tensor grad, Tensor ids, Tensor plan, int[] shapes, Tensor[] index) -> Tensor[]");
 }
 

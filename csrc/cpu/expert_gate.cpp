@@ -7,53 +7,58 @@
 namespace fastmtl::cpu {
 namespace {
 
-// The saved tensors: z and the statistics (see Normalised) of each hidden layer, then z, the statistics and the weights
-// of the gates, then, where the layer computes in bf16, its inputs so.
-std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows, bool bf16) {
+// bf16 numbers; uninitialised, large ones from the pool.
+Tensor empty_bf16(std::vector<int64_t> sizes) { return empty_pooled(sizes, ScalarType::BFloat16, sizeof(Bf16)); }
+
+// The saved tensors: z and the statistics of each hidden layer, then z, the statistics and the weights of the gates,
+// then, where T is Bf16, the inputs so.
+template <class T>
+std::vector<Tensor> new_saved(const ExpertGateLayer& spec, int64_t n_rows) {
+  constexpr bool kBf16 = std::is_same_v<T, Bf16>;
   std::vector<Tensor> saved;
   for (int64_t l = 0; l < spec.depth(); ++l) {
-    saved.push_back(empty_f32({n_rows, row_stride(spec.columns(l))}));
+    const std::vector<int64_t> sizes{Grouped<T>::size(n_rows, spec.columns(l), spec.group_columns(l))};
+    saved.push_back(kBf16 ? empty_bf16(sizes) : empty_f32(sizes));
     saved.push_back(empty_f32({4, spec.columns(l)}));
   }
   if (!spec.gates.empty()) {
-    saved.push_back(empty_f32({n_rows, row_stride(spec.gate_columns)}));
+    saved.push_back(empty_f32({n_rows, row_stride<float>(spec.gate_columns)}));
     saved.push_back(empty_f32({4, spec.gate_columns}));
     saved.push_back(empty_f32({n_rows, spec.gate_columns}));
   }
-  if (bf16) {
-    saved.push_back(torch::stable::empty({spec.n_inputs, n_rows, bf16_stride(spec.in_features)}, ScalarType::BFloat16,
-                                         std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
-  }
+  if (kBf16) saved.push_back(empty_bf16({spec.n_inputs, n_rows, row_stride<Bf16>(spec.in_features)}));
   return saved;
 }
 
+// Whether a forward in bf16 has left them: only then the last one is none of fp32.
+bool saved_in_bf16(const std::vector<Tensor>& saved) {
+  return !saved.empty() && saved.back().scalar_type() == ScalarType::BFloat16;
+}
+
 // Only the forward writes through the result.
-ExpertGateSaved read_saved(const ExpertGateLayer& spec, int64_t n_rows, std::vector<Tensor>& saved) {
-  ExpertGateSaved result;
-  if (!saved.empty() && saved.back().scalar_type() == ScalarType::BFloat16) {
-    const Tensor x = saved.back();
-    saved.pop_back();
-    result.ld_x = bf16_stride(spec.in_features);
-    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == spec.n_inputs * n_rows * result.ld_x,
-                    "saved: the bf16 inputs must be [N, B, ", result.ld_x, "] on the CPU");
-    // the caller's list keeps it alive
-    result.x = static_cast<uint16_t*>(const_cast<void*>(x.const_data_ptr()));
-  }
+template <class T>
+ExpertGateSaved<T> read_saved(const ExpertGateLayer& spec, int64_t n_rows, std::vector<Tensor>& saved) {
+  ExpertGateSaved<T> result;
   Reader reader(saved, "saved");
-  const auto normalised = [&](int64_t columns) {
-    Normalised normal;
-    normal.ld = row_stride(columns);
-    normal.z = const_cast<float*>(reader.take(n_rows * normal.ld));
-    normal.mean = const_cast<float*>(reader.take(4 * columns));
-    normal.rstd = normal.mean + columns;
-    normal.mean_rest = normal.rstd + columns;
-    normal.rstd_rest = normal.mean_rest + columns;
-    return normal;
+  const auto statistics = [&](int64_t columns) {
+    float* first = const_cast<float*>(reader.take(4 * columns));
+    return Statistics{first, first + columns, first + 2 * columns, first + 3 * columns};
   };
-  for (int64_t l = 0; l < spec.depth(); ++l) result.hidden.push_back(normalised(spec.columns(l)));
+  for (int64_t l = 0; l < spec.depth(); ++l) {
+    const int64_t group = spec.group_columns(l);
+    result.z.emplace_back(const_cast<T*>(reader.take<T>(Grouped<T>::size(n_rows, spec.columns(l), group))), n_rows,
+                          group);
+    result.hidden.push_back(statistics(spec.columns(l)));
+  }
   if (!spec.gates.empty()) {
-    result.gate = normalised(spec.gate_columns);
-    result.weights = const_cast<float*>(reader.take(n_rows * spec.gate_columns));
+    const int64_t columns = spec.gate_columns;
+    result.gate_z = {const_cast<float*>(reader.take(Grouped<float>::size(n_rows, columns, columns))), n_rows, columns};
+    result.gate = statistics(columns);
+    result.weights = const_cast<float*>(reader.take(n_rows * columns));
+  }
+  if constexpr (std::is_same_v<T, Bf16>) {
+    result.ld_x = row_stride<Bf16>(spec.in_features);
+    result.x = const_cast<Bf16*>(reader.take<Bf16>(spec.n_inputs * n_rows * result.ld_x));
   }
   reader.done();
   return result;
@@ -75,17 +80,20 @@ std::vector<Tensor> expert_gate_fwd(const Tensor& input, std::vector<Tensor> lea
   const int64_t n_rows = x.size(1), depth = spec.depth();
   ExpertGateParams params = read_learned(spec, learned);
   read_running(spec, running, params);
-  std::vector<Tensor> saved = new_saved(spec, n_rows, bf16), listed = saved;
-  const ExpertGateSaved to_save = read_saved(spec, n_rows, listed);
   const int64_t matrices = spec.gates.empty() ? spec.n_experts : static_cast<int64_t>(spec.gates.size());
   Tensor out =
       spec.output_layer ? empty_f32({n_rows, spec.n_experts}) : empty_f32({matrices, n_rows, spec.dims[depth - 1]});
-  const TorchRuntime runtime;
-  ExpertGateForward(runtime, spec, params, inputs, n_rows, training, dropout, seed, to_save,
-                    out.mutable_data_ptr<float>())
-      .run();
-  saved.insert(saved.begin(), out);
-  return saved;
+  const auto run = [&]<class T>(T) {
+    std::vector<Tensor> saved = new_saved<T>(spec, n_rows), listed = saved;
+    const ExpertGateSaved<T> to_save = read_saved<T>(spec, n_rows, listed);
+    const TorchRuntime runtime;
+    ExpertGateForward<T, TorchRuntime>(runtime, spec, params, inputs, n_rows, training, dropout, seed, to_save,
+                                       out.mutable_data_ptr<float>())
+        .run();
+    saved.insert(saved.begin(), out);
+    return saved;
+  };
+  return bf16 ? run(Bf16{}) : run(float{});
 }
 
 // Returns the gradients of `learned`, in its order, then that of x where it is wanted.
@@ -97,9 +105,6 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
   const Inputs inputs = read_inputs(spec, x);
   const int64_t n_rows = x.size(1), depth = spec.depth();
   const ExpertGateParams params = read_learned(spec, learned);
-  std::vector<Tensor> listed = saved;
-  const ExpertGateSaved from_saved = read_saved(spec, n_rows, listed);
-
   const Tensor dout = dense_rows(grad);
   OutputGrad dout_view;
   if (spec.output_layer) {
@@ -141,9 +146,18 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
     results.push_back(empty_f32({spec.n_inputs, n_rows, spec.in_features}));
     dx = results.back().mutable_data_ptr<float>();
   }
-  const TorchRuntime runtime;
-  ExpertGateBackward(runtime, spec, params, inputs, n_rows, training, dropout, seed, from_saved, dout_view, grads, dx)
-      .run();
+  const auto run = [&]<class T>(T) {
+    const ExpertGateSaved<T> from_saved = read_saved<T>(spec, n_rows, saved);
+    const TorchRuntime runtime;
+    ExpertGateBackward<T, TorchRuntime>(runtime, spec, params, inputs, n_rows, training, dropout, seed, from_saved,
+                                        dout_view, grads, dx)
+        .run();
+  };
+  if (saved_in_bf16(saved)) {
+    run(Bf16{});
+  } else {
+    run(float{});
+  }
   return results;
 }
 

@@ -77,7 +77,14 @@ inline ExpertGateLayer checked_layer(const Tensor& plan) {
 class Reader {
  public:
   Reader(std::vector<Tensor>& list, const char* name) : list_(list), name_(name) {}
-  const float* take(int64_t numel) { return checked(numel).const_data_ptr<float>(); }
+  template <class T = float>
+  const T* take(int64_t numel) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+      return static_cast<const Bf16*>(checked(numel, ScalarType::BFloat16).const_data_ptr());
+    } else {
+      return checked(numel).template const_data_ptr<float>();
+    }
+  }
   float* take_mutable(int64_t numel) {
     STD_TORCH_CHECK(next_ < list_.size() && list_[next_].is_contiguous(), name_, "[", next_, "] must be contiguous");
     return checked(numel).mutable_data_ptr<float>();
@@ -85,11 +92,11 @@ class Reader {
   void done() const { STD_TORCH_CHECK(next_ == list_.size(), name_, " has ", list_.size(), " tensors, not ", next_); }
 
  private:
-  const Tensor& checked(int64_t numel) {
+  const Tensor& checked(int64_t numel, ScalarType dtype = ScalarType::Float) {
     STD_TORCH_CHECK(next_ < list_.size(), name_, " has only ", list_.size(), " tensors");
     Tensor& tensor = list_[next_];
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, name_, "[", next_,
-                    "] must be float32 on the CPU");
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, name_, "[", next_, "] must be ",
+                    dtype == ScalarType::Float ? "float32" : "bfloat16", " on the CPU");
     STD_TORCH_CHECK(tensor.numel() == numel, name_, "[", next_, "] must have ", numel, " elements, not ",
                     tensor.numel());
     if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);

@@ -3,6 +3,7 @@
 #include "core/inference.h"
 
 #include <atomic>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -49,18 +50,20 @@ std::vector<Tensor> cut(const std::vector<Tensor>& list, size_t& at, size_t n, c
 
 constexpr int64_t kMost = int64_t{1} << 20;  // of anything that is counted
 
-// The plan (int64): width of a row, logits, outputs, stages | for each output its kind and two logits | for each stage
+// The plan (int64): width of a row, logits, outputs, stages, small tables | for each output its kind and two logits |
+// for each small table its column, width and rows | for each stage
 //   1, the length of a layer's plan (see checked_layer), that plan, the matrices it reads [N], with an output layer the
 //     logits of its experts [E]; or
 //   0, width, the matrices `own` and `info`.
-// `learned` and `running` hold the parameters of all stages in order; `held` keeps alive what the program points to.
+// `learned` holds the small tables [rows, width], then it and `running` the parameters of all stages in order; `held`
+// keeps alive what the program points to.
 Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, const std::vector<Tensor>& running,
                         std::vector<std::vector<Tensor>>& held) {
   Program program;
   program.width = numbers.next(kMost, "row of width");
   program.n_logits = numbers.next(kMost, "number of logits");
   const int64_t n_outputs = numbers.next(kMost, "number of outputs"),
-                n_stages = numbers.next(kMost, "number of stages");
+                n_stages = numbers.next(kMost, "number of stages"), n_small = numbers.next(kMost, "small tables");
   for (int64_t t = 0; t < n_outputs; ++t) {
     const int64_t kind = numbers.next(kOutputKinds, "kind of output"), a = numbers.next(program.n_logits, "logit");
     program.outputs.push_back({kind, a, numbers.next(program.n_logits, "logit")});
@@ -72,6 +75,15 @@ Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, co
     return number;
   };
   size_t next_learned = 0, next_running = 0;
+  int64_t free = 0;
+  for (int64_t i = 0; i < n_small; ++i) {
+    SmallTable table{numbers.next(kMost, "column"), numbers.next(kMost, "width"), numbers.next(kMost, "rows"), nullptr};
+    STD_TORCH_CHECK(table.column >= free && table.column + table.dim <= program.width, "plan: small tables overlap");
+    free = table.column + table.dim;
+    held.push_back(cut(learned, next_learned, 1, "learned"));
+    table.values = Reader(held.back(), "learned").take(table.rows * table.dim);
+    program.small.push_back(table);
+  }
   std::vector<bool> filled(static_cast<size_t>(program.n_logits), false);
   for (int64_t s = 0; s < n_stages; ++s) {
     Stage stage{};
@@ -81,6 +93,7 @@ Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, co
       transfer.width = numbers.next(kMost, "width");
       transfer.own = matrix(transfer.width);
       transfer.info = matrix(transfer.width);
+      STD_TORCH_CHECK(n_small == 0 || (transfer.own > 0 && transfer.info > 0), "plan: attention reads small tables");
       held.push_back(cut(learned, next_learned, 1, "learned"));
       transfer.qkv = Reader(held.back(), "learned").take(3 * transfer.width * transfer.width);
       widths.push_back(transfer.width);
@@ -100,6 +113,9 @@ Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, co
     held.push_back(cut(running, next_running, 2 * depth + (gates ? 2 : 0), "running"));
     read_running(bank.layer, held.back(), bank.params);
     for (int64_t n = 0; n < bank.layer.n_inputs; ++n) bank.inputs.push_back(matrix(bank.layer.in_features));
+    for (int64_t input : bank.inputs) {
+      STD_TORCH_CHECK(input > 0 || n_small == 0 || depth > 0, "plan: small tables, and no hidden layer reads them");
+    }
     if (bank.layer.output_layer) {
       for (int64_t e = 0; e < bank.layer.n_experts; ++e) {
         bank.logits.push_back(numbers.next(program.n_logits, "logit"));
@@ -150,6 +166,7 @@ int64_t inference_new(const Tensor& plan, std::vector<Tensor> learned, std::vect
   Numbers numbers(plan);
   std::vector<std::vector<Tensor>> held;
   const Program program = checked_program(numbers, learned, running, held);
+  STD_TORCH_CHECK(!bf16 || program.small.empty(), "plan: small tables are folded in fp32 only");
   if (bf16) return registry().add(std::make_shared<PackedInference<Bf16>>(program));
   return registry().add(std::make_shared<PackedInference<float>>(program));
 }
@@ -216,12 +233,14 @@ struct Lookup {
   const Bag* bags;
   int64_t n_bags;
   Blocks ids, dense;
+  const Bag* small;  // one bag for each small table of the model
 };
 
 // The rows of one tile, from `first` on.
 class Lookups final : public RowSource {
  public:
-  Lookups(const Lookup& lookup, int64_t width, int64_t first) : lookup_(lookup), width_(width), first_(first) {}
+  Lookups(const Lookup& lookup, const Inference& model, int64_t first)
+      : lookup_(lookup), small_(model.small()), width_(model.width()), first_(first) {}
 
   void fill(int64_t begin, int64_t end, float* to, int64_t ld) const override {
     begin += first_;
@@ -248,10 +267,34 @@ class Lookups final : public RowSource {
     copy_dense(begin, end, to, ld);
   }
 
+  void pick(int64_t begin, int64_t end, int32_t* to, int64_t ld) const override {
+    for (int64_t t = 0; t < small_.count(); ++t) {
+      const Bag& bag = lookup_.small[t];
+      int64_t column = bag.column;
+      const Block* block = lookup_.ids.all().data();
+      for (; column >= block->columns; ++block) column -= block->columns;
+      if (block->dtype == ScalarType::Long) {
+        pick_from<int64_t>(*block, bag, t, column, begin, end, to + t, ld);
+      } else {
+        pick_from<int32_t>(*block, bag, t, column, begin, end, to + t, ld);
+      }
+    }
+  }
+
   const BadId& bad() const { return bad_; }
   bool all_finite() const { return all_finite_; }
 
  private:
+  template <class Id>
+  void pick_from(const Block& block, const Bag& bag, int64_t t, int64_t column, int64_t begin, int64_t end, int32_t* to,
+                 int64_t ld) const {
+    const Id* ids = static_cast<const Id*>(block.data) + column * block.column_stride;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t id = static_cast<int64_t>(ids[(first_ + b) * block.row_stride]), row = resolve(bag, id);
+      if (row == kRefused) bad_.note({t, first_ + b, bag.column, id});
+      to[(b - begin) * ld] = static_cast<int32_t>(row >= 0 ? small_.first_row(t) + row : small_.zero_row());
+    }
+  }
   template <class Id>
   void gather(const Block& block, int64_t begin, int64_t end, float* to, int64_t ld) const {
     const Id* data = static_cast<const Id*>(block.data) + begin * block.row_stride;
@@ -281,6 +324,7 @@ class Lookups final : public RowSource {
   }
 
   const Lookup& lookup_;
+  const SmallTables& small_;
   const int64_t width_, first_;
   mutable BadId bad_;
   mutable bool all_finite_ = true;
@@ -318,11 +362,12 @@ int64_t rows_of_a_tile(const Inference& model, int64_t n_rows, int64_t threads) 
   return round_up((n_rows + tiles - 1) / tiles, 16);
 }
 
-// A message that starts with "bad id" or "bad dense" is how refused input reaches Python.
+// `plan` has the bags that are looked up, `small` (none: the model has none) one for each small table. A message that
+// starts with "bad id" or "bad dense" is how refused input reaches Python.
 Tensor inference_run(int64_t number, std::vector<Tensor> tables, std::vector<Tensor> ids, std::vector<Tensor> dense,
-                     const Tensor& plan) {
+                     const Tensor& plan, std::optional<Tensor> small) {
   const std::shared_ptr<const Inference> model = registry().find(number);
-  Lookup lookup{{}, nullptr, 0, Blocks(ids, "ids", true), Blocks(dense, "dense columns", false)};
+  Lookup lookup{{}, nullptr, 0, Blocks(ids, "ids", true), Blocks(dense, "dense columns", false), nullptr};
   std::vector<int64_t> rows, dims;
   for (Tensor& table : tables) {
     check_cpu(table, ScalarType::Float, 2, "table");
@@ -343,6 +388,17 @@ Tensor inference_run(int64_t number, std::vector<Tensor> tables, std::vector<Ten
     id_columns += lookup.bags[f].length;
     covered += lookup.bags[f].dim * (lookup.bags[f].pooling == kConcat ? lookup.bags[f].length : 1);
   }
+  const int64_t n_small = small ? small->size(0) : 0;
+  STD_TORCH_CHECK(n_small == model->small().count(), "the model has ", model->small().count(), " small tables, not ",
+                  n_small);
+  if (n_small > 0) {
+    lookup.small = checked_bags(*small, rows, dims, lookup.ids.columns(), std::numeric_limits<int64_t>::max() / 2);
+    for (int64_t t = 0; t < n_small; ++t) {
+      STD_TORCH_CHECK(lookup.small[t].length == 1 && lookup.small[t].vocab == model->small().rows_of(t), "bag ", t,
+                      " does not read its small table");
+    }
+    id_columns += n_small;
+  }
   STD_TORCH_CHECK(id_columns == lookup.ids.columns(), "there are ", lookup.ids.columns(), " id columns, not ",
                   id_columns);
   STD_TORCH_CHECK(covered == width, "the columns fill ", covered, " columns of a row, the model reads ", width);
@@ -362,7 +418,7 @@ Tensor inference_run(int64_t number, std::vector<Tensor> tables, std::vector<Ten
   const auto run_tiles = [&](int64_t, int64_t) {
     for (int64_t tile = next++; tile < tiles; tile = next++) {
       const int64_t first = tile * height, stop = std::min(n_rows, first + height);
-      const Lookups source(lookup, width, first);
+      const Lookups source(lookup, *model, first);
       model->run(source, stop - first, out + first * model->n_outputs(),
                  scratch_of(model->scratch_bytes(stop - first)));
       if (source.bad().bag >= 0 || !source.all_finite()) {
@@ -387,7 +443,9 @@ Tensor inference_run(int64_t number, std::vector<Tensor> tables, std::vector<Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def("inference_new(Tensor plan, Tensor[] learned, Tensor[] running, bool bf16) -> int");
   m.def("inference_free(int model) -> ()");
-  m.def("inference_run(int model, Tensor[] tables, Tensor[] ids, Tensor[] dense, Tensor plan) -> Tensor");
+  m.def(
+      "inference_run(int model, Tensor[] tables, Tensor[] ids, Tensor[] dense, Tensor plan, "
+      "Tensor? small=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {

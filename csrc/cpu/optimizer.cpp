@@ -9,12 +9,14 @@
 #endif
 
 #include "core/kernels.h"
+#include "core/optimizer_waiting.h"
 #include "cpu/tensors.h"
 
 namespace fastmtl::cpu {
 namespace {
 
-constexpr int64_t kGrainRows = 512;  // rows a thread must have to be worth waking
+constexpr int64_t kGrainRows = 512;   // rows a thread must have to be worth waking
+constexpr int64_t kShareRows = 1024;  // that it takes at once
 
 const OptimizerKernels& kernels() {
 #ifdef FASTMTL_X86
@@ -29,16 +31,18 @@ Table checked_table(const Tensor& p, const std::vector<Tensor>& states, const Te
   check_cpu(p, ScalarType::Float, 2, "table");
   check_cpu(last, ScalarType::Int, 1, "last");
   STD_TORCH_CHECK(p.size(1) >= 1, "a table must have at least one column");
-  STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
+  const bool row_wise = rule == kRowwiseAdagrad;
+  STD_TORCH_CHECK(rule >= 0 && (rule < kRules || row_wise), "there is no rule ", rule);
   STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == states_of(rule), "rule ", rule, " has ", states_of(rule),
                   " states, not ", states.size());
   STD_TORCH_CHECK(p.is_contiguous() && last.is_contiguous() && last.size(0) == p.size(0),
                   "last must have an entry for each row of the table");
   float* state[2] = {nullptr, nullptr};
   for (size_t i = 0; i < states.size(); ++i) {
-    check_cpu(states[i], ScalarType::Float, 2, "state");
-    STD_TORCH_CHECK(states[i].is_contiguous() && states[i].size(0) == p.size(0) && states[i].size(1) == p.size(1),
-                    "a state must have the shape of its table");
+    check_cpu(states[i], ScalarType::Float, row_wise ? 1 : 2, "state");
+    STD_TORCH_CHECK(
+        states[i].is_contiguous() && states[i].size(0) == p.size(0) && (row_wise || states[i].size(1) == p.size(1)),
+        "a state must have the shape of its table, or where it is row-wise an entry for each row");
     state[i] = states[i].mutable_data_ptr<float>();
   }
   return {p.mutable_data_ptr<float>(), state[0], state[1], last.mutable_data_ptr<int32_t>(), p.size(0), p.size(1)};
@@ -51,6 +55,15 @@ History checked_history(const Tensor& steps, int64_t begin) {
   // a row keeps its step in 32 bits
   STD_TORCH_CHECK(begin >= 0 && begin <= INT32_MAX - steps.size(0), "the steps ", begin, " and on are out of range");
   return {reinterpret_cast<const Step*>(steps.const_data_ptr<float>()), begin, begin + steps.size(0)};
+}
+
+Step step_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kStepFields, "a step has ", kStepFields, " numbers");
+  float fields[kStepFields];
+  for (size_t k = 0; k < numbers.size(); ++k) fields[k] = static_cast<float>(numbers[k]);
+  Step step;
+  std::memcpy(&step, fields, sizeof(step));
+  return step;
 }
 
 // Ascending and in the table: no two threads write the same row, and none writes elsewhere.
@@ -66,12 +79,21 @@ const int64_t* checked_rows(const Tensor& rows, int64_t height) {
   return data;
 }
 
-// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough.
+// Runs f(begin, end) -> bool on shares of the rows; all must say that the history reached far enough. A thread takes
+// the next share when it is through with one: rows differ in the steps they missed, and processors in who else wants
+// them.
 template <class F>
 void all_reached(int64_t begin, int64_t end, const F& f) {
   bool reached = true;  // only ever cleared, so that threads may race to do so
-  torch::stable::parallel_for(begin, end, kGrainRows, [&](int64_t from, int64_t to) {
-    if (!f(from, to)) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+  int64_t next = begin;
+  const int64_t most = (end - begin + kGrainRows - 1) / kGrainRows;
+  const int64_t threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(1, most));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t from = __atomic_fetch_add(&next, kShareRows, __ATOMIC_RELAXED);
+      if (from >= end) return;
+      if (!f(from, std::min(from + kShareRows, end))) __atomic_store_n(&reached, false, __ATOMIC_RELAXED);
+    }
   });
   STD_TORCH_CHECK(reached, "a row missed more steps than were kept");
 }
@@ -119,6 +141,38 @@ void table_step(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+void check_waits(const Tensor& waits, int64_t n) {
+  check_cpu(waits, ScalarType::Double, 2, "waits");
+  STD_TORCH_CHECK(waits.is_contiguous() && waits.size(1) == kWaitFields, "waits must be [n, ", kWaitFields, "]");
+  STD_TORCH_CHECK(n >= 1 && n <= waits.size(0), "there are no ", n, " of ", waits.size(0), " waits");
+}
+
+// Makes waits[0] the step at which every row is current.
+void table_wait_from(const Tensor& waits) {
+  check_waits(waits, 1);
+  *reinterpret_cast<Wait*>(waits.mutable_data_ptr<double>()) = wait_from_here();
+}
+
+// Takes note, in waits[n], of the step with these numbers; returns the first of the waits that go on.
+int64_t table_wait(const Tensor& waits, int64_t n, int64_t front, std::vector<double> numbers) {
+  check_waits(waits, n + 1);
+  STD_TORCH_CHECK(n >= 1 && front >= 0 && front <= n, "there is no wait ", front, " of ", n);
+  return wait_a_step(reinterpret_cast<Wait*>(waits.mutable_data_ptr<double>()), n, front, step_of(numbers));
+}
+
+// Brings the rows (without a list: all) to the newest of n waits, the first of which is step `first_step`.
+void table_close(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& waits,
+                 int64_t n, int64_t first_step, std::optional<Tensor> rows) {
+  STD_TORCH_CHECK(rule == kAdam || rule == kAdamW, "rule ", rule, " has no closed form");
+  const Table table = checked_table(p, states, last, rule);
+  check_waits(waits, n);
+  STD_TORCH_CHECK(first_step >= 0 && first_step <= INT32_MAX - n, "the steps ", first_step, " and on are out of range");
+  const Waits all = {reinterpret_cast<const Wait*>(waits.const_data_ptr<double>()), first_step, n};
+  const int64_t* listed = rows ? checked_rows(*rows, table.rows) : nullptr;
+  all_reached(0, rows ? rows->size(0) : table.rows,
+              [&](int64_t from, int64_t to) { return kernels().close(table, all, listed, from, to); });
+}
+
 // Asks for huge pages where the tensors lie, for those of many megabytes: rows that are read in no order then find
 // their address in the processor's table of pages. Nothing but time depends on it, so that a refusal is no error.
 void in_huge_pages(std::vector<Tensor> tensors) {
@@ -161,7 +215,7 @@ bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   STD_TORCH_CHECK(grads.size() == n && states.size() == n * static_cast<size_t>(states_of(rule)) &&
                       (counters.empty() || counters.size() == n),
                   "each parameter must have a gradient, ", states_of(rule), " states and a counter");
-  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == kStepFields, "a step has ", kStepFields, " numbers");
+  const Step step = step_of(numbers);
   const auto data = [&](const Tensor& tensor, int64_t size, const char* name) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
                         tensor.numel() == size,
@@ -189,10 +243,6 @@ bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   }
   for (float* count : counts) *count = static_cast<float>(number);
 
-  float fields[kStepFields];
-  for (int64_t k = 0; k < kStepFields; ++k) fields[k] = static_cast<float>(numbers[static_cast<size_t>(k)]);
-  Step step;
-  std::memcpy(&step, fields, sizeof(step));
   const OptimizerKernels& use = kernels();
   // small tensors make small chunks: how many threads there is work for depends on the numbers
   const int64_t grain = std::max<int64_t>(1, chunks / std::max<int64_t>(1, total / kGrainNumbers));
@@ -221,6 +271,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "table_step(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor rows, Tensor grads, bool lazily, int begin, int end) -> ()");
+  m.def("table_wait_from(Tensor(a!) waits) -> ()");
+  m.def("table_wait(Tensor(a!) waits, int n, int front, float[] numbers) -> int");
+  m.def(
+      "table_close(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor waits, int n, int first_step, "
+      "Tensor? rows) -> ()");
   m.def("in_huge_pages(Tensor[] tensors) -> ()");
 }
 
@@ -228,6 +283,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("dense_step", TORCH_BOX(&dense_step));
   m.impl("table_replay", TORCH_BOX(&table_replay));
   m.impl("table_step", TORCH_BOX(&table_step));
+  m.impl("table_wait_from", TORCH_BOX(&table_wait_from));
+  m.impl("table_wait", TORCH_BOX(&table_wait));
+  m.impl("table_close", TORCH_BOX(&table_close));
   m.impl("in_huge_pages", TORCH_BOX(&in_huge_pages));
 }
 

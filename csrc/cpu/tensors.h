@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "core/pool.h"
@@ -34,24 +35,23 @@ inline Tensor dense_rows(const Tensor& tensor) {
 }
 
 // Uninitialised; large ones come from the pool and go back to it.
-inline Tensor empty_f32(std::vector<int64_t> sizes) {
-  size_t bytes = sizeof(float);
+inline Tensor empty_pooled(std::vector<int64_t> sizes, ScalarType dtype, size_t bytes) {
   for (int64_t size : sizes) {
     // from_blob's own refusal would end the process
     STD_TORCH_CHECK(size >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes) &&
                         bytes <= static_cast<size_t>(std::numeric_limits<int64_t>::max()),
                     "a result of ", size, " elements and more is too large");
   }
-  if (bytes >= Pool::kLarge) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
-    return torch::stable::from_blob(Pool::global().take(bytes), {sizes.data(), sizes.size()},
-                                    {strides.data(), strides.size()},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float,
-                                    [](void* data) { Pool::global().give(data); });
-  }
-  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  if (bytes < Pool::kLarge) return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
+  return torch::stable::from_blob(Pool::global().take(bytes), {sizes.data(), sizes.size()},
+                                  {strides.data(), strides.size()}, cpu, dtype,
+                                  [](void* data) { Pool::global().give(data); });
+}
+inline Tensor empty_f32(std::vector<int64_t> sizes) {
+  return empty_pooled(std::move(sizes), ScalarType::Float, sizeof(float));
 }
 
 }  // namespace fastmtl

@@ -40,24 +40,35 @@ inline int lanes_for(int64_t vectors) {
 // The bits of keys from 0 to void_row: all that a sort has to look at.
 inline int key_bits(int64_t void_row) { return std::bit_width(static_cast<uint64_t>(void_row)); }
 
-// All of the backward that depends on the ids alone.
+// Where a Sorted is written.
+struct SortedOut {
+  uint32_t* keys;
+  int32_t *order, *tiny;
+  float* counted;
+};
+
+// All of the backward that depends on the ids alone: it may be made ahead of the gradient.
+template <class Device>
+void sort_rows(Device& device, const IdView& ids, const BagPlan* bags, const Shape& shape, const SortedOut& out) {
+  const int64_t n = shape.n_rows * shape.n_sorted, work = shape.n_rows * shape.n_bags;
+  if (work == 0) return;
+  auto* keys = device.template scratch<uint32_t>(n);
+  auto* order = device.template scratch<int32_t>(n);
+  device.run(linearise_kernel, blocks_for(work, 1, 16 * device.multiprocessors()), 0, ids, bags, shape.n_rows,
+             shape.n_bags, shape.n_sorted, shape.n_tiny, static_cast<uint32_t>(shape.n_table_rows), keys, order,
+             out.tiny, out.counted);
+  if (n > 0) device.sort(keys, order, out.keys, out.order, n, key_bits(shape.n_table_rows));
+}
+
+// The same into memory of the device's own.
 template <class Device>
 Sorted sort_rows(Device& device, const IdView& ids, const BagPlan* bags, const Shape& shape) {
   const int64_t n = shape.n_rows * shape.n_sorted;
-  auto* keys = device.template scratch<uint32_t>(n);
-  auto* order = device.template scratch<int32_t>(n);
-  auto* tiny = device.template scratch<int32_t>(shape.n_rows * shape.n_tiny);
-  auto* counted = device.template scratch<float>(shape.n_rows * shape.n_bags);
-  const int64_t work = shape.n_rows * shape.n_bags;
-  if (work == 0) return {};
-  device.run(linearise_kernel, blocks_for(work, 1, 16 * device.multiprocessors()), 0, ids, bags, shape.n_rows,
-             shape.n_bags, shape.n_sorted, shape.n_tiny, static_cast<uint32_t>(shape.n_table_rows), keys, order, tiny,
-             counted);
-  if (n == 0) return {nullptr, nullptr, tiny, counted};
-  auto* sorted_keys = device.template scratch<uint32_t>(n);
-  auto* sorted_order = device.template scratch<int32_t>(n);
-  device.sort(keys, order, sorted_keys, sorted_order, n, key_bits(shape.n_table_rows));
-  return {sorted_keys, sorted_order, tiny, counted};
+  const SortedOut out = {device.template scratch<uint32_t>(n), device.template scratch<int32_t>(n),
+                         device.template scratch<int32_t>(shape.n_rows * shape.n_tiny),
+                         device.template scratch<float>(shape.n_rows * shape.n_bags)};
+  sort_rows(device, ids, bags, shape, out);
+  return {out.keys, out.order, out.tiny, out.counted};
 }
 
 // The rows of sorted lookups; `vec` is 4 where rows and gradients can be read 16 bytes at a time, else 1.

@@ -157,6 +157,9 @@ __device__ __forceinline__ void rowwise_step(const Target& t, const Step& s, int
 template <int RULE, int VEC, class Sum>
 __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t row, int64_t index, int lane, int lanes,
                                        const Sum& sum) {
+  if constexpr (RULE != kNoRule) {
+    if (*t.now < 0) return;  // vetoed: the same for all threads
+  }
   if constexpr (RULE == kRowwiseAdagrad) {
     const int64_t column = static_cast<int64_t>(lane) * VEC, at = row * t.dim + column;
     const bool inside = column < t.dim;
@@ -343,8 +346,9 @@ __global__ void tiny_tables_sum_kernel(TinyTables tiny, const float* sums, const
 
 // Rows to be made current, and, where grads are given, to take the step `now` with them.
 struct Work {
-  const int64_t* rows;  // [n] unique but for void ones (outside 0 .. V - 1); null: start .. start + n - 1
-  const float* grads;   // [n, dim], or null
+  const int64_t* rows;   // [n] unique but for void ones (outside 0 .. V - 1), or null
+  const uint32_t* keys;  // [n] ascending, repeated ones passed by, or null; without either: start .. start + n - 1
+  const float* grads;    // [n, dim], or null
   int64_t n, start, table_rows;
   const Step* steps;  // step s is steps[(s - first_step) % n_kept]
   int64_t first_step, n_kept, upto;
@@ -359,10 +363,11 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
   const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes);
   const int64_t now = work.upto + (work.clock ? *work.clock : 0);
   const int64_t shares = work.n > 0 ? (work.table_rows + work.n - 1) / work.n : 1;
-  const int64_t start = work.start + (work.clock && !work.rows ? now % shares * work.n : 0);
+  const int64_t start = work.start + (work.clock && !work.rows && !work.keys ? now % shares * work.n : 0);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; i < work.n;
        i += groups) {
-    const int64_t row = work.rows ? work.rows[i] : start + i;
+    if (work.keys && i > 0 && work.keys[i - 1] == work.keys[i]) continue;
+    const int64_t row = work.keys ? work.keys[i] : work.rows ? work.rows[i] : start + i;
     if (row < 0 || row >= work.table_rows) continue;
     const int64_t last = work.lazily ? now - 1 : t.last[row];
     __syncwarp(group_mask(lanes));  // all lanes have read `last` before one writes it

@@ -64,7 +64,7 @@ struct Target {
   float *p, *first, *second;
   int32_t* last;
   const Step* step;
-  const int32_t* now;
+  const int32_t* now;  // the step's number; negative: nothing is to move after all
   int64_t dim;
 };
 

@@ -139,18 +139,16 @@ void check_rowwise(int64_t rule, const Target& t, bool vectors) {
                   " columns are too wide for a warp; the triton backend takes them");
 }
 
-// plan: bags [n_bags, 12] int64, columns [n_sorted, 2], tables [n, 4], lookups [m, 3] int32, places [n_tiny_rows]
-// int64; see embedding_plan.py. widest: the largest vocabulary of a tiny table. align: a power of two that divides
-// every output column a row begins at.
-void backward(const Tensor& grad, const Tensor& ids, const std::vector<Tensor>& plan, int64_t n_tiny, int64_t widest,
-              int64_t align, bool mean, int64_t n_table_rows, int64_t n_listed, int64_t rule, Target t) {
-  STD_TORCH_CHECK(grad.is_cuda() && ids.is_cuda() && grad.dim() == 2 && ids.dim() == 2 && grad.size(0) == ids.size(0),
-                  "grad [B, W] and ids [B, S] must be on a GPU");
-  const bool half = grad.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK((half || grad.scalar_type() == ScalarType::Float) && (grad.stride(1) == 1 || grad.size(1) <= 1),
-                  "grad must be float32 or bfloat16, its rows dense");
+IdView checked_ids(const Tensor& ids) {
+  STD_TORCH_CHECK(ids.is_cuda() && ids.dim() == 2, "ids [B, S] must be on a GPU");
   const bool wide = ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, "ids must be int32 or int64");
+  return {ids.mutable_data_ptr(), ids.stride(0), ids.stride(1), wide};
+}
+
+// plan: bags [n_bags, 12] int64, columns [n_sorted, 2], tables [n, 4], lookups [m, 3] int32, places [n_tiny_rows]
+// int64; see embedding_plan.py.
+Shape checked_plan(const Tensor& ids, const std::vector<Tensor>& plan, int64_t n_tiny, int64_t n_table_rows) {
   STD_TORCH_CHECK(plan.size() == 5, "a plan has five tensors");
   check_tensor(plan[0], ScalarType::Long, {-1, kBagPlanFields}, "bags");
   check_tensor(plan[1], ScalarType::Int, {-1, 2}, "columns");
@@ -161,13 +159,43 @@ void backward(const Tensor& grad, const Tensor& ids, const std::vector<Tensor>& 
   STD_TORCH_CHECK(shape.n_rows * std::max(shape.n_sorted, shape.n_tiny) < std::numeric_limits<int32_t>::max() &&
                       n_table_rows < std::numeric_limits<uint32_t>::max(),
                   "more than 2^31 lookups or 2^32 rows");
+  return shape;
+}
+
+// index: keys [n] int32 (the bits of uint32), order [n] int32, tiny [B, n_tiny] int32, counted [B, n_bags] float32.
+SortedOut checked_index(const std::vector<Tensor>& index, const Shape& shape) {
+  STD_TORCH_CHECK(index.size() == 4, "an index has four tensors");
+  check_tensor(index[0], ScalarType::Int, {shape.n_rows * shape.n_sorted}, "keys");
+  check_tensor(index[1], ScalarType::Int, {shape.n_rows * shape.n_sorted}, "order");
+  check_tensor(index[2], ScalarType::Int, {shape.n_rows, shape.n_tiny}, "tiny");
+  check_tensor(index[3], ScalarType::Float, {shape.n_rows, shape.n_bags}, "counted");
+  return {reinterpret_cast<uint32_t*>(data<int32_t>(index[0])), data<int32_t>(index[1]), data<int32_t>(index[2]),
+          data<float>(index[3])};
+}
+
+// widest: the largest vocabulary of a tiny table. align: a power of two that divides every output column a row begins
+// at. index: of these ids, or nothing.
+void backward(const Tensor& grad, const Tensor& ids, const std::vector<Tensor>& plan, int64_t n_tiny, int64_t widest,
+              int64_t align, bool mean, int64_t n_table_rows, int64_t n_listed, int64_t rule, Target t,
+              const std::vector<Tensor>& index) {
+  const IdView view = checked_ids(ids);
+  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 2 && grad.size(0) == ids.size(0), "grad [B, W] must be on the GPU");
+  const bool half = grad.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((half || grad.scalar_type() == ScalarType::Float) && (grad.stride(1) == 1 || grad.size(1) <= 1),
+                  "grad must be float32 or bfloat16, its rows dense");
+  const Shape shape = checked_plan(ids, plan, n_tiny, n_table_rows);
   const bool vectors =
       rows_are_aligned(t) && align % 4 == 0 && grad.stride(0) % 4 == 0 && aligned(grad.mutable_data_ptr());
   check_rowwise(rule, t, vectors);
 
   Gpu gpu(ids);
-  const IdView view = {ids.mutable_data_ptr(), ids.stride(0), ids.stride(1), wide};
-  const Sorted sorted = sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape);
+  Sorted sorted;
+  if (index.empty()) {
+    sorted = sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape);
+  } else {
+    const SortedOut made = checked_index(index, shape);
+    sorted = {made.keys, made.order, made.tiny, made.counted};
+  }
   const Gradient gradient = {grad.mutable_data_ptr(), grad.stride(0), half};
   const auto n_bags = static_cast<int32_t>(shape.n_bags);
   const Lookups lookups = {sorted.keys,
@@ -219,22 +247,32 @@ void embedding_bag_bwd(const Tensor& grad, const Tensor& ids, std::vector<Tensor
   } else {
     STD_TORCH_CHECK(out.size(0) == n_table_rows, "out must have a row for each of the table");
   }
-  backward(grad, ids, plan, n_tiny, widest, align, mean, n_table_rows, n_listed, kNoRule, t);
+  backward(grad, ids, plan, n_tiny, widest, align, mean, n_table_rows, n_listed, kNoRule, t, {});
 }
 
 // The optimizer's step instead: step [9], now [1].
 void embedding_bag_bwd_step(const Tensor& grad, const Tensor& ids, std::vector<Tensor> plan, int64_t n_tiny,
                             int64_t widest, int64_t align, bool mean, const Tensor& p, std::vector<Tensor> states,
-                            const Tensor& last, int64_t rule, const Tensor& step, const Tensor& now) {
+                            const Tensor& last, int64_t rule, const Tensor& step, const Tensor& now,
+                            std::vector<Tensor> index) {
   Target t = checked_target(p, states, last, rule);
   check_tensor(step, ScalarType::Float, {kStepFields}, "step");
   check_tensor(now, ScalarType::Int, {1}, "now");
   t.step = reinterpret_cast<const Step*>(data<float>(step));
   t.now = data<int32_t>(now);
-  backward(grad, ids, plan, n_tiny, widest, align, mean, p.size(0), 0, rule, t);
+  backward(grad, ids, plan, n_tiny, widest, align, mean, p.size(0), 0, rule, t, index);
 }
 
-// See table_replay and table_step of fastmtl/backends/cuda.py.
+// Made ahead of the gradient: see checked_index.
+void embedding_bag_index(const Tensor& ids, std::vector<Tensor> plan, int64_t n_tiny, int64_t n_table_rows,
+                         std::vector<Tensor> out) {
+  const IdView view = checked_ids(ids);
+  const Shape shape = checked_plan(ids, plan, n_tiny, n_table_rows);
+  Gpu gpu(ids);
+  sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape, checked_index(out, shape));
+}
+
+// See table_replay, table_catch_up and table_step of fastmtl/backends/cuda.py. rows: int64, or int32: an index's keys.
 void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last, int64_t rule, const Tensor& steps,
                 int64_t first_step, std::optional<Tensor> rows, std::optional<Tensor> grads, int64_t n, int64_t start,
                 int64_t upto, bool lazily, std::optional<Tensor> clock, const Tensor& behind) {
@@ -242,10 +280,13 @@ void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   check_tensor(steps, ScalarType::Float, {-1, kStepFields}, "steps");
   check_tensor(behind, ScalarType::Int, {1}, "behind");
   STD_TORCH_CHECK(steps.size(0) > 0 && n >= 0, "there is no step to take");
-  if (rows) check_tensor(*rows, ScalarType::Long, {n}, "rows");
+  const bool sorted = rows && rows->scalar_type() == ScalarType::Int;
+  if (rows) check_tensor(*rows, sorted ? ScalarType::Int : ScalarType::Long, {n}, "rows");
+  STD_TORCH_CHECK(!(sorted && grads), "gradients are of rows that are listed once");
   if (grads) check_tensor(*grads, ScalarType::Float, {n, t.dim}, "grads");
   if (clock) check_tensor(*clock, ScalarType::Int, {1}, "clock");
-  const Work work = {rows ? data<int64_t>(*rows) : nullptr,
+  const Work work = {rows && !sorted ? data<int64_t>(*rows) : nullptr,
+                     sorted ? reinterpret_cast<const uint32_t*>(data<int32_t>(*rows)) : nullptr,
                      grads ? data<float>(*grads) : nullptr,
                      n,
                      start,
@@ -273,7 +314,8 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
       "int n_table_rows, Tensor(a!) out, Tensor(b!)? rows) -> ()");
   m.def(
       "embedding_bag_bwd_step(Tensor grad, Tensor ids, Tensor[] plan, int n_tiny, int widest, int align, bool mean, "
-      "Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor step, Tensor now) -> ()");
+      "Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor step, Tensor now, Tensor[] index) -> ()");
+  m.def("embedding_bag_index(Tensor ids, Tensor[] plan, int n_tiny, int n_table_rows, Tensor(a!)[] out) -> ()");
   m.def(
       "table_rows(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, Tensor? grads, int n, int start, int upto, bool lazily, Tensor? clock, Tensor(d!) behind) -> ()");
@@ -282,6 +324,7 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
   m.impl("embedding_bag_bwd_step", TORCH_BOX(&embedding_bag_bwd_step));
+  m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
   m.impl("table_rows", TORCH_BOX(&table_rows));
 }
 

@@ -19,8 +19,6 @@
 namespace fastmtl::cuda {
 
 constexpr int kNoRule = -1;
-// Behind the rules of core/optimizer.h: first += mean(g * g), one number a row; p += neg_lr * g / (sqrt(first) + eps).
-constexpr int kRowwiseAdagrad = kRules;
 
 #ifdef __CUDA_ARCH__
 FASTMTL_BOTH float add(float a, float b) { return __fadd_rn(a, b); }

@@ -20,6 +20,7 @@ from . import triton
 from .updates import ROWWISE_ADAGRAD, Update, behind_on, check_gradients, check_range, check_update
 
 if TYPE_CHECKING:
+    from .triton.embedding_index import Rows
     from .triton.embedding_plan import TablePlan
 
 #: The library's ops bring their own backward; autograd lives in fastmtl/ops.
@@ -62,8 +63,9 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 # products gain nothing from C++: the layers are the triton backend's
 expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
-embedding_bag_rows = triton.embedding_bag_rows
+task_losses = triton.task_losses
 advance = triton.advance
+note_losses = triton.note_losses
 
 
 def embedding_bag_fwd(
@@ -148,8 +150,9 @@ def embedding_bag_bwd_step(
     for update, plan in zip(updates, tables, strict=True):
         if update is not None:
             update.check()
-            p, states, last, rule, step, now = update
-            _ops.embedding_bag_bwd_step(grad, ids, *_plan_arguments(plan), p, list(states), last, rule, step, now)
+            p, states, last, rule, step, now, index = update
+            made = [] if index is None else list(index[:4])
+            _ops.embedding_bag_bwd_step(grad, ids, *_plan_arguments(plan), p, list(states), last, rule, step, now, made)
 
 
 def takes(rule: int, dim: int) -> bool:
@@ -179,6 +182,55 @@ def table_replay(
     _ops.table_rows(
         p, list(states), last, rule, steps, first_step, rows, None, n, start, upto, False, clock, behind_on(p.device)
     )
+
+
+def embedding_bag_index(
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+    out: Sequence[Rows | None] | None = None,
+) -> list[Rows | None]:
+    """As the triton backend's :func:`fastmtl.backends.triton.embedding_index.embedding_bag_index`; keys and order are
+    int32, the keys as the bits of unsigned numbers."""
+    from .triton.embedding_index import Rows
+    from .triton.embedding_plan import plans
+
+    found: list[Rows | None] = []
+    tables = plans(spec, columns, TINY_VOCAB, ids.device) if spec.bags else ()
+    for number, (plan, shape, need) in enumerate(zip(tables, shapes, needs, strict=True)):
+        rows = out[number] if out is not None else None
+        if need and rows is None:
+            n = len(ids) * plan.n_sorted
+            keys, order = torch.empty(2, n, dtype=torch.int32, device=ids.device)
+            tiny = torch.empty(len(ids), plan.n_tiny_columns, dtype=torch.int32, device=ids.device)
+            counted = torch.empty(len(ids), plan.n_bags, dtype=torch.float32, device=ids.device)
+            rows = Rows(keys, order, tiny, counted, plan.tiny_rows)
+        if rows is not None:
+            _ops.embedding_bag_index(ids, _plan_arguments(plan)[0], plan.n_tiny_columns, shape[0], list(rows[:4]))
+        found.append(rows)
+    return found
+
+
+def table_catch_up(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    index: Rows,
+    upto: int,
+    clock: Tensor,
+) -> None:
+    """As the triton backend's :func:`fastmtl.backends.triton.optimizer.table_catch_up`."""
+    check_update(p, states, last, rule, steps)
+    for rows in (index.keys, index.tiny_rows):
+        _ops.table_rows(
+            p, list(states), last, rule, steps, first_step, rows, None, len(rows), 0, upto, False, clock,
+            behind_on(p.device),
+        )  # fmt: skip
 
 
 def table_step(

@@ -196,7 +196,7 @@ def _checked_rows(
 
 @_checked_rows.register_fake
 def _(ids: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
+    return torch.empty_like(ids, dtype=torch.int64), torch.empty_like(ids, dtype=torch.bool)
 
 
 def rows_of(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, plan: _Plan) -> tuple[Tensor, Tensor | None]:
@@ -405,8 +405,11 @@ def _hidden(z: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, layer: in
 
 
 def _normalise(z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, training: bool) -> Tensor:
-    # one row has no batch statistics: it is normalised by the running ones and does not change them
-    return F.batch_norm(z, mean, var, gamma, beta, training and z.shape[0] > 1, BN_MOMENTUM, BN_EPSILON)
+    # one row has no batch statistics: it is normalised by the running ones and does not change them. (A condition of
+    # its own: where torch.compile has made the number of rows a variable, a comparison is no bool.)
+    if training and z.shape[0] < 2:
+        training = False
+    return F.batch_norm(z, mean, var, gamma, beta, training, BN_MOMENTUM, BN_EPSILON)
 
 
 def _gate_weights(x: Tensor, gate: GateParams, spec: ExpertGateSpec, training: bool) -> Tensor:

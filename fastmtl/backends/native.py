@@ -77,6 +77,8 @@ def _keep_plan(key: tuple, spec: object, plan: Any) -> Tensor:
 _POOLINGS = {"sum": 0, "mean": 1, "concat": 2, "max": 3}
 _OOV: dict[str | int, str | int] = {"raise": -2, "zero": -1}
 _BAG_FIELDS = 12
+#: Fields of a bag in a plan: its table's width, its first id column, its first output column.
+BAG_DIM, BAG_COLUMN, BAG_OUT = 3, 5, 7
 
 
 def bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
@@ -197,13 +199,19 @@ def _wanted(shapes: list[torch.Size], needs: list[bool]) -> list[int]:
 
 
 def embedding_bag_index(
-    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+    alone: bool = False,
 ) -> list[RowIndex | None]:
     """For each weight that needs a gradient: the rows that a batch looks up, and where.
 
-    It depends on the ids alone: it can be made before the lookup and serves every backward after it.
+    It depends on the ids alone: it can be made before the lookup and serves every backward after it. ``alone``: on the
+    calling thread only, because the others are at work.
     """
-    flat = iter(_ops.embedding_bag_index.default(ids, bag_plan(spec, columns), _wanted(shapes, needs)))
+    flat = iter(_ops.embedding_bag_index.default(ids, bag_plan(spec, columns), _wanted(shapes, needs), alone))
     return [RowIndex(next(flat), next(flat), next(flat)) if need else None for need in needs]
 
 

@@ -28,7 +28,19 @@ class Program:
         self._outputs: list[tuple[int, int, int]] = []
         self._learned: list[Tensor] = []
         self._running: list[Tensor] = []
+        self._small: list[tuple[int, Tensor]] = []
         self._matrices, self._logits = 1, 0
+        #: Whether only hidden layers and gates read matrix 0, so that tables may be folded into them.
+        self.folds = True
+
+    def fold(self, tables: Sequence[tuple[int, Tensor]]) -> None:
+        """Fold tables of few rows into the layers that read matrix 0 (where :attr:`folds`, and in fp32 only): what a
+        layer makes of each of their rows is computed once. Their columns are no longer looked up.
+
+        Args:
+            tables: ascending, the first column of matrix 0 that a row fills, and the table ``[rows, D]``.
+        """
+        self._small = list(tables)
 
     def layer(self, spec: ExpertGateSpec, params: ExpertGateParams, inputs: Sequence[int]) -> list[int]:
         """A layer of experts and gates on the matrices ``inputs``, one for each of the spec's.
@@ -39,6 +51,7 @@ class Program:
         """
         plan = native.layer_numbers(spec)
         stage = [1, len(plan), *plan, *inputs]
+        self.folds &= bool(spec.dims) or 0 not in inputs
         if spec.output_layer:
             results = list(range(self._logits, self._logits + spec.n_experts))
             self._logits += spec.n_experts
@@ -53,6 +66,7 @@ class Program:
     def transfer(self, qkv: Tensor, own: int, info: int) -> int:
         """AITM's attention with the projections ``[3 D, D]``; returns its matrix."""
         self._stages.append([0, qkv.shape[1], own, info])
+        self.folds &= own > 0 and info > 0
         self._learned.append(qkv)
         return self._new_matrices(1)[0]
 
@@ -70,9 +84,10 @@ class Program:
 
     def arguments(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The plan as csrc/cpu/inference.cpp reads it, and the tensors that it speaks of."""
-        head = [self.width, self._logits, len(self._outputs), len(self._stages)]
-        plan = [*head, *(n for output in self._outputs for n in output), *(n for stage in self._stages for n in stage)]
-        return torch.tensor(plan, dtype=torch.int64), self._learned, self._running
+        small = [(column, table.shape[1], table.shape[0]) for column, table in self._small]
+        head = [self.width, self._logits, len(self._outputs), len(self._stages), len(small)]
+        plan = [*head, *(n for entries in (self._outputs, small, self._stages) for entry in entries for n in entry)]
+        return torch.tensor(plan, dtype=torch.int64), [*(t for _, t in self._small), *self._learned], self._running
 
 
 class PackedProgram:
@@ -80,16 +95,26 @@ class PackedProgram:
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self._run = torch.ops.fastmtl.inference_run.default
         weakref.finalize(self, torch.ops.fastmtl.inference_free.default, number)
 
-    def run(self, tables: list[Tensor], ids: list[Tensor], dense: list[Tensor], plan: Tensor) -> Tensor:
+    def run(
+        self,
+        tables: Sequence[Tensor],
+        ids: Sequence[Tensor],
+        dense: Sequence[Tensor],
+        plan: Tensor,
+        small: Tensor | None = None,
+    ) -> Tensor:
         """Predict a batch.
 
         Args:
             tables: the weights that the bags read, as for :func:`fastmtl.ops.embedding_bag`.
             ids: integer columns ``[B]`` or ``[B, L]``, which side by side are the bags' id columns.
             dense: floating-point columns likewise.
-            plan: the lookup's, see :func:`fastmtl.backends.native.bag_plan`.
+            plan: the lookup's, see :func:`fastmtl.backends.native.bag_plan`; without the bags of folded tables, and
+                its output without their columns.
+            small: the bags of folded tables, in their order; None where nothing was folded.
 
         Returns:
             Predictions ``[B, T]`` float32.
@@ -98,4 +123,4 @@ class PackedProgram:
             RuntimeError: input that is refused: ids outside their vocabulary, dense values that are not finite,
                 columns of another dtype, length or number. It does not say what; the ordinary way does.
         """
-        return torch.ops.fastmtl.inference_run.default(self._number, tables, ids, dense, plan)
+        return self._run(self._number, tables, ids, dense, plan, small)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Update(NamedTuple):
         last: ``[V]`` int32, set to ``now`` for the rows that move.
         rule: place in :data:`RULES`.
         step: ``[9]`` float32, the step's numbers.
-        now: ``[1]`` int32 on the device, the step's number.
+        now: ``[1]`` int32 on the device, the step's number; negative: nothing is to move after all.
+        index: the weight's part of ``embedding_bag_index`` of the batch; None: the backward makes its own.
     """
 
     p: Tensor
@@ -38,6 +39,7 @@ class Update(NamedTuple):
     rule: int
     step: Tensor
     now: Tensor
+    index: Any = None
 
     @property
     def whole_rows(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +96,36 @@ class ColumnBatch(Mapping[str, Tensor]):
             [block.pin_memory() for block in self.blocks],
             {name: column.pin_memory() for name, column in self.wide.items()},
         )
+
+
+class ReadyBatch(Mapping[str, Tensor]):
+    """A batch laid out as one lookup of given features takes it, so that a step begins with the lookup itself.
+
+    Args:
+        names: of the features, in the lookup's order.
+        ids: ``[B, S]``, or None where no feature has a table.
+        columns: the bags' column offsets.
+        dense: ``[B, n_dense]``, or None.
+        index: what the tables' optimizer knows of the ids already (``TableOptimizer.index``), or None.
+    """
+
+    __slots__ = ("columns", "dense", "ids", "index", "names")
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        ids: Tensor | None,
+        columns: tuple[int, ...],
+        dense: Tensor | None,
+        index: list[Any] | None = None,
+    ) -> None:
+        self.names, self.ids, self.columns, self.dense, self.index = names, ids, columns, dense, index
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise KeyError(f"{name!r}: the batch was laid out for a lookup and has no columns of its own any more")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -26,6 +26,10 @@ class EarlyStopper:
         self.best_auc = 0.0 if mode == "max" else float("inf")
         self.best_weights: dict[str, Any] | None = None
 
+    def improves(self, val_auc: float) -> bool:
+        """Whether a score is better than all before; NaN is not."""
+        return val_auc > self.best_auc if self.mode == "max" else val_auc < self.best_auc
+
     def stop_training(self, val_auc: float, weights: Mapping[str, Any]) -> bool:
         """Take note of an epoch's score.
 
@@ -36,8 +40,7 @@ class EarlyStopper:
         Returns:
             Whether to stop.
         """
-        improved = val_auc > self.best_auc if self.mode == "max" else val_auc < self.best_auc
-        if improved:
+        if self.improves(val_auc):
             self.best_auc = val_auc
             self.trial_counter = 0
             self.best_weights = copy.deepcopy(dict(weights))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import BadDataError, ConfigError
 from ..spec import Bag, EmbeddingSpec
-from .batch import ColumnBatch, Layout
+from .batch import ColumnBatch, Layout, ReadyBatch
 from .batched import BatchedModule, View
 from .features import DenseFeature, Feature, SequenceFeature
 
@@ -63,7 +63,7 @@ class EmbeddingLayer(BatchedModule):
         self._place: dict[str, tuple[int, int, int]] = {}  # table's feature -> weight, first row, rows
         self._paddings: dict[str, tuple[int, ...]] = {}
         self._groups: dict[tuple[str, ...], _Group] = {}
-        self._pieces: dict[tuple[Layout, tuple[str, ...]], tuple[list[_Piece], list[_Piece]]] = {}
+        self._pieces: dict[tuple[Any, ...], tuple[list[_Piece], list[_Piece]]] = {}
         self._make_tables()
 
     # ---------------------------------------------------------------------------------------------- the tables
@@ -111,6 +111,8 @@ class EmbeddingLayer(BatchedModule):
         self.n_weights = len(made)
         #: Who updates the tables where they were looked up (a fastmtl.optim.TableOptimizer); None: gradients are dense.
         self.updater: Any = None
+        if self.features:
+            self.spec_of(self.features)  # made here, not in the first forward, which may be a traced one
 
     def weights(self) -> list[Tensor]:
         """The stored tables, ``[V_total, D]`` each."""
@@ -148,6 +150,10 @@ class EmbeddingLayer(BatchedModule):
             group = self._groups[key] = _Group(bags, dense, spec)
         return key, group
 
+    def spec_of(self, features: Sequence[Feature]) -> EmbeddingSpec:
+        """How ``features`` are looked up together: one object for the same features."""
+        return self._group(features)[1].spec
+
     def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
         # the table's padding row stays zero whoever reads it
@@ -172,22 +178,29 @@ class EmbeddingLayer(BatchedModule):
         """The columns of a batch as the op takes them.
 
         Returns:
-            ids ``[B, S]`` int64 (None without bags), the bags' column offsets, dense ``[B, n_dense]`` (or None).
+            ids ``[B, S]`` int64, or int32 where all of the batch's are (None without bags), the bags' column offsets,
+            dense ``[B, n_dense]`` (or None).
         """
         key, group = self._group(features)
+        if isinstance(x, ReadyBatch) and x.names == key:
+            return x.ids, x.columns, x.dense
         if isinstance(x, ColumnBatch):
-            place = (x.layout, key)
+            device = x.blocks[0].device if x.blocks else None
+            place = (x.layout, key, device)
             pieces = self._pieces.get(place)
             if pieces is None:
                 if len(self._pieces) >= 64:
                     self._pieces.clear()
-                pieces = self._pieces[place] = _plan_pieces(x.layout, group.bags), _plan_pieces(x.layout, group.dense)
+                bags, others = (_plan_pieces(x.layout, features, device) for features in (group.bags, group.dense))
+                pieces = self._pieces[place] = bags, others
             ids = [_take(x, piece) for piece in pieces[0]]
             dense = [_take(x, piece) for piece in pieces[1]]
         else:
             ids = [_column(x, feature.name) for feature in group.bags]
             dense = [_column(x, feature.name) for feature in group.dense]
-        ids = [part if part.dtype == torch.int64 else part.long() for part in ids]
+        # the backends read both; an exported graph computes in the one that other runtimes know best
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or any(p.dtype != torch.int32 for p in ids):
+            ids = [part if part.dtype == torch.int64 else part.long() for part in ids]
         columns = self._columns(x, ids, group)
         if columns is None:  # a concatenated sequence shorter than the model's
             ids, columns = _pad_concat([_column(x, feature.name).long() for feature in group.bags], group.bags)
@@ -263,17 +276,30 @@ class EmbeddingLayer(BatchedModule):
         out = ops.embedding_bag(*lookup)
         return out if squeeze_dim else out.unflatten(1, (-1, lookup.spec.bags[0].dim))
 
+    def ready(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> ReadyBatch:
+        """``x`` laid out for the lookup of ``features``, its ids sorted where the tables' optimizer wants them so; may
+        be made by another thread, while an earlier batch is in use."""
+        ids, columns, dense = self.inputs(x, features)
+        names, group = self._group(features)
+        index = None
+        if ids is not None and self.updater is not None:
+            index = self.updater.index(ids, columns, group.spec, self.weights(), alone=True)
+        return ReadyBatch(names, ids, columns, dense, index)
+
     def lookup(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> Lookup:
         """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
         reads are current then."""
         ids, columns, dense = self.inputs(x, features)
-        spec = self._group(features)[1].spec
+        spec = self.spec_of(features)
         weights = self.weights()
         if ids is None:
             return Lookup(weights, None, columns, dense, spec, None)
         if dense is not None and dense.dtype != weights[0].dtype:
             dense = dense.to(weights[0].dtype)
-        index = None if self.updater is None else self.updater.before_lookup(weights, ids, columns, spec)
+        index = None
+        if self.updater is not None:
+            known = {"index": x.index} if isinstance(x, ReadyBatch) and x.index is not None else {}
+            index = self.updater.before_lookup(weights, ids, columns, spec, **known)
         return Lookup(weights, ids, columns, dense, spec, index)
 
 
@@ -288,8 +314,11 @@ def _column(x: Mapping[str, Tensor], name: str) -> Tensor:
     return column.unsqueeze(1) if column.ndim == 1 else column
 
 
-def _plan_pieces(layout: Layout, features: Sequence[Feature]) -> list[_Piece]:
-    """Neighbouring features of one block are taken together; a block in its own order is taken whole."""
+def _plan_pieces(layout: Layout, features: Sequence[Feature], device: torch.device | None) -> list[_Piece]:
+    """Neighbouring features of one block are taken together; a block in its own order is taken whole.
+
+    Numbers of columns lie on the batch's ``device``: a copy in every step would make the host wait for it.
+    """
     pieces: list[_Piece] = []
     for feature in features:
         place = layout.where.get(feature.name)
@@ -304,7 +333,8 @@ def _plan_pieces(layout: Layout, features: Sequence[Feature]) -> list[_Piece]:
         if piece.block is not None:
             at = [layout.where[name][1] for name in piece.names]
             in_order = at == list(range(at[0], at[0] + len(at)))
-            piece = piece._replace(columns=slice(at[0], at[0] + len(at)) if in_order else torch.tensor(at))
+            numbers = slice(at[0], at[0] + len(at)) if in_order else torch.tensor(at, device=device)
+            piece = piece._replace(columns=numbers)
         planned.append(piece)
     return planned
 
@@ -315,7 +345,7 @@ def _take(x: ColumnBatch, piece: _Piece) -> Tensor:
     block = x.blocks[piece.block]
     if isinstance(piece.columns, slice):
         return block if piece.columns == slice(0, block.shape[1]) else block[:, piece.columns]
-    return block.index_select(1, piece.columns.to(block.device))
+    return block.index_select(1, piece.columns)
 
 
 def _join(parts: list[Tensor]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,39 @@ def multi_task_loss(predictions: Tensor, labels: Tensor, task_types: list[str]) 
         losses = (predictions - labels).square()
         cross_entropy = F.binary_cross_entropy(predictions[:, binary], labels[:, binary], reduction="none")
         losses = losses.index_copy(1, torch.tensor(binary, device=losses.device), cross_entropy)
+    return torch.where(known, losses, 0).sum(dim=0) / known.sum(dim=0).clamp(min=1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """torch's binary cross-entropy of probabilities, and its gradient, without the check of their range: on a GPU a
+    probability that is NaN would end the process's use of it. NaN gives NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(p, y)
+        return (y - 1) * torch.log1p(-p).clamp(min=-100) - y * torch.log(p).clamp(min=-100)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        p, y = ctx.saved_tensors
+        return grad * (p - y) / ((1 - p) * p).clamp(min=1e-12), None
+
+
+def device_losses(predictions: Tensor, labels: Tensor, is_classification: Tensor) -> Tensor:
+    """:func:`multi_task_loss` that neither waits for the device nor stops it, and can be captured in a CUDA graph.
+
+    Args:
+        predictions, labels: as there.
+        is_classification: ``[T]`` bool, on their device.
+
+    Returns:
+        ``[T]``; NaN where a task's predictions are.
+    """
+    known = ~torch.isnan(labels)
+    labels = torch.where(known, labels, 0)
+    cross_entropy = _CrossEntropy.apply(torch.where(is_classification, predictions, 0.5), labels)
+    losses = torch.where(is_classification, cross_entropy, (predictions - labels).square())
     return torch.where(known, losses, 0).sum(dim=0) / known.sum(dim=0).clamp(min=1)
 
 

@@ -35,15 +35,20 @@ def auc(labels: np.ndarray, predictions: np.ndarray, task: str | None = None) ->
     """
     labels, predictions = _known(labels, predictions)
     classes = np.unique(labels)
-    undefined = "AUC is undefined" if task is None else f"task {task!r}: AUC is undefined"
     if len(classes) < 2:
         found = f"only the class {classes[0]:g}" if len(classes) else "no labels"
-        warnings.warn(f"{undefined}: {found} among {len(labels)} rows; the score is NaN", stacklevel=2)
+        warn_undefined(task, f"{found} among {len(labels)} rows")
         return math.nan
     if np.isnan(predictions).any():
-        warnings.warn(f"{undefined}: some predictions are NaN; the score is NaN", stacklevel=2)
+        warn_undefined(task, "some predictions are NaN")
         return math.nan
     return float(metrics.roc_auc_score(labels, predictions))
+
+
+def warn_undefined(task: str | None, reason: str) -> None:
+    """Say why a task's AUC is NaN."""
+    undefined = "AUC is undefined" if task is None else f"task {task!r}: AUC is undefined"
+    warnings.warn(f"{undefined}: {reason}; the score is NaN", stacklevel=3)
 
 
 def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:

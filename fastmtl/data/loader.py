@@ -83,22 +83,32 @@ class ColumnLoader(DataLoader):
             return None
         return self._source.y if self._rows is None else self._source.y[self._rows.numpy()]
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    @property
+    def source(self) -> PredictDataset:
+        """The data set whose rows :meth:`row_batches` numbers."""
+        return self._source
+
+    @property
+    def draws_at_once(self) -> bool:
+        """Whether an epoch's order is known when it begins; a sampler of the user's may draw it row by row."""
+        return type(self.sampler) is SequentialSampler or _is_plain(self.sampler)
+
+    def row_batches(self) -> Iterator[torch.Tensor | slice]:
+        """The rows of each batch of an epoch, as numbers ``[B]`` int64 in :attr:`source` or a slice of it.
+
+        What is drawn from torch's random numbers, and when, is what an iteration over the batches draws.
+        """
         # torch's iterator draws its workers' seed when it is made; ours must leave the same random state behind.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        batches = self._batches()
+        rows = self._row_batches() if self._rows is None else map(self._rows.__getitem__, self._row_batches())
         if self.num_workers > 0:
             # With workers torch asks for the first batches at once, and so draws the order here rather than at next().
-            first = next(batches, None)
-            return iter(()) if first is None else _after(first, batches)
-        return batches
+            first = next(rows, None)
+            return iter(()) if first is None else _after(first, rows)
+        return rows
 
-    def _batches(self) -> Iterator[Any]:
-        for rows in self._row_batches():
-            if self._rows is None:
-                yield self._source.take(rows)
-            else:
-                yield self._source.take(self._rows[rows])
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return map(self._source.take, self.row_batches())
 
     def _row_batches(self) -> Iterator[torch.Tensor | slice]:
         """Row numbers of each batch within this loader's rows: a slice where they follow one another."""
@@ -108,7 +118,7 @@ class ColumnLoader(DataLoader):
         if type(sampler) is SequentialSampler:
             for start in range(0, end, step):
                 yield slice(start, min(start + step, end))
-        elif type(sampler) is RandomSampler and _is_plain(sampler):
+        elif _is_plain(sampler):
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
             for start in range(0, end, step):
@@ -118,8 +128,10 @@ class ColumnLoader(DataLoader):
                 yield torch.as_tensor(indices, dtype=torch.int64)
 
 
-def _is_plain(sampler: RandomSampler) -> bool:
+def _is_plain(sampler: Any) -> bool:
     """Whether the sampler draws one permutation from a seed of torch's default generator."""
+    if type(sampler) is not RandomSampler:
+        return False
     return sampler.generator is None and not sampler.replacement and sampler._num_samples is None
 
 

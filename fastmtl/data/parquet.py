@@ -48,6 +48,9 @@ class ParquetIterableDataset(IterableDataset):
         MissingExtraError: without pyarrow.
     """
 
+    #: It draws no random numbers, and may be read by another thread than the one that began to (see ahead.py).
+    draws_at_once = True
+
     def __init__(
         self,
         file_paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],

@@ -104,21 +104,39 @@ class _General(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, scales, list_ids, offsets, list_scales, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        pairs, d_scales, d_list_scales = native.embedding_bag_general_bwd(
-            grad, weights, ids, ctx.columns, ctx.spec, scales, _ragged(list_ids, offsets, list_scales)
+        ragged = _ragged(list_ids, offsets, list_scales)
+        grads, d_scales, d_list_scales = general_gradients(
+            grad, weights, ids, ctx.columns, ctx.spec, list(needs[9:]), ctx.is_sparse, scales, ragged
         )
-        grads: list[Tensor | None] = []
-        for weight, (rows, values), need in zip(weights, pairs, needs[9:], strict=True):
-            values = values.to(weight.dtype)
-            if not need:
-                grads.append(None)
-            elif ctx.is_sparse:
-                grads.append(_sparse(rows, values, weight.shape))
-            else:
-                grads.append(torch.zeros_like(weight).index_copy_(0, rows, values))
         dense = grad[:, grad.shape[1] - ctx.spec.n_dense :].to(ctx.dense_dtype) if needs[2] else None
         d_scales, d_list_scales = (d if need else None for d, need in ((d_scales, needs[5]), (d_list_scales, needs[8])))
         return None, None, dense, None, None, d_scales, None, None, d_list_scales, *grads
+
+
+def general_gradients(
+    grad: Tensor,
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    needs: list[bool],
+    is_sparse: bool,
+    scales: Tensor | None = None,
+    ragged: Ragged | None = None,
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """What :func:`table_gradients` gives, of a lookup that only the native backend's general form can do; then the
+    gradients of ``scales`` and of ``ragged.scales``."""
+    pairs, *rest = native.embedding_bag_general_bwd(grad, weights, ids, columns, spec, scales, ragged)
+    grads: list[Tensor | None] = []
+    for weight, (rows, values), need in zip(weights, pairs, needs, strict=True):
+        values = values.to(weight.dtype)
+        if not need:
+            grads.append(None)
+        elif is_sparse:
+            grads.append(_sparse(rows, values, weight.shape))
+        else:
+            grads.append(torch.zeros_like(weight).index_copy_(0, rows, values))
+    return grads, rest[0], rest[1]
 
 
 def _ragged(ids: Tensor | None, offsets: Tensor | None, scales: Tensor | None) -> Ragged | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,3 +133,12 @@ def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule)
         if held is not None and not (held.dtype is torch.float32 and held.is_contiguous()):
             state[name] = held.to(torch.float32).contiguous()
     return bool(missing)
+
+
+def unhooked(step: Any) -> Callable[..., Any]:
+    """A bound ``step`` of a class above, without the hooks that torch puts around every class's: they run around the
+    step of the class below."""
+    step = step.__func__
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step

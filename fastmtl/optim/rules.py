@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 #: The rules, in the order of ``Rule`` in csrc/core/optimizer.h.
 RULES = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad")
+#: Behind them, of tables only.
+ROWWISE_ADAGRAD = len(RULES)
 #: The fields of ``Step`` there.
 FIELDS = ("l2", "shrink", "keep", "fresh", "fresh_square", "ahead", "root", "eps", "neg_lr")
 
@@ -17,8 +19,9 @@ class Rule(NamedTuple):
     """How one of torch's optimizers moves a table.
 
     Args:
-        number: the rule's place in :data:`RULES`.
-        states: names of its states of the table's shape in ``optimizer.state``, in the kernel's order.
+        number: the rule's place in :data:`RULES`, or :data:`ROWWISE_ADAGRAD`.
+        states: names of its states in ``optimizer.state``, of the table's shape (row-wise: ``[V]``), in the kernel's
+            order.
         remembers: whether a row without a gradient moves even without weight decay.
     """
 
@@ -64,7 +67,7 @@ def step_numbers(rule: Rule, group: Mapping[str, Any], number: float, is_first: 
     """
     step = dict.fromkeys(FIELDS, 0.0) | {"shrink": 1.0, "root": 1.0}
     lr, decay = float(group["lr"]), float(group["weight_decay"])
-    name = RULES[rule.number]
+    name = "adagrad" if rule.number == ROWWISE_ADAGRAD else RULES[rule.number]
     step["neg_lr"], step["l2"] = -lr, decay
     if name in ("adam", "adamw"):
         beta1, beta2 = group["betas"]
@@ -82,3 +85,16 @@ def step_numbers(rule: Rule, group: Mapping[str, Any], number: float, is_first: 
         if is_first:
             step |= {"keep": 0.0, "fresh": 1.0}
     return [step[field] for field in FIELDS]
+
+
+def has_closed_form(rule: int, numbers: Sequence[float]) -> bool:
+    """Whether a rule's steps with these :data:`FIELDS` can be summed up for a row without a gradient.
+
+    Those of Adam without decay and AdamW are, unless the steps' shares of a gradient fade too slowly to count them: by
+    ``beta1 / sqrt(beta2)`` a step, which for torch's defaults is 0.9.
+    """
+    step = dict(zip(FIELDS, numbers, strict=True))
+    if rule not in (RULES.index("adam"), RULES.index("adamw")) or step["l2"] or step["shrink"] <= 0:
+        return False
+    fade = (1 - step["fresh"]) / step["keep"] ** 0.5 / step["shrink"]
+    return fade <= 0.98 and step["eps"] >= 1e-20

@@ -11,54 +11,37 @@ from torch import Tensor, nn
 from ..backends import native
 from ..errors import BackendError, ConfigError
 from ..spec import EmbeddingSpec
-from .dense import DenseStep, prepare_state
-from .rules import FIELDS, rule_of, step_numbers, why_not
-
-#: Steps that a row may miss before it is made current: the sweep reads and writes 1 / MOST_MISSED of a table a step.
-MOST_MISSED = 32
-#: Steps whose numbers are kept; when they are used up the old ones are dropped.
-_KEPT = 1024
+from .dense import DenseStep, prepare_state, unhooked
+from .rules import ROWWISE_ADAGRAD, Rule, rule_of, step_numbers, why_not
+from .waiting import Waiting, waiting
 
 
 class _Pending:
-    """What one table still owes its rows."""
+    """A table, and what it still owes its rows."""
 
     def __init__(self, table: nn.Parameter) -> None:
         self.table = table
         self.last = torch.zeros(len(table), dtype=torch.int32)  # for each row the step up to which it is current
-        self.steps = torch.zeros(_KEPT, len(FIELDS))
         self.is_placed = False  # whether huge pages were asked for
         self.restart(0)
 
     def restart(self, now: int) -> None:
         """Every row is current at step ``now``."""
         self.now = now
-        self.begin = now + 1  # the step in steps[0]
-        self.next_row = 0  # of the sweep
-        self.is_current = True
-        self.last.fill_(now)
+        self.waiting: Waiting | None = None  # made with the first step
 
-    def record(self, numbers: list[float]) -> None:
-        """Take note of the next step's numbers."""
-        if self.now + 1 - self.begin == _KEPT:
-            # no row misses more than MOST_MISSED, and those need one step more than they missed
-            kept = MOST_MISSED + 1
-            self.steps[:kept] = self.steps[_KEPT - kept :].clone()
-            self.begin = self.now + 1 - kept
-        self.steps[self.now + 1 - self.begin] = torch.tensor(numbers)
-        self.now += 1
+    def flush(self) -> None:
+        """Make every row current."""
+        if self.waiting is not None and not self.waiting.is_current:
+            self.waiting.flush()
+            torch.autograd.graph.increment_version(self.table)
 
-    @property
-    def history(self) -> Tensor:
-        """``[n, fields]``: the steps ``begin .. now``."""
-        return self.steps[: self.now + 1 - self.begin]
-
-    def next_rows(self) -> tuple[int, int]:
-        """The rows that the sweep takes in this step."""
-        rows = len(self.table)
-        begin = 0 if self.next_row >= rows else self.next_row
-        self.next_row = min(rows, begin + -(-rows // MOST_MISSED))
-        return begin, self.next_row
+    def for_step(self, states: list[Tensor], rule: Rule, numbers: list[float]) -> Waiting:
+        """What takes a step with these numbers; every row is current where that is not what took the last one."""
+        if self.waiting is None or not self.waiting.serves(states, rule.number, numbers):
+            self.flush()
+            self.waiting = waiting(self.table, states, rule.number, numbers, self.now, self.last)
+        return self.waiting
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -85,6 +68,8 @@ class TableOptimizer(torch.optim.Optimizer):
 
     _pending: dict[nn.Parameter, _Pending]
     _dense: DenseStep
+    #: Whether torch's step can take a table's dense gradient; else that too is taken by rows.
+    _takes_dense_tables = True
 
     def __init__(
         self,
@@ -125,10 +110,13 @@ class TableOptimizer(torch.optim.Optimizer):
         if not self._pending:
             self._dense_step()
             return loss
+        for table in self._pending:
+            if not self._takes_dense_tables and table.grad is not None and not table.grad.is_sparse:
+                table.grad = table.grad.to_sparse(1)
         sparse = [table for table in self._pending if table.grad is not None and table.grad.is_sparse]
         dense = [table for table in self._pending if table.grad is not None and not table.grad.is_sparse]
         for table in dense:
-            self._flush(self._pending[table])
+            self._pending[table].flush()
         grads = [table.grad for table in sparse]
         for table in sparse:
             table.grad = None
@@ -145,19 +133,18 @@ class TableOptimizer(torch.optim.Optimizer):
             self._pending[table].restart(self._pending[table].now + 1)
         return loss
 
+    def _table_rule(self, group: dict[str, Any]) -> Rule:
+        return rule_of(self, group)
+
     def _dense_step(self) -> None:
         if self._dense.take():
             return
-        # the class's own step, without the hooks that torch puts around every class's: they run around ours
         step: Any = super().step
-        step = step.__func__
-        while getattr(step, "hooked", False):
-            step = step.__wrapped__
-        step(self)
+        unhooked(step)(self)
 
     @torch.no_grad()
     def _sparse_step(self, pending: _Pending, group: dict[str, Any]) -> None:
-        table, rule = pending.table, rule_of(self, group)
+        table, rule = pending.table, self._table_rule(group)
         rows, values = _rows_of(table.grad)
         state = self.state[table]
         is_first = prepare_state(self, table, rule)
@@ -167,40 +154,62 @@ class TableOptimizer(torch.optim.Optimizer):
             pending.is_placed = True
         if "step" in state:
             state["step"] += 1
-        pending.record(step_numbers(rule, group, float(state.get("step", pending.now + 1)), is_first))
-        # nothing moves without a gradient: neither by memory nor, as far as the kept steps tell, by weight decay
-        is_still = self._is_lazy or (not rule.remembers and pending.is_current and not group["weight_decay"])
-        begin, end = (0, 0) if is_still else pending.next_rows()
-        if not is_still and pending.is_current:
-            pending.last.fill_(pending.now - 1)
-        torch.ops.fastmtl.table_step(
-            table, states, pending.last, rule.number,
-            pending.history, pending.begin, rows, values, is_still, begin, end,
-        )  # fmt: skip
-        pending.is_current = is_still
+        numbers = step_numbers(rule, group, float(state.get("step", pending.now + 1)), is_first)
+        rows_wait = pending.for_step(states, rule, numbers)
+        # nothing moves without a gradient: neither by memory nor, as far as the steps before tell, by weight decay
+        is_still = self._is_lazy or (not rule.remembers and rows_wait.is_current and not group["weight_decay"])
+        rows_wait.step(numbers, rows, values, is_still)
+        pending.now = rows_wait.now
+        torch.autograd.graph.increment_version(table)
 
     # --------------------------------------------------------------------------------------- rows made current
 
+    def index(
+        self,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        weights: Sequence[Tensor],
+        alone: bool = False,
+    ) -> list[native.RowIndex | None] | None:
+        """The rows that a lookup reads of this optimizer's tables, None where it reads none; depends on the ids alone,
+        so that it may be made by another thread while an earlier batch computes.
+
+        Args:
+            ids, columns, spec, weights: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            alone: on the calling thread only, because the others are at work.
+        """
+        mine = [weight in self._pending for weight in weights]
+        if not any(mine):
+            return None
+        return native.embedding_bag_index(ids, columns, spec, [weight.shape for weight in weights], mine, alone)
+
     def before_lookup(
-        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+        self,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        index: list[native.RowIndex | None] | None = None,
     ) -> list[native.RowIndex | None] | None:
         """Make the rows current that a lookup is about to read; without gradients, all rows.
 
         Args:
             weights, ids, columns, spec: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            index: what :meth:`index` says of them, where that is known.
 
         Returns:
             What the lookup needs for sparse gradients of the weights that are tables of this optimizer.
         """
-        mine = [weight in self._pending for weight in weights]
-        if not any(mine) or not torch.is_grad_enabled():
+        if index is None and torch.is_grad_enabled():
+            index = self.index(ids, columns, spec, weights)
+        if index is None or not torch.is_grad_enabled():
             self.flush()
             return None
-        shapes = [weight.shape for weight in weights]
-        index = native.embedding_bag_index(ids, columns, spec, shapes, mine)
         for weight, found in zip(weights, index, strict=True):
             if found is not None:
                 self.catch_up(weight, found.rows)
+        mine = [found is not None for found in index]
         return index if mine == [weight.requires_grad for weight in weights] else None
 
     def catch_up(self, table: Tensor, rows: Tensor) -> None:
@@ -211,28 +220,13 @@ class TableOptimizer(torch.optim.Optimizer):
             rows: ``[n]`` int64, ascending and unique.
         """
         pending = self._pending.get(table)  # type: ignore[call-overload]
-        if pending is not None and not pending.is_current:
-            self._replay(pending, rows, 0)
+        if pending is not None and pending.waiting is not None:
+            pending.waiting.catch_up(rows)
 
     def flush(self) -> None:
         """Make every row of every table current, so that the parameters and the state are what torch's would be."""
         for pending in self._pending.values():
-            self._flush(pending)
-
-    def _flush(self, pending: _Pending) -> None:
-        if not pending.is_current:
-            self._replay(pending, None, len(pending.table))
-            pending.is_current = True
-
-    @torch.no_grad()
-    def _replay(self, pending: _Pending, rows: Tensor | None, end: int) -> None:
-        table = pending.table
-        group = next(g for g in self.param_groups if any(p is table for p in g["params"]))
-        rule = rule_of(self, group)
-        torch.ops.fastmtl.table_replay(
-            table, [self.state[table][name] for name in rule.states], pending.last, rule.number,
-            pending.history, pending.begin, rows, 0, end, pending.now,
-        )  # fmt: skip
+            pending.flush()
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -289,3 +283,64 @@ class SGD(TableOptimizer, torch.optim.SGD):
 
 class Adagrad(TableOptimizer, torch.optim.Adagrad):
     """torch.optim.Adagrad, tables at sparse cost."""
+
+
+class RowwiseAdagrad(TableOptimizer, torch.optim.Adagrad):
+    """Adagrad with one number of state for a table's row, the mean square of its gradients: another rule than
+    Adagrad's, with 1 / D of its memory. All other parameters are Adagrad's.
+
+    Args:
+        params, *args, **settings: as for torch.optim.Adagrad; see :class:`TableOptimizer`.
+        tables: at least one. Their ``state["sum"]`` is ``[V]``.
+
+    Raises:
+        ConfigError: no tables.
+
+    Source: the row-wise rule of DLRM's trainers (Mudigere et al., ISCA'22) and of FBGEMM.
+    """
+
+    _takes_dense_tables = False
+
+    def __init__(self, params: Iterable[Any], *args: Any, tables: Sequence[nn.Parameter] = (), **settings: Any) -> None:
+        super().__init__(params, *args, tables=tables, **settings)
+        make_row_sums(self, tables)
+
+    def _table_rule(self, group: dict[str, Any]) -> Rule:
+        return ROWWISE_RULE
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this class; another's raises ConfigError."""
+        super().load_state_dict(state_dict)
+        check_row_sums(self, self.tables)
+
+
+#: The rule of ``RowwiseAdagrad``.
+ROWWISE_RULE = Rule(ROWWISE_ADAGRAD, ("sum",), False)
+
+
+def make_row_sums(optimizer: torch.optim.Adagrad, tables: Sequence[nn.Parameter]) -> None:
+    """Give row-wise tables their states in the place of Adagrad's.
+
+    Raises:
+        ConfigError: no tables.
+    """
+    if not tables:
+        raise ConfigError(
+            "RowwiseAdagrad: no tables to train by rows: name them (MTLTrainer does, except with "
+            "embedding_update='dense', GradNorm or MetaBalance), or use torch.optim.Adagrad"
+        )
+    start = optimizer.defaults["initial_accumulator_value"]
+    for table in tables:
+        optimizer.state[table]["sum"] = torch.full((len(table),), start, dtype=torch.float32, device=table.device)
+
+
+def check_row_sums(optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter]) -> None:
+    """Raise ConfigError where a table's state is not row-wise."""
+    for table in tables:
+        found = optimizer.state.get(table, {}).get("sum")
+        if found is None or found.shape != (len(table),):
+            shape = None if found is None else list(found.shape)
+            raise ConfigError(
+                f"RowwiseAdagrad: a table's state 'sum' must be [{len(table)}], one number a row, not {shape}: "
+                f"a checkpoint of another optimizer does not fit"
+            )

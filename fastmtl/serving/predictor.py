@@ -1,4 +1,4 @@
-"""A model packed for serving on the CPU."""
+"""A model packed for serving, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackendError, BadDataError, ConfigError, NotBuiltError
 from ..models.multi_task import MTLModel
-from ..models.multi_task.packed import Packed, why_not
+from ..models.multi_task.packed import Packed, make_pack, why_not
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -26,7 +26,7 @@ class Predictor:
     either, through ``parameter.data`` or a NumPy view, need :meth:`refresh`.)
 
     Args:
-        model: a built model of float32 parameters on the CPU.
+        model: a built model of float32 parameters, on the CPU or an NVIDIA GPU; columns are given on its device.
         precision: ``"fp32"``, or ``"bf16"``: weights and activations rounded to bfloat16, sums in float32.
 
     Raises:
@@ -59,7 +59,7 @@ class Predictor:
         reason = why_not(self.model)
         if reason is None:
             try:
-                return Packed(self.model, self.precision == "bf16")
+                return make_pack(self.model, self.precision == "bf16")
             except ConfigError as error:
                 reason = str(error)
         raise BackendError(
@@ -88,7 +88,6 @@ class Predictor:
         """The dense features, in the order of :meth:`run`'s second argument."""
         return list(self._current().dense_names)
 
-    @torch.no_grad()
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch.
 
@@ -101,9 +100,11 @@ class Predictor:
         Raises:
             BadIdError, BadDataError: as the model does.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._current()(x)
         return self._current()(x)
 
-    @torch.no_grad()
     def run(self, ids: Tensor | None, dense: Tensor | None = None) -> Tensor:
         """Predict from prepared matrices, which costs least where batches are small.
 
@@ -118,6 +119,9 @@ class Predictor:
             ConfigError: a model with sequences, which have more columns than features.
             BadIdError, BadDataError: as the model does; matrices of another width.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(ids, dense)
         pack = self._current()
         if pack.is_plain:
             try:

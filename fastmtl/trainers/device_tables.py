@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..backends.updates import Update, check_reached
+from ..backends.updates import FIELDS, Update, check_reached
 from ..errors import ConfigError
+from ..optim.dense import prepare_state
 from ..optim.rules import Rule, rule_of, step_numbers, why_not
 from ..spec import EmbeddingSpec
 
@@ -18,16 +19,6 @@ from ..spec import EmbeddingSpec
 MOST_MISSED = 32
 #: Steps whose numbers are kept on the device, more than a row may miss.
 KEPT = 64
-
-
-class _Table:
-    """One table: its optimizer's states, and for each row the step up to which it is current."""
-
-    def __init__(self, p: nn.Parameter, rule: Rule) -> None:
-        self.p = p
-        self.states = [torch.zeros_like(p, memory_format=torch.contiguous_format) for _ in rule.states]
-        self.last = torch.zeros(len(p), dtype=torch.int32, device=p.device)
-        self.share = -(-len(p) // MOST_MISSED)
 
 
 class DeviceTables:
@@ -52,31 +43,106 @@ class DeviceTables:
     """
 
     def __init__(self, optimizer_fn: Callable[..., Any], tables: Sequence[nn.Parameter], **settings: Any) -> None:
-        #: Holds the settings; learning-rate schedules may be built on it. It takes no step itself.
-        self.optimizer: torch.optim.Optimizer = optimizer_fn(list(tables), **settings)
-        reason = why_not(optimizer_fn, self.optimizer.param_groups[0])
-        if reason is None and settings.get("initial_accumulator_value"):
-            reason = "initial_accumulator_value"
+        self._attach(optimizer_fn(list(tables), **settings), tables, False, None)
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        tables: Sequence[nn.Parameter],
+        is_lazy: bool,
+        rule: Rule | None = None,
+    ) -> DeviceTables:
+        """For tables of an optimizer that has other parameters too.
+
+        Args:
+            optimizer: holds the settings and, under torch's names, the states.
+            tables: of one of its groups.
+            is_lazy: rows without a gradient do not move at all, which trains another model.
+            rule: the tables'; None: that of the optimizer's class.
+        """
+        made = cls.__new__(cls)
+        made._attach(optimizer, tables, is_lazy, rule)
+        return made
+
+    def _attach(
+        self, optimizer: torch.optim.Optimizer, tables: Sequence[nn.Parameter], is_lazy: bool, rule: Rule | None
+    ) -> None:
+        #: Holds the settings; learning-rate schedules may be built on it. It takes no step of the tables itself.
+        self.optimizer = optimizer
+        self.tables = list(tables)
+        groups = {place: group for place, group in enumerate(optimizer.param_groups) if _holds(group, self.tables)}
+        if len(groups) != 1:
+            raise ConfigError("DeviceTables: the tables must be in one parameter group")
+        ((self._place, group),) = groups.items()
+        reason = why_not(type(optimizer), group)
         if reason:
             raise ConfigError(f"DeviceTables: tables can't be trained in the backward with {reason}")
-        self._rule = rule_of(self.optimizer, self.optimizer.param_groups[0])
+        self._rule = rule or rule_of(optimizer, group)
         self._module: Any = backend.resolve("embedding_bag", *tables)
         if not hasattr(self._module, "embedding_bag_bwd_step"):
             raise ConfigError(
                 f"DeviceTables: {self._module.__name__} takes no step in its backward; tables on a GPU can"
             )
-        self._tables = {p: _Table(p, self._rule) for p in tables}
         device = tables[0].device
-        self._ring = torch.zeros(KEPT, 9, device=device)
-        self._step = torch.zeros(9, device=device)
+        self._is_lazy, self._is_still = is_lazy, True
+        self._last = {p: torch.zeros(len(p), dtype=torch.int32, device=device) for p in tables}
+        self._ring = torch.zeros(KEPT, FIELDS, device=device)
+        self._step = torch.zeros(FIELDS, device=device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
+        self._now = torch.zeros(1, dtype=torch.int32, device=device)  # the clock, or -1 where no step is to be taken
+        self._provided: tuple[Tensor, list[Any]] | None = None
+        self._was_looked_up = False
+        self._is_current = True
         self.now = 0
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[self._place]
+
+    @property
+    def is_still(self) -> bool:
+        """Whether rows without a gradient stay where they are, so that nobody has to catch up."""
+        return self._is_still
+
+    # ------------------------------------------------------------------------------------------------ a step
 
     def advance(self) -> None:
         """Begin the next step, with the learning rate that the optimizer's group has now."""
+        were_made = [prepare_state(self.optimizer, p, self._rule) for p in self.tables]
+        is_still = self._is_lazy or not (self._rule.remembers or self._group["weight_decay"])
+        if is_still != self._is_still:
+            if self._is_still:  # nobody has kept the time
+                for last in self._last.values():
+                    last.fill_(self.now)
+            else:
+                self.flush()
+            self._is_still = is_still
         self.now += 1
-        numbers = step_numbers(self._rule, self.optimizer.param_groups[0], float(self.now), self.now == 1)
-        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers)
+        numbers = step_numbers(self._rule, self._group, float(self.now), any(were_made))
+        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
+        self._was_looked_up = self._is_current = False
+
+    def index(
+        self,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        weights: Sequence[Tensor],
+        out: list[Any] | None = None,
+    ) -> list[Any]:
+        """What a lookup's steps need to know of its ids; may be made while an earlier batch computes.
+
+        Args:
+            ids, columns, spec, weights: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            out: the index of another batch of the same shape, to be overwritten.
+        """
+        mine = [p in self._last for p in weights]
+        return self._module.embedding_bag_index(ids, columns, spec, [p.shape for p in weights], mine, out)
+
+    def provide(self, ids: Tensor, index: list[Any]) -> None:
+        """Have an :meth:`index` ready for the lookup of ``ids``, this very tensor."""
+        self._provided = ids, index
 
     def before_lookup(
         self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
@@ -88,45 +154,97 @@ class DeviceTables:
 
         Returns:
             The step that its backward is to take.
+
+        Raises:
+            ConfigError: the second lookup of a step.
         """
         if not torch.is_grad_enabled():
             self.flush()
             return None
+        if self._was_looked_up:
+            raise ConfigError(
+                "this model looks its tables up more than once in a step, which can't be their step's backward; "
+                "train it with embedding_update='dense'"
+            )
+        self._was_looked_up = True
+        provided, self._provided = self._provided, None
+        index = provided[1] if provided and provided[0] is ids else self.index(ids, columns, spec, weights)
         found: list[Update | None] = []
-        mine = [p in self._tables for p in weights]
-        rows = self._module.embedding_bag_rows(ids, columns, spec, [p.shape for p in weights], mine)
-        for p, listed in zip(weights, rows, strict=True):
-            if listed is None:
+        for p, rows in zip(weights, index, strict=True):
+            if rows is None:
                 found.append(None)
                 continue
-            table = self._tables[p]
-            self._replay(table, listed, 0, 0, -1, self._clock)
-            found.append(Update(p, table.states, table.last, self._rule.number, self._step, self._clock))
+            states, last = self._states(p), self._last[p]
+            if not self._is_still:
+                with torch.no_grad():
+                    self._module.table_catch_up(
+                        p, states, last, self._rule.number, self._ring, 1, rows, -1, self._clock
+                    )
+            found.append(Update(p, states, last, self._rule.number, self._step, self._now, rows))
         return found
+
+    def clock_and_step(self) -> tuple[Tensor, Tensor]:
+        """``[1]`` int32 on the device each: the number of the step under way, and that of the step which the backward
+        takes. Writing -1 there between forward and backward makes it move nothing."""
+        return self._clock, self._now
+
+    @torch.no_grad()
+    def take(self, p: nn.Parameter) -> None:
+        """Take the step with a dense gradient, of all rows."""
+        assert p.grad is not None
+        rows = torch.arange(len(p), device=p.device)
+        self._module.table_step(
+            p, self._states(p), self._last[p], self._rule.number, self._ring, 1, rows, p.grad.float().contiguous(),
+            self._is_still, 0, 0, self._clock,
+        )  # fmt: skip
 
     def sweep(self) -> None:
         """Make a 32nd of each table current: the rest of a step."""
-        for table in self._tables.values():
-            self._replay(table, None, 0, table.share, 0, self._clock)
+        if not self._is_still:
+            for p in self.tables:
+                self._replay(p, -(-len(p) // MOST_MISSED), 0, self._clock)
+
+    # ------------------------------------------------------------------------------------------- between steps
 
     def flush(self) -> None:
-        """Make every row current: the parameters are what the dense optimizer's would be.
+        """Make every row current: parameters and states are what the dense optimizer's would be.
 
         Raises:
             BackendError: a step was left without its sweep for so long that a row can't be caught up.
         """
-        for table in self._tables.values():
-            self._replay(table, None, 0, len(table.p), self.now, None)
+        if self._is_current:
+            return
+        if not self._is_still:
+            for p in self.tables:
+                self._replay(p, len(p), self.now, None)
         check_reached(self._clock.device)
+        for p in self.tables:
+            if "step" in self.optimizer.state[p]:
+                self.optimizer.state[p]["step"] = torch.tensor(float(self.now), device=p.device)
+        self._is_current = True
+
+    def restart(self, now: int) -> None:
+        """Every row is current at step ``now``."""
+        self.now = now
+        self._clock.fill_(now)
+        for last in self._last.values():
+            last.fill_(now)
+        self._is_current = True
 
     def states(self, p: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's states of a table, under torch's names; call :meth:`flush` first."""
-        return dict(zip(self._rule.states, self._tables[p].states, strict=True))
+        return dict(zip(self._rule.states, self._states(p), strict=True))
+
+    def _states(self, p: Tensor) -> list[Tensor]:
+        state = self.optimizer.state[p]
+        return [state[name] for name in self._rule.states]
 
     @torch.no_grad()
-    def _replay(
-        self, table: _Table, rows: Tensor | None, begin: int, end: int, upto: int, clock: Tensor | None
-    ) -> None:
+    def _replay(self, p: nn.Parameter, end: int, upto: int, clock: Tensor | None) -> None:
         self._module.table_replay(
-            table.p, table.states, table.last, self._rule.number, self._ring, 1, rows, begin, end, upto, clock
+            p, self._states(p), self._last[p], self._rule.number, self._ring, 1, None, 0, end, upto, clock
         )
+
+
+def _holds(group: dict[str, Any], tables: Sequence[Tensor]) -> bool:
+    return any(p is table for p in group["params"] for table in tables)

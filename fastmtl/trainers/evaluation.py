@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import backend
+from ..basic.batch import ReadyBatch
 from ..basic.metric import auc, log_loss, mean_squared_error
 from ..errors import BadDataError
 from ..models.multi_task import MTLModel
@@ -30,6 +32,8 @@ def schema_of(loader: Any) -> Any:
 
 def to_device(x: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """A batch's columns on ``device``."""
+    if isinstance(x, ReadyBatch):
+        return x
     if hasattr(x, "to"):
         return x if device.type == "cpu" else x.to(device, non_blocking=True)
     return {name: column.to(device, non_blocking=True) for name, column in x.items()}
@@ -104,6 +108,11 @@ def evaluate_multi_task(model: nn.Module, loader: Iterable) -> dict[str, dict[st
         ``{task: {"auc": ..., "logloss": ...}}``, for a regression task ``{"mse": ...}``. An undefined AUC is NaN,
         with a warning that says why.
     """
+    device = next(model.parameters()).device
+    if backend.is_device(device):
+        from .device_scores import named_scores
+
+        return named_scores(model, loader, device)
     outputs, labels = collect(model, loader)
     if labels is None:
         raise BadDataError("evaluate_multi_task: the loader has no labels; give one that yields (x, y)")

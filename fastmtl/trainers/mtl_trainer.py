@@ -8,6 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +23,11 @@ from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
 from .arguments import library_task_type, strategy_of, writable_folder
-from .evaluation import collect, labels_of, schema_of, split_batch, to_device, unwrap
-from .native_gradients import NativeGradients
+from .batches import training_batches
+from .device_epoch import DeviceEpochs, epochs_of, trains_here
+from .device_scores import main_scores, outputs_on
+from .evaluation import collect, labels_of, schema_of, to_device, unwrap
+from .native_gradients import ChainGradients
 from .optimizer import TaskLearningRates, make_optimizer, make_table_optimizer, sparse_updates
 from .progress import Progress
 
@@ -162,6 +167,7 @@ class MTLTrainer:
         if self.scheduler_fn is not None:
             self.scheduler = self.scheduler_fn(self.optimizer, **self.scheduler_params)
         self._task_rates: TaskLearningRates | None = None
+        self._epochs: DeviceEpochs | None = None
         self._is_ready = True
 
     def _table_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
@@ -178,7 +184,8 @@ class MTLTrainer:
                 )
             return None
         tables = [table for table in inner.embedding.parameters() if table.requires_grad]
-        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked)
+        features = inner.embedding.features
+        return make_table_optimizer(self.optimizer_fn, params, self.optimizer_params, tables, asked, features)
 
     def _ready(self, *loaders: Any) -> None:
         """Build the model from the loaders' columns where that is still to be done, and look the data over."""
@@ -230,13 +237,19 @@ class MTLTrainer:
         """
         self._ready(data_loader)
         self.model.train()
+        if trains_here(self.model, self.device):
+            means, self._rows_seen = epochs_of(self).run(data_loader)
+            return means
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
-        bar = Progress(data_loader, "train", self.progress)
-        step = self._native_step() or self._step
-        with sparse_updates(unwrap(self.model), self.optimizer):
-            for batch in bar:
-                x, y = split_batch(batch)
+        gradients = self._gradients()
+        step = self._step if gradients is None else partial(self._chain_step, gradients)
+        with (
+            sparse_updates(unwrap(self.model), self.optimizer),
+            contextlib.closing(training_batches(data_loader, gradients)) as made,
+        ):
+            bar = Progress(data_loader, "train", self.progress, made)
+            for x, y in bar:
                 if y is None:
                     raise BadDataError("the training loader has no labels; give one that yields (x, y)")
                 losses = step(x, y)
@@ -271,24 +284,22 @@ class MTLTrainer:
             self.optimizer.step()
         self.strategy.after_step()
 
-    def _native_step(self) -> Callable[[Mapping[str, Tensor], Any], Tensor] | None:
-        """:meth:`_step` without autograd, where that is possible."""
+    def _gradients(self) -> ChainGradients | None:
+        """What takes the place of autograd, where that is possible."""
         if not self.reg_loss_fn.is_zero:
             return None
         with self._autocast():
-            gradients = NativeGradients.of(self.model, self.strategy)
-        if gradients is None:
-            return None
+            return ChainGradients.of(self.model, self.strategy)
 
-        def step(x: Mapping[str, Tensor], y: Any) -> Tensor:
-            with self._autocast():
-                losses, logits = gradients(x, labels_of(y, gradients.model))
-            if torch.isnan(losses).any():
-                self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
-            self._update()
-            return losses
-
-        return step
+    def _chain_step(self, gradients: ChainGradients, x: Mapping[str, Tensor], y: Any) -> Tensor:
+        """:meth:`_step` without autograd."""
+        labels = labels_of(y, gradients.model).to(self.device, non_blocking=True)
+        with self._autocast():
+            losses, logits = gradients(to_device(x, self.device), labels)
+        if torch.isnan(losses).any():
+            self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
+        self._update()
+        return losses
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         try:
@@ -337,7 +348,7 @@ class MTLTrainer:
             logger.log_hyperparams(
                 {"n_epoch": self.n_epoch, "learning_rate": self._lr(), "adaptive_method": self.adaptive_method}
             )
-        log = []
+        log, holds_best = [], False
         for epoch in range(self.n_epoch):
             start = time.perf_counter()
             losses = self.train_one_epoch(train_dataloader)
@@ -347,10 +358,20 @@ class MTLTrainer:
             self._step_scheduler(scores[self.earlystop_taskid])
             log.append([*losses, *scores])
             self._report(epoch, losses, scores, lr, self._rows_seen / seconds)
-            if self.early_stopper.stop_training(scores[self.earlystop_taskid], self.model.state_dict()):
+            score = scores[self.earlystop_taskid]
+            holds_best = self.early_stopper.improves(score)
+            if holds_best and epoch + 1 == self.n_epoch:
                 break
-        self._keep_best()
-        torch.save(unwrap(self.model).state_dict(), os.path.join(self.model_path, f"model_{mode}_{seed}.pth"))
+            if self.early_stopper.stop_training(score, self.model.state_dict()):
+                break
+        if not holds_best:
+            self._keep_best()
+        with ThreadPoolExecutor(1) as beside:
+            # a last epoch that is the best is copied while it is written, and need not be loaded
+            copied = holds_best and beside.submit(self.early_stopper.stop_training, score, self.model.state_dict())
+            torch.save(unwrap(self.model).state_dict(), os.path.join(self.model_path, f"model_{mode}_{seed}.pth"))
+        if copied:
+            copied.result()
         for logger in self._loggers():
             logger.finish()
         return log
@@ -405,6 +426,8 @@ class MTLTrainer:
             data_loader: yields ``(x, y)``.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return main_scores(model, data_loader, self.device)
             outputs, labels = collect(model, data_loader, self.device)
         if labels is None:
             raise BadDataError("evaluate: the loader has no labels; give one that yields (x, y)")
@@ -419,6 +442,8 @@ class MTLTrainer:
             data_loader: yields x, or ``(x, y)``, whose labels are not looked at.
         """
         with self._autocast():
+            if trains_here(model, self.device):
+                return outputs_on(model, data_loader, self.device)[0].tolist()
             return collect(model, data_loader, self.device)[0].tolist()
 
     # ------------------------------------------------------------------------------------------------- export

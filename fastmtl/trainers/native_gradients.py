@@ -1,13 +1,14 @@
-"""The gradients of one batch without autograd, for models that are a chain of native layers.
+"""The gradients of one batch without autograd, for models that are a chain of layers of one backend's kernels.
 
 Autograd's nodes, saved tensors and accumulators cost half a millisecond a batch, more than the arithmetic of a small
-model. A chain needs none of them: its layers run one after the other, and their backwards in the opposite order. The
-kernels are autograd's own, so the gradients are the same, but for the rounding of the losses.
+model, and on a GPU they stand between the kernels. A chain needs none of them: its layers run one after the other, and
+their backwards in the opposite order. The kernels are autograd's own, so the gradients are the same, but for the
+rounding of the losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,45 +20,63 @@ from ..backends import native
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
-from ..ops.embedding_bag import table_gradients
+from ..ops.embedding_bag import general_gradients, table_gradients
 from ..weighting import Strategy
 
 
-class NativeGradients:
+class ChainGradients:
     """Fills ``.grad`` of a model's parameters; :meth:`of` says where it can.
+
+    Nothing in it waits for a GPU, so that a call may be captured in a CUDA graph (under
+    :func:`fastmtl.backends.deferred.watching`, where a lookup says ``oov="raise"``).
 
     Args:
         model: a model whose ``layers()`` are a chain.
         banks: these layers.
         factors: ``[T]``, of each task's loss in the sum that is minimised.
+        lookups: the backend of ``embedding_bag``, which brings its own backward.
+        layers: that of ``expert_gate``, which has ``task_losses`` too.
     """
 
-    def __init__(self, model: MTLModel, banks: list[ExpertGate], factors: Tensor) -> None:
-        self.model, self.banks, self.factors = model, banks, factors
+    def __init__(self, model: MTLModel, banks: list[ExpertGate], factors: Tensor, lookups: Any, layers: Any) -> None:
+        self.model, self.banks = model, banks
+        self.factors = factors.to(model.is_classification.device)
+        self._lookups, self._layers = lookups, layers
         self._trained = [p for p in model.parameters() if p.requires_grad]
 
     @classmethod
-    def of(cls, model: nn.Module, strategy: Strategy) -> NativeGradients | None:
-        """For a bare model on the native backend that nobody watches, and losses summed with fixed factors."""
+    def of(cls, model: nn.Module, strategy: Strategy) -> ChainGradients | None:
+        """For a bare model that nobody watches, on backends that bring their own backward, and losses summed with
+        fixed factors."""
         factors = strategy.factors()
-        if factors is None or type(strategy).backward is not Strategy.backward or not _is_plain(model):
+        if factors is None or type(strategy).backward is not Strategy.backward or not is_unwatched(model):
             return None
-        banks = _chain(cast(MTLModel, model))
+        chain = cast(MTLModel, model)
+        banks = _chain(chain)
         params = list(model.parameters())
-        if not banks or not all(p.dtype == torch.float32 and p.is_cpu for p in params):
+        if not banks or not all(p.dtype == torch.float32 and p.device == params[0].device for p in params):
             return None
-        if any(getattr(feature, "pooling", None) == "max" for feature in cast(MTLModel, model).embedding.features):
-            return None  # its gradient needs the tables
-        if any(backend.resolve(op, *params) is not native for op in backend.TABLE):
+        lookups, layers = (backend.resolve(op, *params) for op in ("embedding_bag", "expert_gate"))
+        is_common = not any(getattr(feature, "pooling", None) == "max" for feature in chain.embedding.features)
+        if not is_common and lookups is not native:
+            return None  # a maximum's gradient needs the tables
+        if lookups.DIFFERENTIABLE or not hasattr(layers, "task_losses"):
             return None
-        return cls(cast(MTLModel, model), banks, factors)
+        return cls(chain, banks, factors, lookups, layers)
 
-    def __call__(self, x: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def ready(self, x: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A batch laid out for the lookup, which may be done by another thread while an earlier one computes."""
+        return self.model.embedding.ready(x, self.model.embedding.features)
+
+    def __call__(
+        self, x: Mapping[str, Tensor], labels: Tensor, seen: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch.
 
         Args:
-            x: columns, as the model takes them.
-            labels: ``[B, T]`` float32; NaN where a label is missing.
+            x: columns, as the model takes them, or what :meth:`ready` made of them.
+            labels: ``[B, T]`` float32 on the model's device; NaN where a label is missing.
+            seen: called with the losses between forward and backward.
 
         Returns:
             The tasks' losses ``[T]`` and the logits ``[B, T]``.
@@ -67,24 +86,26 @@ class NativeGradients:
         # with gradients on: to the tables' optimizer a lookup without them is an evaluation
         lookup = self.model.embedding.lookup(x, self.model.embedding.features)
         with torch.no_grad():
-            return self._run(lookup, labels)
+            return self._run(lookup, labels, seen)
 
-    def _run(self, lookup: Lookup, labels: Tensor) -> tuple[Tensor, Tensor]:
-        row = lookup.dense if lookup.ids is None else native.embedding_bag_fwd(*lookup[:5])
+    def _run(self, lookup: Lookup, labels: Tensor, seen: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
+        row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
         assert row is not None
         inputs, taped = [row.unsqueeze(0)], []
         for bank in self.banks:
             bank.count_step(inputs[-1])
             params = bank.params()
-            out, saved = native.expert_gate_fwd(inputs[-1], params, bank.spec, True)
+            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True)
             inputs.append(out)
             taped.append((params, saved))
         logits = inputs.pop()
-        losses, grad = native.task_losses(logits, labels, self.model.is_classification, self.factors)
+        losses, grad = self._layers.task_losses(logits, labels, self.model.is_classification, self.factors)
+        if seen is not None:
+            seen(losses)
         trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         for bank, source, (params, saved) in zip(reversed(self.banks), reversed(inputs), reversed(taped), strict=True):
             needs_x = trains_tables or bank is not self.banks[0]
-            before, grads = native.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
+            before, grads = self._layers.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
             for learned, g in zip(params.learned(), grads, strict=True):
                 if learned.requires_grad:
                     learned.grad = g
@@ -94,12 +115,14 @@ class NativeGradients:
             self._table_gradients(grad[0], lookup)
         return losses, logits
 
-    @staticmethod
-    def _table_gradients(grad: Tensor, lookup: Lookup) -> None:
+    def _table_gradients(self, grad: Tensor, lookup: Lookup) -> None:
         weights, ids, columns, _, spec, index = lookup
         needs = [table.requires_grad for table in weights]
         shapes = [table.shape for table in weights]
-        grads = table_gradients(native, grad, ids, columns, spec, shapes, needs, index)
+        if spec.is_common:
+            grads = table_gradients(self._lookups, grad, ids, columns, spec, shapes, needs, index)
+        else:
+            grads = general_gradients(grad, weights, ids, columns, spec, needs, index is not None)[0]
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
 
@@ -118,7 +141,7 @@ def _chain(model: MTLModel) -> list[ExpertGate]:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_plain(model: nn.Module) -> bool:
+def is_unwatched(model: nn.Module) -> bool:
     """Whether it is a model of ours, whose parts nobody has wrapped, changed or hooked into."""
     if not isinstance(model, MTLModel) or type(model).forward is not MTLModel.forward or torch.is_anomaly_enabled():
         return False

@@ -19,10 +19,13 @@ class Progress:
         loader: yields batches.
         description: shown in front of the bar.
         enabled: None: where stderr is a terminal.
+        batches: what to iterate over instead, for example what is made of the loader's.
     """
 
-    def __init__(self, loader: Iterable, description: str, enabled: bool | None = None) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: Iterable, description: str, enabled: bool | None = None, batches: Iterable | None = None
+    ) -> None:
+        self.batches = loader if batches is None else batches
         enabled = sys.stderr.isatty() if enabled is None else enabled
         rows = self._n_rows(loader)
         self.bar = tqdm(
@@ -39,7 +42,7 @@ class Progress:
 
     def __iter__(self) -> Iterator[Any]:
         with self.bar:
-            yield from self.loader
+            yield from self.batches
 
     def update(self, rows: int, loss: Any = None) -> None:
         """Count ``rows``; ``loss`` (a tensor ``[T]``) is read only when the bar is due for a refresh."""

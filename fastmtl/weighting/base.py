@@ -26,6 +26,7 @@ class Strategy:
         #: The outputs that are trained, and the factor of their summed losses.
         self.tasks = list(range(len(task_types))) if tasks is None else list(tasks)
         self.factor = 1 / len(self.tasks) if tasks is None else 1.0
+        self._there: dict[tuple[str, torch.device], Tensor] = {}
 
     def backward(self, losses: Tensor, penalty: Tensor | float) -> None:
         """Fill ``.grad`` of the parameters (which are None or zero).
@@ -57,4 +58,12 @@ class Strategy:
 
     def trained(self, values: Tensor) -> Tensor:
         """The entries of ``values [T]`` that belong to trained outputs."""
-        return values if len(self.tasks) == len(values) else values[self.tasks]
+        if len(self.tasks) == len(values):
+            return values
+        return values.index_select(0, self.on(values.device, "tasks", torch.tensor(self.tasks)))
+
+    def on(self, device: torch.device, name: str, constant: Tensor) -> Tensor:
+        """A constant on ``device``, copied there once: a copy in every step would make the host wait for a GPU."""
+        if (name, device) not in self._there:
+            self._there[name, device] = constant.to(device)
+        return self._there[name, device]

@@ -30,7 +30,8 @@ class Static(Strategy):
             )
 
     def total(self, losses: Tensor) -> Tensor:
-        return (self.trained(losses) * self._trained_weights().to(losses.device)).sum() * self.factor
+        weights = self.on(losses.device, "weights", self._trained_weights())
+        return (self.trained(losses) * weights).sum() * self.factor
 
     def factors(self) -> Tensor:
         return self.spread(self._trained_weights() * self.factor)

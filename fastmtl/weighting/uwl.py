@@ -27,7 +27,7 @@ class UncertaintyWeighting(Strategy):
 
     def total(self, losses: Tensor) -> Tensor:
         s = self.log_variances
-        terms = self.scale.to(losses.device) * losses * torch.exp(-s) + s
+        terms = self.on(losses.device, "scale", self.scale) * losses * torch.exp(-s) + s
         return self.trained(terms).sum()
 
     def weights(self) -> nn.Parameter:

@@ -29,6 +29,7 @@ from fastmtl.backends.triton import launch as launching
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1",
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.
@@ -157,7 +158,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         sizes["REG"],
         len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         compiled.metadata.shared,
-        next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "Out_ptr")), ""),
+        next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "X_ptr", "Out_ptr")), ""),
         "/".join(sorted(set(_TENSOR_CORES.findall(sass)))),
         round(wide, 2),
         bool(re.search(r"\.(approx|ftz)\b", compiled.asm["ptx"])),
@@ -186,11 +187,12 @@ def main() -> None:
     seen: set[tuple] = set()
     for workload in arguments.workloads:
         run, others = WORKLOADS[workload]
-        for launch in record(run):
-            if arguments.kernel not in launch.kernel.fn.__name__:
+        for arch in arguments.arch:
+            if not (arch == 90 or arch in others or arguments.everywhere):
                 continue
-            for arch in arguments.arch:
-                if (launch.key(), arch) in seen or not (arch == 90 or arch in others or arguments.everywhere):
+            launching.compiling_for = arch // 10
+            for launch in record(run):
+                if arguments.kernel not in launch.kernel.fn.__name__ or (launch.key(), arch) in seen:
                     continue
                 seen.add((launch.key(), arch))
                 report = compile_for(launch, arch, workload)

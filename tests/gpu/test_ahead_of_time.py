@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 #: kernel -> the most registers a thread and the most shared memory a program may take, at any configuration.
 LIMITS = {
     "embedding_bag_fwd_kernel": (96, 8),
+    "embedding_bad_kernel": (32, 1),
     "embedding_rows_kernel": (64, 1),
     "embedding_segments_kernel": (128, 8),
     "embedding_stitch_kernel": (96, 1),
@@ -23,6 +24,7 @@ LIMITS = {
     "tiny_tables_sum_kernel": (64, 1),
     "table_rows_kernel": (128, 3),
     "advance_kernel": (64, 1),
+    "note_losses_kernel": (48, 1),
     "expert_gate_linear_kernel": (255, 99),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (255, 17),
@@ -31,9 +33,18 @@ LIMITS = {
     "expert_gate_softmax_kernel": (128, 1),
     "expert_gate_sums_kernel": (64, 1),
     "expert_gate_dgrad_kernel": (248, 68),
-    "expert_gate_wgrad_kernel": (248, 84),
+    "expert_gate_wgrad_kernel": (255, 99),
+    "expert_gate_folded_kernel": (255, 225),
+    "task_counts_kernel": (64, 1),
+    "task_losses_kernel": (64, 1),
+    "task_losses_sum_kernel": (32, 1),
 }
-PRODUCTS = ("expert_gate_linear_kernel", "expert_gate_dgrad_kernel", "expert_gate_wgrad_kernel")
+PRODUCTS = (
+    "expert_gate_linear_kernel",
+    "expert_gate_dgrad_kernel",
+    "expert_gate_wgrad_kernel",
+    "expert_gate_folded_kernel",
+)
 #: The instruction of the architecture's fastest path.
 BEST = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
@@ -101,7 +112,7 @@ def test_products_run_on_tensor_cores(reports):
         constants = dict(part.split("=") for part in row["constants"].split(", "))
         if constants["DOT"] == "ieee" and row["dtype"] == "fp32":
             continue
-        small = min(int(constants["BLOCK_M"]), int(constants["BLOCK_N"])) < 64
+        small = min(int(constants["BLOCK_M"]), int(constants.get("BLOCK_N", 64))) < 64
         if row["matrix"] != BEST[row["arch"]] and not (small and row["matrix"]):
             slow.append(f"{name(row)}: {row['matrix'] or 'none'}")
     assert slow == []

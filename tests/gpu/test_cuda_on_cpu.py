@@ -177,6 +177,9 @@ def test_a_step_in_the_backward_is_the_step_after_it(emulate, seed, rule):
     after = update(emulate, table, rule, once[0], 7, 7, rows.numpy(), gradient[rows].numpy(), lazily=True)
     for name in table:
         assert torch.equal(mine[name], after[name]), name
+    vetoed = backward(emulate, lookup, 0, grad, table | {"steps": once[0], "now": np.array([-1], np.int32)}, rule)
+    for name in table:
+        assert torch.equal(vetoed[name], torch.from_numpy(table[name])), name
 
 
 def update(emulate, table, rule, steps, first_step, upto, rows=None, grads=None, kind="plain", **how):
@@ -190,10 +193,10 @@ def update(emulate, table, rule, steps, first_step, upto, rows=None, grads=None,
     }
     rows_of_table, dim = table["p"].shape
     n = how.pop("n", rows_of_table) if rows is None else len(rows)
-    numbers = {"start": 0, "lazily": False, **how}
+    numbers = {"start": 0, "lazily": False, "is_listed": rows is not None, **how}
     found = emulate(
         arrays, kind, is_update=True, rule=rule, vectors=dim % 4 == 0, dim=dim, n_table_rows=rows_of_table, n=n,
-        is_listed=rows is not None, given=grads is not None, first_step=first_step, upto=upto, **numbers,
+        given=grads is not None, first_step=first_step, upto=upto, **numbers,
     )  # fmt: skip
     state = {name: torch.from_numpy(found(name, array)) for name, array in table.items()}
     return state | {"behind": torch.from_numpy(found("behind", np.zeros(1, np.int32)))}
@@ -230,6 +233,20 @@ def test_the_bits_are_those_of_the_native_backend(emulate, seed, rule):
     )
     for name, want in theirs.items():
         assert torch.equal(mine[name], want), name
+
+
+def test_sorted_rows_catch_up_once_each(emulate, seed):
+    """As an index has them: ascending, repeated, void ones last."""
+    rng = torch.Generator().manual_seed(seed)
+    for rule in (3, ROWWISE):
+        table = table_of(rng, 37, (4, 7)[seed % 2], rule)
+        table["last"] = torch.randint(0, 8, (37,), generator=rng).int().numpy()
+        steps = random_steps(rng, 9).numpy()
+        keys = torch.cat([torch.randint(0, 37, (60,), generator=rng), torch.full((4,), 37)]).sort().values
+        mine = update(emulate, table, rule, steps, 1, 8, keys.numpy(), is_listed=2)
+        right = update(emulate, table, rule, steps, 1, 8, keys.unique().numpy())
+        for name, want in right.items():
+            assert torch.equal(mine[name], want), name
 
 
 def test_rowwise_adagrad_replays_and_steps(emulate, seed):

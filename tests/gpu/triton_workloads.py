@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from fastmtl.backends import deferred
 from fastmtl.backends import triton as backend
-from fastmtl.backends.triton import optimizer
+from fastmtl.backends.triton import inference, optimizer
 from fastmtl.backends.updates import FIELDS, RULES, STATES, Update
 from fastmtl.spec import (
     LEARNED_ACTIVATIONS,
@@ -56,6 +57,8 @@ def _embedding(
     with _autocast(dtype is torch.bfloat16):
         out = backend.embedding_bag_fwd([weight], ids, columns, dense, spec)
     assert out.dtype is dtype
+    with deferred.watching(deferred.Watch(out.device)):
+        backend.embedding_bag_fwd([weight], ids.int(), columns, dense, spec)
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
     for name in rules:
@@ -63,6 +66,10 @@ def _embedding(
         states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]
         last = torch.empty(offset, dtype=torch.int32, device="meta")
         update = Update(weight, states, last, rule, torch.empty(FIELDS, device="meta"), last[:1])
+        (index,) = backend.embedding_bag_index(ids, columns, spec, [weight.shape], [True])
+        optimizer.table_catch_up(
+            weight, states, last, rule, torch.empty(64, FIELDS, device="meta"), 1, index, -1, last[:1]
+        )
         backend.embedding_bag_bwd_step(out, ids, columns, spec, [update])
 
 
@@ -75,6 +82,8 @@ def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
     grads = torch.empty(touched, dim, device="meta")
     clock = torch.empty(1, dtype=torch.int32, device="meta")
     optimizer.advance(steps, steps[0], clock, 5, 5, [0.5] * FIELDS)
+    losses, count = torch.empty(2, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    backend.note_losses(losses, losses, losses, count, count, losses[:1], clock, clock)
     for name in rules:
         rule = RULES.index(name)
         states = [torch.empty_like(p[:, 0] if name == "rowwise_adagrad" else p) for _ in range(STATES[rule])]
@@ -114,6 +123,36 @@ def _layer(spec: ExpertGateSpec, batch: int, precision: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def _losses(batch: int, n_tasks: int) -> None:
+    logits, labels = (torch.empty(batch, n_tasks, device="meta") for _ in range(2))
+    backend.task_losses(logits, labels, torch.empty(n_tasks, dtype=torch.bool, device="meta"), logits[0])
+
+
+def _inference(
+    layers: tuple[ExpertGateSpec, ...], vocabularies: tuple[int, ...], dim: int, batch: int, precision: str
+) -> None:
+    """A whole model's predictions; the lookup gives what the first layer reads."""
+    program = inference.Program(layers[0].in_features)
+    inputs = [0]
+    for spec in layers:
+        inputs = program.layer(spec, _parameters(spec), inputs)
+    for logit in inputs:
+        program.output("probability", logit)
+    n_dense = layers[0].in_features - dim * len(vocabularies)
+    bags = tuple(Bag(f"f{f}", 0, 0, vocab, dim, oov="zero") for f, vocab in enumerate(vocabularies))
+    ids = torch.empty(batch, len(bags), dtype=torch.int32, device="meta")
+    dense = torch.empty(batch, n_dense, device="meta")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        out = program.pack(precision == "bf16").run(
+            [torch.empty(sum(vocabularies), dim, device="meta")], ids, tuple(range(len(bags) + 1)), dense,
+            EmbeddingSpec(bags, n_dense),
+        )  # fmt: skip
+        assert out.shape == (batch, len(inputs))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def _mmoe(width: int, n_experts: int, dims: tuple[int, ...], n_tasks: int, **options: Any) -> ExpertGateSpec:
     gates = tuple(Gate(0, tuple(range(n_experts))) for _ in range(n_tasks))
     return ExpertGateSpec(width, (0,) * n_experts, dims, gates=gates, **options)
@@ -123,12 +162,15 @@ def _towers(width: int, dims: tuple[int, ...], n_tasks: int) -> ExpertGateSpec:
     return ExpertGateSpec(width, tuple(range(n_tasks)), dims, output_layer=True)
 
 
-def _ple(level: int, width: int, dims: tuple[int, ...], specific: int, shared: int, n_tasks: int) -> ExpertGateSpec:
+def _ple(
+    level: int, width: int, dims: tuple[int, ...], specific: int, shared: int, n_tasks: int, last: bool = False
+) -> ExpertGateSpec:
     """A level of PLE: task-major specific experts, then the shared ones; above the first, each group has an input."""
     groups = [t for t in range(n_tasks) for _ in range(specific)] + [n_tasks] * shared
     mine = [tuple(e for e, group in enumerate(groups) if group in (t, n_tasks)) for t in range(n_tasks)]
     gates = [Gate(t if level else 0, members) for t, members in enumerate(mine)]
-    gates.append(Gate(n_tasks if level else 0, tuple(range(len(groups)))))
+    if not last:
+        gates.append(Gate(n_tasks if level else 0, tuple(range(len(groups)))))
     return ExpertGateSpec(width, tuple(groups) if level else (0,) * len(groups), dims, gates=tuple(gates))
 
 
@@ -152,5 +194,42 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "mmoe census": (partial(_layer, _mmoe(139, 8, (16,), 2), 1024, "ieee"), ()),
     "mmoe dice": (partial(_layer, _mmoe(376, 4, (256, 128), 2, activation="dice"), 4096, "bf16"), ()),
     "ple level 2": (partial(_layer, _ple(1, 128, (256, 128), 4, 2, 2), 65536, "bf16"), (80, 100)),
+    **{
+        f"predictions ali-ccp {precision}": (
+            partial(
+                _inference, (_mmoe(376, 8, (256, 128), 2), _towers(128, (64, 32), 2)), ALI_CCP, 16, 65536, precision
+            ),
+            (80, 100),
+        )
+        for precision in ("bf16", "tf32", "ieee")
+    },
+    "predictions ple": (
+        partial(
+            _inference,
+            (
+                _ple(0, 376, (256, 128), 4, 2, 2),
+                _ple(1, 128, (256, 128), 4, 2, 2, last=True),
+                _towers(128, (64, 32), 2),
+            ),
+            ALI_CCP,
+            16,
+            65536,
+            "bf16",
+        ),
+        (80, 100),
+    ),
+    "predictions of a few rows": (
+        partial(_inference, (_mmoe(376, 8, (256, 128), 2), _towers(128, (64, 32), 2)), ALI_CCP, 16, 512, "bf16"),
+        (),
+    ),
+    "predictions aliexpress": (
+        partial(_inference, (_mmoe(319, 8, (512, 256), 2), _towers(256, (128, 64), 2)), (9999,) * 16, 16, 2048, "bf16"),
+        (80, 100),
+    ),
+    "predictions census": (
+        partial(_inference, (_mmoe(139, 8, (16,), 2), _towers(16, (8,), 2)), (1240,) * 33, 4, 1024, "ieee"),
+        (80,),
+    ),
+    "losses": (partial(_losses, 65536, 2), (80, 100)),
     "towers ali-ccp": (partial(_layer, _towers(128, (64, 32), 2), 65536, "bf16"), (80, 100)),
 }

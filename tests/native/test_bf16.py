@@ -59,8 +59,9 @@ def test_random_layers(base_seed):
     assert math.exp(sum(ratios) / len(ratios)) < 1.1
 
 
-def test_what_is_not_a_product_stays_fp32(base_seed):
-    """Operands that bf16 holds exactly give fp32's own result, to rounding: sums and statistics are not shortened."""
+def test_statistics_and_sums_stay_fp32(base_seed):
+    """Operands that bf16 holds exactly: the statistics are of the unrounded product and so fp32's own; what is kept
+    between the passes is rounded once, and the sums over it are not rounded again."""
     spec = ExpertGateSpec(40, (0, 0, 0), (24,), activation="tanh", gates=(Gate(0, (0, 1, 2)),))
     case = random_case(base_seed, spec, 300)
     case.training = True
@@ -69,12 +70,14 @@ def test_what_is_not_a_product_stays_fp32(base_seed):
     for weight in (case.params.weight[0], case.params.gate.weight):
         weight.copy_(torch.randint(-8, 9, weight.shape, generator=generator) / 32)
     fp32, bf16 = run(case, "native"), run_bf16(case, "native")
-    torch.testing.assert_close(bf16.out, fp32.out, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(bf16.running, fp32.running, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-    # in the backward only the operands of dz W and dz^T x are rounded, not what beta and gamma get
+    # the gates' z is kept in fp32, and so are their weights: a mix is off by one rounding of z and one of h
+    assert float((bf16.out - fp32.out).norm() / fp32.out.norm()) < 2 * EPSILON
+    # gradients of gamma and beta are sums of 300 rows, whose roundings mostly cancel
     for i in (2, 3):
-        torch.testing.assert_close(bf16.gradients[i], fp32.gradients[i], rtol=1e-4, atol=1e-4)
+        mine, theirs = bf16.gradients[i], fp32.gradients[i]
+        assert float((mine - theirs).norm() / theirs.norm()) < EPSILON
 
 
 @pytest.mark.parametrize("batch", [2, 257, 1500])

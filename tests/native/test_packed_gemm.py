@@ -65,19 +65,24 @@ def test_random_products(kind, base_seed):
         assert torch.equal(around.isnan(), untouched)
 
 
-def test_random_weight_gradients(base_seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weight_gradients(dtype, base_seed):
     rng = random.Random(base_seed)
     generator = torch.Generator().manual_seed(base_seed)
+    op = ops.check_wgrad.default if dtype is torch.bfloat16 else ops.check_wgrad_f32.default
     for _ in range(CASES):
         m, n, k = sizes(rng)
-        dz = like_strided(strided(m, n, rng, generator), torch.bfloat16)
-        h = like_strided(strided(m, k, rng, generator), torch.bfloat16)
+        m *= rng.choice((1, 1, 5))  # beyond one stretch of rows
+        dz, h = (like_strided(strided(m, size, rng, generator), dtype) for size in (n, k))
         dw, accumulate = strided(n, k, rng, generator), rng.random() < 0.5
+        around = dw._base if dw._base is not None else dw
+        untouched = around.isnan()
         start = dw.double() if accumulate else torch.zeros(n, k, dtype=torch.float64)
         exact = start + dz.double().T @ h.double()
         size = start.abs() + dz.double().abs().T @ h.double().abs()
-        ops.check_wgrad.default(dz, h, dw, accumulate, 1)
+        op(dz, h, dw, accumulate, 1)
         check(dw, exact, size, m)
+        assert torch.equal(around.isnan(), untouched)
 
 
 def test_rounding_is_torchs(base_seed):

@@ -51,3 +51,23 @@ def test_full_graph(as_columns, seed):
     x["a"][3] = 11
     with pytest.raises(BadIdError, match="feature 'a': id 11 in row 3"):
         compiled(ColumnBatch.from_columns(x) if as_columns else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_first_call_of_a_new_model_is_one_graph(dtype, seed):
+    """With ids of 32 bits, as they lie on a device, too."""
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    features = [SparseFeature("a", 10, 4), SequenceFeature("s", 7, 4, padding_idx=0), DenseFeature("d")]
+    model = MMOE(features, ["classification"] * 2, 2, {"dims": [6]}, [{"dims": [4]}] * 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in (16, 9, 12):  # from the second size on the number of rows is a variable
+        x = {
+            "d": torch.randn(n),
+            "a": torch.randint(0, 10, (n,), dtype=dtype),
+            "s": torch.randint(-1, 7, (n, 3), dtype=dtype),
+        }
+        batch = ColumnBatch.from_columns(x)
+        found = compiled(batch)
+        with backends.use_backend("eager"):
+            torch.testing.assert_close(found, model(batch), rtol=1e-5, atol=1e-6)

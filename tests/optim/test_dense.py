@@ -3,15 +3,13 @@
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastmtl import optim
 
-from .runs import RULES, schedule
-from .test_exact import assert_same
+from .runs import RULES, assert_same_bits, schedule
 
 STEPS = 60
 
@@ -51,11 +49,6 @@ def trained(where, name, seed, steps=STEPS, last=100, **more):
     return params, optimizer
 
 
-def correct_roots(monkeypatch):
-    # on MKL torch's square roots are off by a unit in the last place here and there
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda self: torch.from_numpy(np.asarray(np.sqrt(self.numpy()))))
-
-
 def forbid_torchs_step(monkeypatch, optimizer):
     def refuse(*_):
         raise AssertionError("torch's step was taken")
@@ -65,13 +58,13 @@ def forbid_torchs_step(monkeypatch, optimizer):
             monkeypatch.setattr(cls, "step", refuse)
 
 
+@pytest.mark.usefixtures("correct_roots")
 @pytest.mark.parametrize("name", RULES)
-def test_the_bits_are_torchs(name, seed, monkeypatch):
-    correct_roots(monkeypatch)
+def test_the_bits_are_torchs(name, seed):
     params, ours = trained(optim, name, seed)
     right, theirs = trained(torch.optim, name, seed, foreach=False)
+    assert_same_bits(params, right)
     for p, q in zip(params, right, strict=True):
-        assert torch.equal(p, q)
         for key, value in theirs.state[q].items():
             assert value is None or torch.equal(ours.state[p][key], value), key
 
@@ -92,6 +85,7 @@ def test_torchs_own_step_is_not_taken(name, seed, monkeypatch):
         assert p._version > version  # a graph that saved it notices
 
 
+@pytest.mark.usefixtures("correct_roots")
 @pytest.mark.parametrize("name", RULES)
 def test_checkpoints_go_both_ways(name, seed):
     cls, settings = RULES[name]
@@ -102,7 +96,7 @@ def test_checkpoints_go_both_ways(name, seed):
         second = getattr(other, cls)(groups(continued, settings), **settings, foreach=None)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
         train(second, continued, seed, range(STEPS, 2 * STEPS))
-        assert_same(continued, straight)
+        assert_same_bits(continued, straight)
 
 
 def test_the_number_of_threads_changes_nothing(seed, threads):
@@ -111,10 +105,10 @@ def test_the_number_of_threads_changes_nothing(seed, threads):
         threads(n)
         results.append(trained(optim, "adam with decay", seed, 10, last=200_000)[0])
     for other in results[1:]:
-        for p, q in zip(results[0], other, strict=True):
-            assert torch.equal(p, q)
+        assert_same_bits(results[0], other)
 
 
+@pytest.mark.usefixtures("correct_roots")
 def test_states_and_counters_that_others_change_are_followed(seed):
     params, ours = trained(optim, "adam", seed, 10)
     right, theirs = trained(torch.optim, "adam", seed, 10, foreach=False)
@@ -123,7 +117,7 @@ def test_states_and_counters_that_others_change_are_followed(seed):
         optimizer.state[mine[4]]["exp_avg"] = torch.zeros(33, 64).t()
         del optimizer.state[mine[6]]
         train(optimizer, mine, seed, range(10, 20))
-    assert_same(params, right)
+    assert_same_bits(params, right)
     assert float(ours.state[params[0]]["step"]) == float(theirs.state[right[0]]["step"])
 
 

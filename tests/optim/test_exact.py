@@ -1,12 +1,27 @@
 """Sparse updates against torch.optim's dense ones, and against themselves done at once."""
 
-import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastmtl import optim
 
-from .runs import NEVER, RULES, Gradients, make_tables, train_densely, train_sparsely
+from .runs import (
+    NEVER,
+    ONCE,
+    REPLAYED,
+    RULES,
+    SUMMED,
+    Gradients,
+    assert_close,
+    assert_follows,
+    assert_same_bits,
+    distances,
+    make_tables,
+    peak_of,
+    train_densely,
+    train_sparsely,
+)
 
 SHAPES = ((70, 16), (40, 5), (90, 1), (20, 33))
 STEPS = 2000
@@ -20,40 +35,52 @@ def sparse_run(name, seed, steps, shapes=SHAPES, **more):
     return tables, optimizer
 
 
-def assert_same(one, other):
-    """Within 1e-6 of each number, or of the table's largest: the others may cross zero."""
-    for p, q in zip(one, other, strict=True):
-        largest = float(q.detach().abs().max()) if q.numel() else 0.0
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-6 * largest)
+def dense_run(name, seed, steps, shapes=SHAPES, dtype=torch.float32):
+    """torch's tables, their largest numbers on the way, and the optimizer."""
+    cls, settings = RULES[name]
+    tables = [nn.Parameter(table.detach().to(dtype)) for table in make_tables(seed, shapes)]
+    optimizer = getattr(torch.optim, cls)(tables, foreach=False, **settings)
+    return tables, train_densely(optimizer, tables, Gradients(seed, shapes), range(steps)), optimizer
 
 
-@pytest.mark.parametrize("name", RULES)
+def assert_same_states(mine, tables, theirs, right):
+    for p, q in zip(tables, right, strict=True):
+        for key, value in theirs.state[q].items():
+            if value is not None:
+                found = mine.state[p][key].to(value.dtype)
+                torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("name", REPLAYED)
 def test_the_numbers_are_those_of_torch(name, seed):
     tables, optimizer = sparse_run(name, seed, STEPS)
     optimizer.flush()
-    cls, settings = RULES[name]
-    dense = make_tables(seed, SHAPES)
-    reference = getattr(torch.optim, cls)(dense, foreach=False, **settings)
-    train_densely(reference, dense, Gradients(seed, SHAPES), range(STEPS))
-    assert_same(tables, dense)
-    for p, q in zip(tables, dense, strict=True):
-        for key, value in reference.state[q].items():
-            if value is not None:
-                assert_same([optimizer.state[p][key]], [value])
+    right, peaks, reference = dense_run(name, seed, STEPS)
+    assert_close(tables, right, peaks)
+    assert_same_states(optimizer, tables, reference, right)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_with_correct_square_roots_torch_computes_the_same_bits(name, seed, monkeypatch):
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_of_missed_steps_are_those_of_torch_in_double(name, seed):
+    """torch itself, in float32, rounds an idle row in every step: that alone is up to 4e-5 after 2,000 steps. Ours are
+    nowhere further from float64 than torch's, but for 1e-6; and where they have waited they are within 1e-6 of it."""
+    tables, optimizer = sparse_run(name, seed, STEPS)
+    optimizer.flush()
+    right, peaks, _ = dense_run(name, seed, STEPS, dtype=torch.float64)
+    rounded, _, reference = dense_run(name, seed, STEPS)
+    for mine, torchs in zip(distances(tables, right, peaks), distances(rounded, right, peaks), strict=True):
+        assert float(mine.max()) <= 1e-6 + float(torchs.max())
+        assert float(mine[[ONCE, NEVER]].max()) <= 3e-7
+    assert_same_states(optimizer, tables, reference, rounded)
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.usefixtures("correct_roots")
+def test_with_correct_square_roots_torch_computes_the_same_bits(name, seed):
     tables, optimizer = sparse_run(name, seed, 400)
     optimizer.flush()
-    # on MKL torch's square roots are off by a unit in the last place here and there
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda self: torch.from_numpy(np.sqrt(self.numpy())))
-    cls, settings = RULES[name]
-    dense = make_tables(seed, SHAPES)
-    reference = getattr(torch.optim, cls)(dense, foreach=False, **settings)
-    train_densely(reference, dense, Gradients(seed, SHAPES), range(400))
-    for p, q in zip(tables, dense, strict=True):
-        assert torch.equal(p, q)
+    right, _, _ = dense_run(name, seed, 400)
+    assert_same_bits(tables, right)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adam with decay"])
@@ -75,21 +102,24 @@ def test_numbers_that_overflow_are_torchs(name, seed):
             optimizer.flush()
         results.append(table.detach())
     assert int(results[0].isnan().sum()) == 1
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(*results, rtol=5e-6, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_waiting_changes_no_bit(name, seed):
+    """Or, where missed steps are summed up, next to nothing: the sum of two parts is rounded twice."""
     steps = 300
     tables, optimizer = sparse_run(name, seed, steps)
     optimizer.flush()
     cls, settings = RULES[name]
     prompt = make_tables(seed, SHAPES)
+    before = [peak_of(table) for table in prompt]
     at_once = getattr(optim, cls)(prompt, tables=prompt, **settings)
     train_sparsely(at_once, prompt, Gradients(seed, SHAPES), range(steps), lambda step: at_once.flush())
     at_once.flush()
-    for p, q in zip(tables, prompt, strict=True):
-        assert torch.equal(p, q)
+    assert_follows(
+        name, tables, prompt, [torch.maximum(*both) for both in zip(before, map(peak_of, prompt), strict=True)]
+    )
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -129,10 +159,8 @@ def test_many_more_steps_than_are_kept(seed):
     shapes = ((200, 4),)
     tables, optimizer = sparse_run("adam with decay", seed, 2500, shapes)
     optimizer.flush()
-    dense = make_tables(seed, shapes)
-    reference = torch.optim.Adam(dense, foreach=False, **RULES["adam with decay"][1])
-    train_densely(reference, dense, Gradients(seed, shapes), range(2500))
-    assert_same(tables, dense)
+    right, peaks, _ = dense_run("adam with decay", seed, 2500, shapes)
+    assert_close(tables, right, peaks)
 
 
 def test_lazy_updates_leave_untouched_rows_alone(seed):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import contenders, floors, measure
+from bench import contenders, equality, floors, measure
 from bench.shapes import ALI_CCP, CENSUS, Shape
 from bench.test_inference import measure_inference
 from bench.test_ops import measure_op
@@ -105,7 +105,17 @@ def test_a_contender_that_computes_something_else_is_not_timed():
     with torch.no_grad():
         next(p for p in runners["fastmtl eager"].model.parameters() if p.ndim == 2).add_(0.3)
     with pytest.raises(SystemExit, match="fastmtl eager: its losses are"):
-        contenders.check_steps(runs, runners)
+        contenders.check_steps(runs, runners, setting)
+
+
+def test_equality_is_judged_by_the_distance_from_float64():
+    exact, precisions = [0.5, 0.25], {"peer": "fp32", "ours": "fp32", "half": "bf16", "first": "fp32"}
+    losses = {"peer": [0.5, 0.25 * (1 + 8e-5)], "ours": [0.5 * (1 - 1.5e-4), 0.25], "half": [0.51], "first": [0.5]}
+    found = equality.check(losses, precisions, "peer", exact)
+    assert found == pytest.approx({"peer": 8e-5, "ours": 1.5e-4, "half": 2e-2, "first": 0})
+    for name, bad in (("ours", 1.7e-4), ("half", 4e-2), ("peer", 2e-3), ("first", float("nan"))):
+        with pytest.raises(SystemExit, match=f"{name}: its losses are"):
+            equality.check(losses | {name: [0.5 * (1 + bad)]}, precisions, "peer", exact)
 
 
 def test_inference():

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastmtl.backends import native
 from fastmtl.backends.native_inference import Program
 from fastmtl.optim.rules import FIELDS, RULES
+from fastmtl.optim.waiting import WAIT_FIELDS
 from fastmtl.spec import ExpertGateSpec, Gate
 
 #: Mutations of one right call: making it costs more than twenty wrong ones.
@@ -112,12 +113,16 @@ def tables(rng: random.Random) -> list[Call]:
     steps = torch.rand(now + 1, len(FIELDS), generator=generator)
     last = torch.randint(0, now, (height,), generator=generator).int()
     states = [p.abs() for _ in range(STATES[RULES[rule]])]
+    adam, waits = [p.abs(), p.abs()], torch.rand(now + 1, WAIT_FIELDS, generator=generator, dtype=torch.float64)
     counters = [torch.zeros(())] if rng.random() < 0.5 else []
     logits, kinds = torch.randn(height, dim, generator=generator), torch.rand(dim, generator=generator) < 0.5
     return [
         ("table_replay", [p, states, last, rule, steps, 0, rows, 0, 0, now]),
         ("table_replay", [p, states, last, rule, steps, 0, None, 0, height, now]),
         ("table_step", [p, states, last, rule, steps, 0, rows, grads, rng.random() < 0.5, 0, height]),
+        ("table_wait_from", [waits]),
+        ("table_wait", [waits, now, rng.randrange(now), [0.5] * len(FIELDS)]),
+        ("table_close", [p, adam, last, RULES.index("adamw"), waits, now + 1, 0, rng.choice((rows, None))]),
         ("dense_step", [[p], [p.clone()], states, counters, rule, [0.1] * len(FIELDS), 1.0]),
         ("task_losses", [logits, (logits > 0).float(), kinds, torch.ones(dim)]),
     ]
@@ -260,10 +265,19 @@ def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda 
 
 NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
-    "expert_gate_bwd", "table_replay", "table_step", "dense_step", "task_losses", "inference_new", "inference_run",
-    "inference_free", "embedding_bag_general_fwd", "embedding_bag_general_bwd",
+    "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
+    "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
+    "embedding_bag_general_bwd",
 )  # fmt: skip
-WRITING = ("expert_gate_fwd", "table_replay", "table_step", "dense_step")
+WRITING = (
+    "expert_gate_fwd",
+    "table_replay",
+    "table_step",
+    "table_wait_from",
+    "table_wait",
+    "table_close",
+    "dense_step",
+)
 
 
 def main(first: int, count: int, seed: int, path: str) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from fastmtl import backend
 from fastmtl.backends import native
-from fastmtl.basic.features import DenseFeature, SparseFeature
+from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.basic.loss_func import multi_task_loss
 from fastmtl.models import AITM, ESMM, MMOE, PLE, SharedBottom
 from fastmtl.trainers import MTLTrainer
-from fastmtl.trainers.native_gradients import NativeGradients
+from fastmtl.trainers.native_gradients import ChainGradients
 from fastmtl.weighting import make_strategy
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="needs the native library")
@@ -60,7 +60,7 @@ def test_gradients_are_autograds(kind, seed):
         losses = multi_task_loss(expected(x), y, task_types)
         strategy.backward(losses, 0.0)
 
-        gradients = NativeGradients.of(model, strategy)
+        gradients = ChainGradients.of(model, strategy)
         assert gradients is not None
         found, logits = gradients(x, y)
         assert logits.shape == y.shape
@@ -74,13 +74,42 @@ def test_gradients_are_autograds(kind, seed):
     assert np.median(distances) < 2e-6
 
 
+@pytest.mark.parametrize("update", ["dense", "exact"])
+def test_sequences_of_every_pooling(seed, update, tmp_path):
+    """Two epochs with and without autograd: the same weights to rounding."""
+    rng = np.random.default_rng([seed, 77])
+    features = [*FEATURES, *(SequenceFeature(f"q{i}", 11 + i, 4, p) for i, p in enumerate(("max", "mean", "sum")))]
+    batches = []
+    for _ in range(4):
+        x, y = batch(rng, ["classification"])
+        x |= {f"q{i}": torch.from_numpy(rng.integers(-1, 11, (len(y), 5))) for i in range(3)}
+        batches.append((x, y.nan_to_num(0.0)))
+    weights = []
+    for watches in (False, True):
+        torch.manual_seed(seed)
+        model = MMOE(features, ["classification"], 2, MLP, [{"dims": [5]}])
+        if watches:
+            model.towers.register_forward_hook(lambda *_: None)
+        trainer = MTLTrainer(
+            model, optimizer_fn=torch.optim.SGD, optimizer_params={"lr": 0.05}, embedding_update=update,
+            model_path=str(tmp_path), progress=False,
+        )  # fmt: skip
+        trainer.model.train()
+        assert (trainer._gradients() is None) == watches
+        for _ in range(2):
+            trainer.train_one_epoch(batches)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=2e-4, atol=2e-5, msg=name)
+
+
 def test_frozen_tables_get_no_gradient(seed):
     model = make(MMOE, seed, ["classification"])
     for table in model.embedding.parameters():
         table.requires_grad_(False)
     strategy = make_strategy("mean")
     strategy.attach(model, model.task_types)
-    gradients = NativeGradients.of(model, strategy)
+    gradients = ChainGradients.of(model, strategy)
     gradients(*batch(np.random.default_rng(seed), model.task_types))
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
@@ -88,7 +117,7 @@ def test_frozen_tables_get_no_gradient(seed):
 def plain(model: torch.nn.Module, strategy: str = "mean") -> bool:
     chosen = make_strategy(strategy)
     chosen.attach(model, model.task_types)
-    return NativeGradients.of(model, chosen) is not None
+    return ChainGradients.of(model, chosen) is not None
 
 
 def test_whoever_needs_autograd_gets_it(seed):

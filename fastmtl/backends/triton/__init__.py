@@ -75,6 +75,13 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
     return None
 
 
+def plans_in_use() -> list[Any]:
+    """What holds the tensors that launches read beside their arguments; who replays launches must keep it."""
+    from . import embedding_plan, layer_plan
+
+    return [*embedding_plan.kept(), *layer_plan.kept()]
+
+
 def embedding_bag_fwd(
     weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
 ) -> Tensor:
@@ -125,13 +132,32 @@ def embedding_bag_bwd_step(
     run(grad, ids, columns, spec, updates)
 
 
-def embedding_bag_rows(
-    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
-) -> list[Tensor | None]:
-    """The rows of each weight that a batch looks up, unique but for void entries (V_total)."""
-    from .embedding_bag_backward import embedding_bag_rows as run
+def embedding_bag_index(
+    ids: Tensor,
+    columns: tuple[int, ...],
+    spec: EmbeddingSpec,
+    shapes: list[torch.Size],
+    needs: list[bool],
+    out: Sequence[Any] | None = None,
+) -> list[Any]:
+    """See :func:`fastmtl.backends.triton.embedding_index.embedding_bag_index`."""
+    from .embedding_index import embedding_bag_index as run
 
-    return run(ids, columns, spec, shapes, needs)
+    return run(ids, columns, spec, shapes, needs, out)
+
+
+def table_step(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.table_step`."""
+    from .optimizer import table_step as run
+
+    run(*arguments)
+
+
+def table_catch_up(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.optimizer.table_catch_up`."""
+    from .optimizer import table_catch_up as run
+
+    run(*arguments)
 
 
 def table_replay(*arguments: Any) -> None:
@@ -141,11 +167,26 @@ def table_replay(*arguments: Any) -> None:
     run(*arguments)
 
 
-def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+def advance(
+    ring: Tensor,
+    step: Tensor,
+    clock: Tensor,
+    now: int,
+    slot: int,
+    numbers: Sequence[float],
+    taken: Tensor | None = None,
+) -> None:
     """See :func:`fastmtl.backends.triton.optimizer.advance`."""
     from .optimizer import advance as run
 
-    run(ring, step, clock, now, slot, numbers)
+    run(ring, step, clock, now, slot, numbers, taken)
+
+
+def note_losses(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.notes.note_losses`."""
+    from .notes import note_losses as run
+
+    run(*arguments)
 
 
 def expert_gate_fwd(
@@ -170,3 +211,10 @@ def expert_gate_bwd(
     from .expert_gate_backward import expert_gate_bwd as run
 
     return run(grad, x, params, spec, training, saved, needs_x)
+
+
+def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastmtl.backends.native.task_losses`."""
+    from .losses import task_losses as run
+
+    return run(logits, labels, is_classification, factors)

@@ -117,6 +117,30 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A tile of batch rows in inference, ``chunk`` units of the first hidden layer at a time; ``resident``: the tile's
+    input stays where the products read it, else ``block_k`` of its columns are read at a time; ``fused``: experts and
+    mixture in one launch."""
+
+    block_m: int
+    chunk: int
+    block_k: int
+    resident: bool
+    fused: bool
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A block of batch rows, ``run`` rows a program, and how many of the pieces that they leave are added at once."""
+
+    block_b: int
+    run: int
+    pieces: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class GemmConfig:
     """Choices of expert_gate.
 
@@ -137,19 +161,20 @@ class GemmConfig:
         k = 64 if precision == "bf16" and not rebuilt else 32
         return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
 
-    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool) -> Gemm:
+    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool, tight: bool = False) -> Gemm:
         """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch; ``dropped``: through a
-        dropout, which takes registers."""
+        dropout; ``tight``: D is rebuilt on Ampere; both take registers."""
         n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
-        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not dropped else 64
+        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not (dropped or tight) else 64
         return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
 
-    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z."""
+    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool, tight: bool = False) -> Gemm:
+        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D is
+        rebuilt through a dropout, which takes registers."""
         most = 64 if precision == "ieee" else 128
-        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), most)
+        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), 64 if tight else most)
         k = 64 if precision == "bf16" and not rebuilt else 32
-        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 2)
+        return self._gemm(m, n, k, 8 if m * n >= (64 if tight else 128) * 128 else 4, 2)
 
     def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
         """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
@@ -163,6 +188,40 @@ class GemmConfig:
     def softmax(self, columns: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts."""
         return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
+
+    def folded(self, precision: str, generation: int, width_in: int, first: int, last: int) -> Folded:
+        """Of inference: of experts that read ``width_in`` columns (a multiple of 16) and have hidden layers of
+        ``first`` (or none) and ``last`` units, on a GPU of that generation.
+
+        Only Hopper has the registers for tiles of 128 rows, and for experts and mixture in one launch.
+        """
+        chunk = min(64, first or 64, 2 * self.cap)
+        tiles = {8: ((64, 64), (32, 32)), 9: ((128, 64), (64, 64), (64, 32)), 10: ((64, 32),)}
+        if precision == "bf16" and self.cap > 64:
+            for m, c in tiles.get(generation, tiles[8]):
+                shared = 2 * (m * width_in + 2 * min(c, chunk) * (width_in + last))
+                most = 64 * 128 if generation == 10 else 128 * 128
+                if shared < self._shared(generation) and m * last <= most:
+                    return Folded(m, min(c, chunk), 64, True, m == 128, Warps(8, 2))
+        m = min(64 if last <= 128 or generation == 10 else 32, self.cap)
+        k = min(64 if precision == "bf16" else 32, self.cap)
+        return Folded(m, min(32, chunk), k, False, self.cap <= 64, Warps(8, 2))
+
+    def folded_mix(self, precision: str, generation: int, last: int) -> Folded:
+        """Of the mixture in a launch of its own."""
+        m = 64 if last <= (32 if generation == 8 else 128) else 32
+        k = 64 if precision == "bf16" else 32
+        return Folded(min(m, self.cap), 16, min(k, self.cap), False, False, Warps(4 if last <= 32 else 8, 2))
+
+    @staticmethod
+    def _shared(generation: int) -> int:
+        """Bytes of shared memory that a program may take for its blocks."""
+        return 225 << 10 if generation in (9, 10) else 96 << 10
+
+    def losses(self, n_rows: int) -> Losses:
+        """Of the tasks' losses over a batch of ``n_rows``: a program for each multiprocessor at most."""
+        block = min(512, self.cap)
+        return Losses(block, round_up(max(cdiv(n_rows, PROGRAMS), 1), block), min(128, self.cap), Warps(4))
 
     def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units

@@ -1,6 +1,7 @@
 """The GEMM that carries a layer's gradient to what the layer reads: dh = dz W.
 
-dz is rebuilt in the prologue from D, the gradient of the BatchNorm's output, and z (common.gradient_of_z). In the first
+dz is rebuilt in the prologue from D, the gradient of the BatchNorm's output, and z (common.gradient_of_z; D itself too
+where gates follow, rebuilt.py). In the first
 layer the product runs over the experts' columns and then over the gates', and writes the input's gradient. In the
 others its epilogue goes on through the dropout and the activation of the layer below, writes that layer's D, and leaves
 the sums of its columns for batch_norm.add_up, so that the layer needs no pass of its own.
@@ -21,19 +22,20 @@ from .activations import activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
 from .common import aligned, gradient_of_z, narrow, normalise, operand
 from .hidden import Hidden
-from .launch import alignment, cdiv, launch, round_up
+from .launch import alignment, cdiv, generation, launch, round_up
 from .layer_plan import LayerPlan
 from .precision import Precision
+from .rebuilt import Mixed, rebuilt_gradient_of_z
 
 
 @triton.jit
 def expert_gate_dgrad_kernel(
-    D_ptr,  # [B, pitch]
+    D_ptr,  # [B, pitch]; not read where REBUILT
     Z_ptr,  # [B, pitch]
     Stat_ptr,  # [4, pitch]
     Coef_ptr,  # [2, pitch]
     W_ptr,  # [E * H, n_out]
-    Wg_ptr,  # [C, n_out]; read where GATES
+    Wg_ptr,  # [C, n_out]; read where MIXED
     Tiles_ptr,  # [n_tiles, 7] int32: LayerPlan.dgrad_tiles
     Out_ptr,  # N matrices [B, n_out]: the gradient of what was read, or D of the layer below
     Zb_ptr,  # [B, pitch_b], of the layer below; read where BELOW, as are those that follow
@@ -41,6 +43,10 @@ def expert_gate_dgrad_kernel(
     Alphab_ptr,
     Seedb_ptr,
     Part_ptr,  # [row tiles, SUMS, pitch_b]
+    Dy_ptr,  # [G, B, n_units]; read where REBUILT, as are those that follow
+    Share_ptr,  # [B, n_shares] fp32
+    Members_ptr,  # [E, GATES2] int32
+    Alphaz_ptr,
     n_rows,
     n_tiles,
     n_out,  # units that are written: those there are, or more where rows are padded and W ends in zeros
@@ -50,13 +56,21 @@ def expert_gate_dgrad_kernel(
     stride_wg,
     stride_os,
     stride_ob,
+    stride_de,
+    stride_db,
+    n_shares,
+    first_share,
+    n_units,
     drop,
     BELOW: tl.constexpr,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     LAYER: tl.constexpr,
     LEARNED: tl.constexpr,
+    MIXED: tl.constexpr,  # whether gates read the layer's input too
+    REBUILT: tl.constexpr,
     GATES: tl.constexpr,
+    GATES2: tl.constexpr,
     SUMS: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN_TILE: tl.constexpr,
@@ -87,11 +101,18 @@ def expert_gate_dgrad_kernel(
         c = first + k
         at = m[:, None] * pitch + c[None, :]
         mask = live[:, None] & known[None, :]
-        dz = gradient_of_z(d_rows, z_rows, Stat_ptr, Coef_ptr, at, c[None, :], pitch, mask, known[None, :])
+        if REBUILT:
+            dz = rebuilt_gradient_of_z(
+                Z_ptr, Stat_ptr, Coef_ptr, Dy_ptr, Share_ptr, Members_ptr, Seedb_ptr,
+                learned_scalar(Alphaz_ptr, source, ACT), source, first_row, m, live, c, known, pitch, stride_de,
+                stride_db, n_shares, first_share, n_units, drop, ACT, DROPOUT, LAYER + 1, GATES, GATES2,
+            )  # fmt: skip
+        else:
+            dz = gradient_of_z(d_rows, z_rows, Stat_ptr, Coef_ptr, at, c[None, :], pitch, mask, known[None, :])
         w = W_ptr + c[:, None] * aligned(stride_w, ALIGN_W) + unit[None, :]
         weight = tl.load(w, mask=known[:, None] & inside[None, :], other=0.0)
         dh = tl.dot(operand(dz, dtype), operand(weight, dtype), dh, input_precision=DOT)
-    if GATES:
+    if MIXED:
         first_g = tl.load(tile + 3)
         w_row = tl.load(tile + 4)
         n_gate_columns = tl.load(tile + 5)
@@ -129,7 +150,7 @@ def expert_gate_dgrad_kernel(
 
 
 def dgrad(
-    d: Tensor,
+    d: Tensor | Mixed,
     hidden: Hidden,
     coef: Tensor,
     weight: Tensor,
@@ -142,14 +163,15 @@ def dgrad(
 ) -> Tensor:
     """Write the gradient of what ``hidden`` reads to ``out``, whose matrices and rows are ``strides`` apart; where
     ``below`` is given, go on to that layer's D and return the pieces of its sums (else nothing of use)."""
-    n_rows, layer = len(d), hidden.layer
+    n_rows, layer = len(hidden.z), hidden.layer
     n_out = plan.width_in(layer) if layer else min(weight.stride(0), strides[1])
-    config = configs.GEMM.dgrad(precision.name, n_rows, n_out, hidden.dropped)
+    is_tight = isinstance(d, Mixed) and generation(coef.device) == 8
+    config = configs.GEMM.dgrad(precision.name, n_rows, n_out, hidden.dropped, is_tight)
     tiles, align = plan.dgrad_tiles(layer, config.block_n)
     n_row_tiles = cdiv(n_rows, config.block_m)
     part = coef
     if below is not None:
-        part = torch.empty(n_row_tiles, SUMS, below.pitch, dtype=torch.float32, device=d.device)
+        part = torch.empty(n_row_tiles, SUMS, below.pitch, dtype=torch.float32, device=coef.device)
     stride_wg = 0 if gate_weight is None else gate_weight.stride(0)
     source = hidden if below is None else below
     arguments = source.arguments()
@@ -157,7 +179,8 @@ def dgrad(
         expert_gate_dgrad_kernel,
         (n_row_tiles * len(tiles),),
         config.warps,
-        D_ptr=d,
+        D_ptr=hidden.z if isinstance(d, Mixed) else d,
+        **(d.arguments(hidden) if isinstance(d, Mixed) else Mixed.no_arguments(coef)),
         Z_ptr=hidden.z,
         Stat_ptr=hidden.stat,
         Coef_ptr=coef,
@@ -185,7 +208,7 @@ def dgrad(
         DROPOUT=arguments["DROPOUT"],
         LAYER=arguments["LAYER"],
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
-        GATES=gate_weight is not None,
+        MIXED=gate_weight is not None,
         SUMS=SUMS,
         DOT=precision.dot,
         ALIGN_TILE=align,

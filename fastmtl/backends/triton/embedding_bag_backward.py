@@ -1,21 +1,20 @@
 """embedding_bag, backward: the gradient of each touched row, from the gradient of the output.
 
-1. Every lookup becomes a row of its weight (embedding_rows_kernel).
+1. Every lookup becomes a row of its weight, and the rows of all but tiny tables are sorted (embedding_index.py).
 2. Tiny tables are summed as one-hot products over runs of the batch (tiny_tables.py).
-3. The rows of the others are sorted; CHUNK neighbours at a time are walked in order, and a row whose lookups lie in
+3. CHUNK neighbours of the sorted rows at a time are walked in order, and a row whose lookups lie in
    one chunk is finished there. What reaches over a chunk's end is left in Head and Tail (embedding_segments_kernel),
 4. and added up where the row began, STITCHED chunks at a time (embedding_stitch_kernel).
 
 A row's finished gradient is written out, or an optimizer takes its step with it there and then (``Update``).
 
-Nothing is added atomically and the sort is stable, so that a run can be repeated to the last bit. The rows depend on
-the ids alone, so that steps 1 and the sort may run ahead of the gradient.
+Nothing is added atomically and the sort is stable, so that a run can be repeated to the last bit. Step 1 depends on the
+ids alone: what it makes (``Rows``) may be made ahead of the gradient, and is where an ``Update`` brings it along.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,48 +25,12 @@ from ...spec import EmbeddingSpec
 from ..updates import Update
 from . import configs
 from .common import aligned
-from .embedding_bag_forward import load_slot, resolve
+from .embedding_index import Rows, sort_rows
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch
 from .optimizer import update_arguments
 from .optimizer_rules import NO_RULE, load_step, take_step
 from .tiny_tables import add_tiny_tables
-
-
-@triton.jit
-def embedding_rows_kernel(
-    Ids_ptr,  # [B, n_ids]
-    Bags_ptr,  # [n_bags, 12]
-    Sorted_ptr,  # [B, n_sorted]: row in the weight, or void
-    Tiny_ptr,  # [B, n_tiny] int32: row in the table, or -1
-    Count_ptr,  # [B, n_bags] fp32: what the bag's gradient is divided by
-    n_rows,
-    n_bags,
-    n_sorted,
-    n_tiny,
-    void,
-    stride_ib,
-    stride_ic,
-    BLOCK_B: tl.constexpr,
-):
-    bag = tl.program_id(0) % n_bags
-    b = (tl.program_id(0) // n_bags).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    live = b < n_rows
-    first, length, vocab, offset, mean, n_pads, pad0, pad1, oov, _out = load_slot(Bags_ptr, bag, 12)
-    tiny = tl.load(Bags_ptr + bag * 12 + 10)
-    column = tl.load(Bags_ptr + bag * 12 + 11)
-    counted = tl.zeros([BLOCK_B], tl.float32)
-    for i in range(length):
-        ids = tl.load(Ids_ptr + b * stride_ib + (first + i) * stride_ic, mask=live, other=0).to(tl.int64)
-        row, _refused = resolve(ids, vocab, n_pads, pad0, pad1, oov)
-        if tiny != 0:
-            tl.store(Tiny_ptr + b * n_tiny + column + i, row.to(tl.int32), mask=live)
-        else:
-            found = tl.where(row >= 0, offset + row, void)
-            tl.store(Sorted_ptr + b * n_sorted + column + i, found.to(Sorted_ptr.dtype.element_ty), mask=live)
-        counted += tl.where(row >= 0, 1.0, 0.0)
-    divisor = tl.where(mean != 0, tl.maximum(counted, 1.0), 1.0)
-    tl.store(Count_ptr + b * n_bags + bag, divisor, mask=live)
 
 
 @triton.jit
@@ -107,14 +70,15 @@ def embedding_segments_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (d < DIM)[None, :]
     at = chunk * CHUNK
-    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
-    before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
-    total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
     step = (0.0,)
     now = 0
     if RULE != NO_RULE:
         step = load_step(Step_ptr)
         now = tl.load(Now_ptr)
+        n = tl.where(now < 0, 0, n)  # vetoed: there is nothing to walk over
+    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
+    before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
+    total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
     for _ in range(CHUNK):
         live = (at < n) & (key != void)
         following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
@@ -178,7 +142,12 @@ def embedding_stitch_kernel(
     BLOCK_D: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    if tl.load(Open_ptr + chunk) != 0:
+    opened = tl.load(Open_ptr + chunk)
+    now = 0
+    if RULE != NO_RULE:
+        now = tl.load(Now_ptr)
+        opened = tl.where(now < 0, 0, opened)  # vetoed: nothing was walked over
+    if opened != 0:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         last = chunk * CHUNK + CHUNK - 1
         key = tl.load(Keys_ptr + last)
@@ -205,53 +174,7 @@ def embedding_stitch_kernel(
             step = load_step(Step_ptr)
             take_step(P_ptr, First_ptr, Second_ptr, step, row, row >= 0, d, total[None, :], DIM, RULE)
             if tl.program_id(1) == 0:
-                tl.store(Last_ptr + key, tl.load(Now_ptr))
-
-
-class Rows(NamedTuple):
-    """The rows a batch reads of one weight.
-
-    Args:
-        keys: ``[n]`` ascending; ``V_total`` (void) where a lookup counts as nothing.
-        order: ``[n]``, where each stood in ``[B, n_sorted]``.
-        tiny: ``[B, n_tiny_columns]``, rows of the tiny tables.
-        counted: ``[B, n_bags]``, what each bag's gradient is divided by: 1, or the lookups that a mean counts.
-    """
-
-    keys: Tensor
-    order: Tensor
-    tiny: Tensor
-    counted: Tensor
-
-
-def sort_rows(ids: Tensor, table: TablePlan, n_weight_rows: int) -> Rows:
-    """The rows of one weight in order: all of the backward that depends on the ids alone."""
-    n_rows = len(ids)
-    small = n_weight_rows < 2**31 - 1
-    found = torch.empty(n_rows, table.n_sorted, dtype=torch.int32 if small else torch.int64, device=ids.device)
-    tiny = torch.empty(n_rows, table.n_tiny_columns, dtype=torch.int32, device=ids.device)
-    count = torch.empty(n_rows, table.n_bags, dtype=torch.float32, device=ids.device)
-    block_b = 256
-    launch(
-        embedding_rows_kernel,
-        (cdiv(n_rows, block_b) * table.n_bags,),
-        configs.Warps(4),
-        Ids_ptr=ids,
-        Bags_ptr=table.bags,
-        Sorted_ptr=found,
-        Tiny_ptr=tiny,
-        Count_ptr=count,
-        n_rows=n_rows,
-        n_bags=table.n_bags,
-        n_sorted=table.n_sorted,
-        n_tiny=table.n_tiny_columns,
-        void=n_weight_rows,
-        stride_ib=ids.stride(0),
-        stride_ic=ids.stride(1),
-        BLOCK_B=block_b,
-    )
-    keys, order = torch.sort(found.flatten(), stable=True)
-    return Rows(keys, order, tiny, count)
+                tl.store(Last_ptr + key, now)
 
 
 def _add_segments(
@@ -389,24 +312,6 @@ def embedding_bag_bwd_step(
         if update is not None:
             update.check()
             void = len(update.p)
-            rows = sort_rows(ids, table, void)
+            rows = update.index or sort_rows(ids, table, void)
             _add_segments(grad, rows, table, update.p, void, update=update)
             add_tiny_tables(grad, rows.tiny, rows.counted, table, update.p, None, void, update)
-
-
-def embedding_bag_rows(
-    ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, shapes: list[torch.Size], needs: list[bool]
-) -> list[Tensor | None]:
-    """The rows of each weight that a batch looks up: ``[M]`` int64, each once, the other entries V_total (void); those
-    of tiny tables whether they are looked up or not."""
-    tables = plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device) if spec.bags else ()
-    found: list[Tensor | None] = []
-    for (n_weight_rows, _), need, table in zip(shapes, needs, tables, strict=True):
-        if not need:
-            found.append(None)
-            continue
-        keys = sort_rows(ids, table, n_weight_rows).keys.long()
-        repeated = torch.zeros(len(keys), dtype=torch.bool, device=ids.device)
-        torch.eq(keys[1:], keys[:-1], out=repeated[1:])
-        found.append(torch.cat([keys.masked_fill_(repeated, n_weight_rows), table.tiny_rows]))
-    return found

@@ -13,16 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import BadIdError
 from ...spec import EmbeddingSpec
+from .. import deferred
+from ..deferred import NO_POSITION, Watch
 from . import configs
 from .common import aligned, narrow
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch, round_up
 from .precision import autocast_dtype
-
-#: Bad holds this where no id was refused.
-NO_POSITION = 2**63 - 1
 
 
 @triton.jit
@@ -107,22 +105,30 @@ def embedding_bag_fwd_kernel(
 
 
 def embedding_bag_fwd(
-    weights: list[Tensor], ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+    weights: list[Tensor],
+    ids: Tensor,
+    columns: tuple[int, ...],
+    dense: Tensor | None,
+    spec: EmbeddingSpec,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes."""
+    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes; ``dtype``: its own,
+    where it is not the one that autocast says."""
     width, n_rows = spec.width(columns), len(ids)
     sample = weights[0] if dense is None else dense
-    dtype = autocast_dtype(sample)
+    dtype = autocast_dtype(sample) if dtype is None else dtype
     out = torch.empty(n_rows, round_up(width, 16 // dtype.itemsize), dtype=dtype, device=sample.device)[:, :width]
     if not spec.bags:
         return out if dense is None else out.copy_(dense)
-    bad = None
+    bad, watch = None, deferred.active()
     if any(bag.oov == "raise" for bag in spec.bags):
-        bad = torch.full((1,), NO_POSITION, dtype=torch.int64, device=ids.device)
+        bad = torch.full((1,), NO_POSITION, dtype=torch.int64, device=ids.device) if watch is None else watch.bad
     tables = plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device)
     for t, (weight, table) in enumerate(zip(weights, tables, strict=True)):
         _look_up(weight.contiguous(), ids, dense if t == 0 else None, out, width - spec.n_dense, bad, table)
-    if bad is not None:
+    if bad is not None and watch is not None:
+        _note(watch, ids, columns, spec)
+    elif bad is not None:
         check(bad, ids, columns, spec)
     return out
 
@@ -163,13 +169,49 @@ def _look_up(
     )
 
 
+@triton.jit(do_not_specialize=["context"])
+def embedding_bad_kernel(
+    Bad_ptr,  # [1] int64; made ready for the next lookup
+    Ids_ptr,  # [B, n_ids]
+    Found_ptr,  # [4] int64: context (-1: nothing was found yet), row, column, id
+    context,
+    n_ids,
+    stride_ib,
+    stride_ic,
+):
+    position = tl.load(Bad_ptr)
+    if position != 0x7FFFFFFFFFFFFFFF:
+        if tl.load(Found_ptr) < 0:
+            row = position // n_ids
+            column = position - row * n_ids
+            tl.store(Found_ptr + 1, row)
+            tl.store(Found_ptr + 2, column)
+            tl.store(Found_ptr + 3, tl.load(Ids_ptr + row * stride_ib + column * stride_ic).to(tl.int64))
+            tl.store(Found_ptr, context.to(tl.int64))
+        tl.store(Bad_ptr, 0x7FFFFFFFFFFFFFFF)
+
+
+def _note(watch: Watch, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
+    """Write down the refused id, if there is one and it is the first; the ids may be overwritten then."""
+    launch(
+        embedding_bad_kernel,
+        (1,),
+        configs.Warps(1),
+        Bad_ptr=watch.bad,
+        Ids_ptr=ids,
+        Found_ptr=watch.found,
+        context=watch.context(spec, columns),
+        n_ids=ids.shape[1],
+        stride_ib=ids.stride(0),
+        stride_ic=ids.stride(1),
+    )
+
+
 def check(bad: Tensor, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
     """Raise :class:`BadIdError` for the position in ``bad``, if there is one. Waits for the device."""
     if bad.is_meta:  # a launch that is only recorded
         return
     position = int(bad)
-    if position == NO_POSITION:
-        return
-    row, column = divmod(position, ids.shape[1])
-    f = next(f for f in range(len(spec.bags)) if columns[f] <= column < columns[f + 1])
-    raise BadIdError.at(spec.bags[f].name, int(ids[row, column]), row, spec.bags[f].vocab)
+    if position != NO_POSITION:
+        row, column = divmod(position, ids.shape[1])
+        raise deferred.bad_id(row, column, int(ids[row, column]), columns, spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,3 +143,8 @@ def plans(
         made = tuple(TablePlan(spec, columns, table, tiny_vocab, device) for table in range(spec.n_tables))
         kept = _plans[key] = (spec, made)
     return kept[1]
+
+
+def kept() -> list[Any]:
+    """The plans made so far that would be found again."""
+    return list(_plans.values())

@@ -1,7 +1,8 @@
 """expert_gate, backward. With batch statistics dz depends on two sums over the whole batch, so each layer is met twice:
 
-once when its D (the gradient of its BatchNorm's output) is written and summed, by what follows the last layer or by the
+once when its D (the gradient of its BatchNorm's output) is summed and written, by what follows the last layer or by the
 epilogue of the layer above's dgrad; and once when the dgrad and wgrad GEMMs rebuild dz from D and z in their prologues.
+(Under gates the last layer's D is not written but rebuilt there too: rebuilt.py.)
 Activations are rebuilt, z is kept. Nothing that was saved is written to, so a graph can be walked several times.
 """
 
@@ -20,6 +21,7 @@ from .hidden import Hidden
 from .layer_plan import LayerPlan, layer_plan
 from .mixing_backward import activations_bwd, experts_bwd, head_bwd, mix_bwd
 from .precision import Precision, of_dtype
+from .rebuilt import Mixed
 from .wgrad import wgrad
 
 
@@ -27,7 +29,7 @@ class _Layers:
     """The hidden layers of a call in its backward: what each is, its D, and what its sums become.
 
     Attributes:
-        d: ``[B, pitch]`` of each, in z's dtype.
+        d: ``[B, pitch]`` of each, in z's dtype, or of the last what it is rebuilt from.
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight, the bias.
         coef: ``[2, pitch]`` of each, fp32: what rebuilds dz from D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
@@ -35,11 +37,25 @@ class _Layers:
 
     def __init__(self, hidden: list[Hidden], plan: LayerPlan, batch_statistics: bool):
         self.hidden, self.plan, self.batch_statistics = hidden, plan, batch_statistics
-        self.d = [torch.empty_like(layer.z) for layer in hidden]
+        self.d: list[Tensor | Mixed] = []
+        self.d += [torch.empty_like(layer.z) for layer in hidden[:-1]]
+        if not self.rebuilds:
+            self.d.append(torch.empty_like(hidden[-1].z))
         self.grads = [layer.stat.new_empty(SUMS + 1, layer.pitch) for layer in hidden]
         self.coef = [layer.stat.new_zeros(2, layer.pitch) for layer in hidden]
         self.weight: list[Tensor] = [layer.stat for layer in hidden]
         self.gate_weight: Tensor | None = None
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether D of the last layer is not written."""
+        return len(self.hidden) > 1 and bool(self.plan.spec.gates) and not self.hidden[-1].row_wise
+
+    def written(self, layer: int) -> Tensor:
+        """D of a layer that has it written."""
+        d = self.d[layer]
+        assert isinstance(d, Tensor)
+        return d
 
     def add_up(self, layer: int, part: Tensor, head: bool = False) -> None:
         """Add the pieces of the sums of a layer's experts up."""
@@ -117,24 +133,29 @@ def expert_gate_bwd(
             layers.gate_weight = dw_gates
         if needs_x:
             dx = input_gradient(
-                x, layers.d[0], hidden[0], layers.coef[0], kept.weight[0], kept.gate_weight, plan, precision
+                x, layers.written(0), hidden[0], layers.coef[0], kept.weight[0], kept.gate_weight, plan, precision
             )
     return dx, layers.gradients(out)
 
 
 def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) -> list[Tensor]:
     """From the gradient of the layer's output to D of the last hidden layer; returns the gradients of the head."""
-    spec, last, d = layers.plan.spec, layers.hidden[-1], layers.d[-1]
+    spec, last = layers.plan.spec, layers.hidden[-1]
+    d = None if layers.rebuilds else layers.written(-1)
     at = last.layer
     if spec.output_layer:
+        assert d is not None
         layers.add_up(at, head_bwd(grad, last, d, params), head=True)
         weight = layers.grads[at][3, : layers.plan.columns[at]].view(spec.n_experts, -1)
         return [weight, grad.float().sum(0)]
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     if kept.soft is None:
+        assert d is not None
         layers.add_up(at, experts_bwd(grad, last, d))
         return []
-    part, gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.soft)
+    mixed, part, gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.written(0), layers.plan, kept.soft)
+    if layers.rebuilds:
+        layers.d.append(mixed)
     layers.add_up(at, part)
     layers.add_up_gates(gate_part)
     return []
@@ -151,7 +172,7 @@ def _descend(layer: int, layers: _Layers, kept: Saved, precision: Precision) -> 
     if under.row_wise:  # an epilogue sees only some units of a row
         dh = torch.empty_like(under.z)
         carry(out=dh, below=None)
-        part = activations_bwd(dh, under, layers.d[layer - 1])
+        part = activations_bwd(dh, under, layers.written(layer - 1))
     else:
-        part = carry(out=layers.d[layer - 1], below=under)
+        part = carry(out=layers.written(layer - 1), below=under)
     layers.add_up(layer - 1, part)

@@ -6,10 +6,12 @@ for GPUs that are not there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from . import interpreting
@@ -19,6 +21,20 @@ INTERPRET = tl.constexpr(interpreting())
 
 #: Called as ``record(kernel, grid, warps, arguments)`` in place of every launch, where set.
 recorder: Callable[[Any, tuple[int, ...], Warps, dict[str, Any]], None] | None = None
+
+
+#: The generation that launches are chosen for where there is no GPU: an architecture that a test compiles for.
+compiling_for = 9
+
+
+@functools.cache
+def _generation(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def generation(device: torch.device) -> int:
+    """The first number of a GPU's compute capability: 8 (Ampere), 9 (Hopper), 10 (Blackwell)."""
+    return _generation(device.index) if device.type == "cuda" else compiling_for
 
 
 @dataclass(frozen=True)

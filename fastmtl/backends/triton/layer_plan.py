@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,3 +172,8 @@ def layer_plan(spec: ExpertGateSpec, device: torch.device) -> LayerPlan:
             _plans.clear()
         plan = _plans[key] = LayerPlan(spec, device)
     return plan
+
+
+def kept() -> list[Any]:
+    """The plans made so far that would be found again."""
+    return list(_plans.values())

@@ -2,8 +2,8 @@
 
 expert_gate_tail_kernel: one expert over a run of the batch. Rebuilds its activations h from z; gets their gradient from
 the experts' own output (plain), the head's (times its weight) or the gates' (sum over gates of weight times dy), and
-for the gates leaves <dy, h> in Dg. Writes D and the run's sums for batch_norm.add_up. Activations that look at whole
-rows go through its plain form below the last layer too.
+for the gates leaves <dy, h> in Dg. Writes D, unless the GEMMs rebuild it, and the run's sums for batch_norm.add_up.
+Activations that look at whole rows go through its plain form below the last layer too.
 expert_gate_softmax_kernel: one gate over a run: from Dg through the softmax to the gates' part of D, and its sums.
 
 fp32 arithmetic; z, the output's gradient and the saved softmax are only read; deterministic.
@@ -25,6 +25,7 @@ from .hidden import Hidden
 from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
 from .mixing import gate_logits
+from .rebuilt import Mixed
 
 
 @triton.jit
@@ -40,7 +41,8 @@ def expert_gate_tail_kernel(
     Members_ptr,  # [E, GATES2] int32
     Soft_ptr,  # [2, GATES2, B]
     Dg_ptr,  # [blocks, B, n_gate_columns] fp32
-    D_ptr,  # [B, pitch]
+    Share_ptr,  # [B, n_gate_columns] fp32: the softmax
+    D_ptr,  # [B, pitch]; written where WRITES
     Part_ptr,  # [runs, SUMS, pitch] fp32
     n_rows,
     run_rows,
@@ -59,6 +61,7 @@ def expert_gate_tail_kernel(
     LAYER: tl.constexpr,
     HEAD: tl.constexpr,
     MIX: tl.constexpr,
+    WRITES: tl.constexpr,
     LEARNED: tl.constexpr,
     SUMS: tl.constexpr,
     GATES2: tl.constexpr,
@@ -105,10 +108,11 @@ def expert_gate_tail_kernel(
             dy = tl.load(at, mask=there, other=0.0).to(tl.float32)
             dh = tl.sum(weight[:, :, None] * dy, axis=0)
             dg = tl.sum(tl.where(there, dy * a[None, :, :], 0.0), axis=2)
-            at_dg = (block.to(tl.int64) * n_rows + row)[None, :] * n_gate_columns + (column - first_gate_column)[
-                :, None
-            ]
-            tl.store(Dg_ptr + at_dg, dg, mask=(column >= 0)[:, None] & live[None, :])
+            at_gate = row[None, :] * n_gate_columns + (column - first_gate_column)[:, None]
+            mixes = (column >= 0)[:, None] & live[None, :]
+            tl.store(Dg_ptr + block.to(tl.int64) * n_rows * n_gate_columns + at_gate, dg, mask=mixes)
+            if block == 0:
+                tl.store(Share_ptr + at_gate, weight, mask=mixes)
         elif HEAD:
             dy = tl.load(Dy_ptr + row * stride_db + e * stride_de, mask=live, other=0.0).to(tl.float32)
             head = tl.load(Weight_ptr + c, mask=inside, other=0.0)
@@ -120,9 +124,11 @@ def expert_gate_tail_kernel(
         if DROPOUT:
             dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
-        stored = narrow(d, D_ptr.dtype.element_ty)
-        tl.store(D_ptr + row[:, None] * pitch + c[None, :], stored, mask=mask)
-        d = tl.where(mask, stored.to(tl.float32), 0.0)
+        if WRITES:
+            stored = narrow(d, D_ptr.dtype.element_ty)
+            tl.store(D_ptr + row[:, None] * pitch + c[None, :], stored, mask=mask)
+            d = stored.to(tl.float32)
+        d = tl.where(mask, d, 0.0)
         sum_d += tl.sum(d, axis=0)
         sum_dz += tl.sum(d * centred, axis=0)
         if LEARNED:
@@ -209,18 +215,18 @@ def _tail(
     hidden: Hidden,
     grad: Tensor,
     strides: tuple[int, int],
-    d: Tensor,
-    mixed: tuple[Hidden, LayerPlan, Tensor, Tensor] | None,
+    d: Tensor | None,
+    mixed: tuple[Hidden, LayerPlan, Tensor, Tensor, Tensor] | None,
     weight: Tensor | None,
 ) -> Tensor:
-    """Write ``d [B, pitch]``; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the first hidden
-    layer, the plan, the saved softmax, and Dg to write."""
+    """Write ``d [B, pitch]`` where there is one; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the
+    first hidden layer, the plan, the saved softmax, and Dg and the gates' shares to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     n_gates2 = 1 if mixed is None else mixed[1].n_gates2
     config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, n_gates2, backward=True)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
-    first, plan, soft, dg = mixed if mixed is not None else (hidden, None, part, part)
+    first, plan, soft, dg, share = mixed if mixed is not None else (hidden, None, part, part, part)
     launch(
         expert_gate_tail_kernel,
         (n_runs * cdiv(units, config.block_h) * n_experts,),
@@ -234,7 +240,8 @@ def _tail(
         Members_ptr=hidden.stat if plan is None else plan.members,
         Soft_ptr=soft,
         Dg_ptr=dg,
-        D_ptr=d,
+        Share_ptr=share,
+        D_ptr=hidden.z if d is None else d,
         Part_ptr=part,
         n_rows=n_rows,
         run_rows=config.run,
@@ -249,6 +256,7 @@ def _tail(
         stride_db=strides[1],
         HEAD=weight is not None,
         MIX=mixed is not None,
+        WRITES=d is not None,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
         SUMS=SUMS,
         GATES2=n_gates2,
@@ -259,16 +267,18 @@ def _tail(
 
 
 def mix_bwd(
-    grad: Tensor, hidden: Hidden, d: Tensor, first: Hidden, first_d: Tensor, plan: LayerPlan, soft: Tensor
-) -> tuple[Tensor, Tensor]:
-    """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer and of the gates (in
-    ``first_d``, the first layer's); returns the pieces of the sums of both."""
+    grad: Tensor, hidden: Hidden, d: Tensor | None, first: Hidden, first_d: Tensor, plan: LayerPlan, soft: Tensor
+) -> tuple[Mixed, Tensor, Tensor]:
+    """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer (written where there is a
+    ``d``) and of the gates (in ``first_d``, the first layer's); returns what rebuilds the former, and the pieces of the
+    sums of both."""
     n_rows = len(hidden.z)
     rows = configs.GEMM.rows(hidden.units, hidden.row_wise, hidden.dropped, plan.n_gates2, backward=True)
     n_blocks = cdiv(hidden.units, rows.block_h)
     n_gate_columns = first.pitch - plan.gate_start[0]
     dg = torch.empty(n_blocks, n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
-    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (first, plan, soft, dg), None)
+    share = torch.empty(n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
+    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (first, plan, soft, dg, share), None)
     block_c = power_of_two(plan.widest_gate)
     config = configs.GEMM.softmax(block_c)
     n_runs = cdiv(n_rows, config.run)
@@ -296,7 +306,7 @@ def mix_bwd(
         BLOCK_B=config.block_b,
         BLOCK_C=block_c,
     )
-    return part, gate_part
+    return Mixed(grad, share, plan), part, gate_part
 
 
 def head_bwd(grad: Tensor, hidden: Hidden, d: Tensor, params: ExpertGateParams) -> Tensor:

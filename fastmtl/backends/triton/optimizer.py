@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..updates import STEP_FIELDS, Update, behind_on, check_gradients, check_range, check_update
 from . import configs
+from .embedding_index import Rows
 from .launch import cdiv, launch
 from .optimizer_rules import NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
 
@@ -26,7 +27,7 @@ def table_rows_kernel(
     First_ptr,  # [V, DIM], [V], or anything where the rule has no such state
     Second_ptr,
     Last_ptr,  # [V] int32: the step up to which each row is current
-    Rows_ptr,  # [n] int64, unique but for void ones (outside 0 .. V - 1); read where LISTED
+    Rows_ptr,  # [n], void outside 0 .. V - 1, else unique (ascending where SORTED); read where LISTED
     Grads_ptr,  # [n, DIM]; read where GIVEN
     Steps_ptr,  # [n_kept, 9]: step s is row (s - first_step) % n_kept
     Clock_ptr,  # [1] int32; read where CLOCKED
@@ -40,6 +41,7 @@ def table_rows_kernel(
     DIM: tl.constexpr,
     RULE: tl.constexpr,
     LISTED: tl.constexpr,
+    SORTED: tl.constexpr,
     GIVEN: tl.constexpr,
     LAZY: tl.constexpr,
     CLOCKED: tl.constexpr,
@@ -53,7 +55,9 @@ def table_rows_kernel(
         first_row += (now % cdiv_(n_table_rows, n)).to(tl.int64) * n
     i = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = i < n
-    row = tl.load(Rows_ptr + i, mask=live, other=-1) if LISTED else first_row + i
+    row = tl.load(Rows_ptr + i, mask=live, other=-1).to(tl.int64) if LISTED else first_row + i
+    if SORTED:
+        live = live & (row != tl.load(Rows_ptr + i - 1, mask=live & (i > 0), other=-1).to(tl.int64))
     live = live & (row >= 0) & (row < n_table_rows)
     last = tl.load(Last_ptr + row, mask=live, other=now)
     if not LAZY:
@@ -87,10 +91,11 @@ def table_rows_kernel(
 
 @triton.jit(do_not_specialize=["slot", "now"])
 def advance_kernel(
-    Ring_ptr, Step_ptr, Clock_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
+    Ring_ptr, Step_ptr, Clock_ptr, Taken_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
 ):
     """The numbers of the step that begins, by value: nothing on the host has to live until the device reads it."""
     tl.store(Clock_ptr, now)
+    tl.store(Taken_ptr, now)
     _store_step(Ring_ptr + slot * 9, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
     _store_step(Step_ptr, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
 
@@ -128,6 +133,7 @@ def _run(
     upto: int,
     lazily: bool = False,
     clock: Tensor | None = None,
+    is_sorted: bool = False,
 ) -> None:
     dim = p.shape[1]
     config = configs.EMBEDDING.update(dim, rule == ROWWISE_ADAGRAD.value)
@@ -153,6 +159,7 @@ def _run(
         DIM=dim,
         RULE=rule,
         LISTED=rows is not None,
+        SORTED=is_sorted,
         GIVEN=grads is not None,
         LAZY=lazily,
         CLOCKED=clock is not None,
@@ -198,6 +205,33 @@ def table_replay(
     n = end - begin if rows is None else len(rows)
     start = 0 if rows is not None or clock is not None else begin
     _run(p, states, last, rule, steps, first_step, rows, None, n, start, upto, clock=clock)
+
+
+def table_catch_up(
+    p: Tensor,
+    states: Sequence[Tensor],
+    last: Tensor,
+    rule: int,
+    steps: Tensor,
+    first_step: int,
+    index: Rows,
+    upto: int,
+    clock: Tensor,
+) -> None:
+    """:func:`table_replay` of the rows that a batch looks up.
+
+    Args:
+        p, states, last, rule, steps, first_step, upto, clock: as there.
+        index: the table's part of ``embedding_bag_index``.
+
+    Raises:
+        BackendError: as for :func:`table_replay`.
+    """
+    check_update(p, states, last, rule, steps)
+    for rows, is_sorted in ((index.keys, True), (index.tiny_rows, False)):
+        _run(
+            p, states, last, rule, steps, first_step, rows, None, len(rows), 0, upto, clock=clock, is_sorted=is_sorted
+        )  # fmt: skip
 
 
 def table_step(
@@ -250,7 +284,15 @@ def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:
     }
 
 
-def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numbers: Sequence[float]) -> None:
+def advance(
+    ring: Tensor,
+    step: Tensor,
+    clock: Tensor,
+    now: int,
+    slot: int,
+    numbers: Sequence[float],
+    taken: Tensor | None = None,
+) -> None:
     """Write a step's numbers into ``ring[slot]`` and ``step``, its number into the clock.
 
     Args:
@@ -260,6 +302,7 @@ def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numb
         now: the step's number.
         slot: a row of the ring.
         numbers: as many as there are fields.
+        taken: ``[1]`` int32, becomes the number too: that of the step which the backward takes.
     """
     named = dict(zip(STEP_FIELDS, map(float, numbers), strict=True))
     launch(
@@ -269,6 +312,7 @@ def advance(ring: Tensor, step: Tensor, clock: Tensor, now: int, slot: int, numb
         Ring_ptr=ring,
         Step_ptr=step,
         Clock_ptr=clock,
+        Taken_ptr=clock if taken is None else taken,
         now=now,
         slot=slot,
         **named,

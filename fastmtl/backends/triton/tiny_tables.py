@@ -115,9 +115,10 @@ def tiny_tables_sum_kernel(
     if RULE == NO_RULE:
         tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=inside)
     else:
-        touched = live & (hits > 0)
+        now = tl.load(Now_ptr)
+        touched = live & (hits > 0) & (now >= 0)
         take_step(P_ptr, First_ptr, Second_ptr, load_step(Step_ptr), place, touched, d, total, DIM, RULE)
-        tl.store(Last_ptr + place, tl.load(Now_ptr), mask=touched & (tl.program_id(1) == 0))
+        tl.store(Last_ptr + place, now, mask=touched & (tl.program_id(1) == 0))
 
 
 def add_tiny_tables(

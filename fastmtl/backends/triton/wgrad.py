@@ -21,12 +21,13 @@ from .hidden import Hidden, Operand
 from .launch import cdiv, launch
 from .layer_plan import LayerPlan
 from .precision import Precision
+from .rebuilt import Mixed, rebuilt_gradient_of_z
 
 
 @triton.jit
 def expert_gate_wgrad_kernel(
     A_ptr,  # N matrices [B, n_in]: the input, or a z of the layer below
-    D_ptr,  # [B, pitch]
+    D_ptr,  # [B, pitch]; not read where REBUILT
     Z_ptr,  # [B, pitch]
     Statz_ptr,  # [4, pitch]
     Coef_ptr,  # [2, pitch]
@@ -35,6 +36,10 @@ def expert_gate_wgrad_kernel(
     Stat_ptr,  # [4, pitch_a]; read where NORM, as are those that follow
     Alpha_ptr,
     Seed_ptr,
+    Dy_ptr,  # [G, B, n_units]; read where REBUILT, as are those that follow
+    Share_ptr,  # [B, n_shares] fp32
+    Members_ptr,  # [E, GATES2] int32
+    Alphaz_ptr,
     n_rows,
     n_tiles,
     n_in,
@@ -45,11 +50,19 @@ def expert_gate_wgrad_kernel(
     stride_ab,
     pitch,
     pitch_a,
+    stride_de,
+    stride_db,
+    n_shares,
+    first_share,
+    n_units,
     drop,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     LAYER: tl.constexpr,
+    REBUILT: tl.constexpr,
+    GATES: tl.constexpr,
+    GATES2: tl.constexpr,
     DOT: tl.constexpr,
     ALIGN_A: tl.constexpr,
     ALIGN_TILE: tl.constexpr,
@@ -85,7 +98,14 @@ def expert_gate_wgrad_kernel(
         live = k < n_live
         at = k[:, None] * pitch + column[None, :]
         mask = live[:, None] & read[None, :]
-        dz = gradient_of_z(d_rows, z_rows, Statz_ptr, Coef_ptr, at, column[None, :], pitch, mask, read[None, :])
+        if REBUILT:
+            dz = rebuilt_gradient_of_z(
+                Z_ptr, Statz_ptr, Coef_ptr, Dy_ptr, Share_ptr, Members_ptr, Seed_ptr,
+                learned_scalar(Alphaz_ptr, source, ACT), source, first_row, k, live, column, read, pitch, stride_de,
+                stride_db, n_shares, first_share, n_units, drop, ACT, DROPOUT, LAYER + 1, GATES, GATES2,
+            )  # fmt: skip
+        else:
+            dz = gradient_of_z(d_rows, z_rows, Statz_ptr, Coef_ptr, at, column[None, :], pitch, mask, read[None, :])
         dz = tl.where(mask, dz, 0.0)
         h = tl.load(a_rows + k[:, None] * row_pitch + unit[None, :], mask=live[:, None] & inside[None, :], other=0.0)
         if NORM:
@@ -102,24 +122,28 @@ def expert_gate_wgrad_kernel(
 
 
 def wgrad(
-    a: Operand, d: Tensor, hidden: Hidden, coef: Tensor, plan: LayerPlan, precision: Precision
+    a: Operand, d: Tensor | Mixed, hidden: Hidden, coef: Tensor, plan: LayerPlan, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a layer's weight and, behind them in the first layer, of the gates': ``[E * H, n_in]`` and
     ``[C, n_in]`` fp32 (no rows where the layer has no gates)."""
-    n_rows, layer = len(d), hidden.layer
+    n_rows, layer = len(hidden.z), hidden.layer
     n_in, n_columns = plan.width_in(layer), plan.columns[layer]
     n_weight_rows = n_columns + (plan.spec.gate_rows if layer == 0 else 0)
-    config = configs.GEMM.wgrad(precision.name, n_columns if layer == 0 else hidden.units, n_in, a.hidden is not None)
+    columns = n_columns if layer == 0 else hidden.units
+    config = configs.GEMM.wgrad(
+        precision.name, columns, n_in, a.hidden is not None, isinstance(d, Mixed) and hidden.dropped
+    )
     tiles, align = plan.wgrad_tiles(layer, config.block_m, config.block_n)
     split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k)
     n_splits = cdiv(n_rows, split_rows)
-    out = torch.empty(n_splits, n_weight_rows, n_in, dtype=torch.float32, device=d.device)
+    out = torch.empty(n_splits, n_weight_rows, n_in, dtype=torch.float32, device=coef.device)
     launch(
         expert_gate_wgrad_kernel,
         (n_splits * len(tiles),),
         config.warps,
         **a.arguments(hidden.stat),
-        D_ptr=d,
+        D_ptr=hidden.z if isinstance(d, Mixed) else d,
+        **(d.arguments(hidden) if isinstance(d, Mixed) else Mixed.no_arguments(coef)),
         Z_ptr=hidden.z,
         Statz_ptr=hidden.stat,
         Coef_ptr=coef,

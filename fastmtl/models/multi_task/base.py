@@ -82,7 +82,7 @@ class MTLModel(nn.Module):
         is_classification = torch.tensor([task_type == "classification" for task_type in self.task_types])
         self.register_buffer("is_classification", is_classification, persistent=False)
         self.is_built = False
-        self._packs: dict[bool, packed.Packed | None] = {}  # by whether in bf16
+        self._packs: dict[Any, packed.Packed | None] = {}  # by backend, and whether in bf16
         if not self.features:
             raise ConfigError(f"{type(self).__name__}: the list of features is empty")
         if all(_is_complete(feature) for feature in self.features):

@@ -1,4 +1,5 @@
-"""A model packed for prediction on the CPU: one pass over each tile of rows, from the lookup to the predictions.
+"""A model packed for prediction: on the CPU one pass over each tile of rows, from the lookup to the predictions; on a
+GPU a lookup and a kernel or two.
 
 A pack is a copy of the dense parameters, good as long as they are what they were; the tables are read where they are.
 """
@@ -6,21 +7,23 @@ A pack is a copy of the dense parameters, good as long as they are what they wer
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, chain
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import backend
-from ...backends import eager, native
+from ...backends import eager, native, triton
 from ...backends.native_inference import Program
 from ...basic.bank import ExpertGate, TowerBank
-from ...basic.batch import ColumnBatch
+from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
 from ...basic.features import DenseFeature, SequenceFeature
 from ...errors import ConfigError
+from ...spec import Bag, EmbeddingSpec
 
 if TYPE_CHECKING:
     from .base import MTLModel
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
 class Draft:
     """What a model's ``_describe`` writes: its layers, in terms of its modules."""
 
-    def __init__(self, width: int) -> None:
-        self.program = Program(width)
+    def __init__(self, program: Any) -> None:
+        self.program = program
         self.modules: list[nn.Module] = []
 
     def _note(self, module: nn.Module, kind: type) -> Any:
@@ -63,10 +66,12 @@ class Draft:
         return self.program.transfer(self._note(module, kind).qkv, own, info)
 
 
-def why_not(model: MTLModel) -> str | None:
-    """Why ``model`` can't be packed here; None: it can."""
-    if native.unavailable():
-        return native.unavailable()
+def why_not(model: MTLModel, module: Any = None) -> str | None:
+    """Why ``model`` can't be packed here for the backend ``module`` (None: the one of its parameters' device); None: it
+    can."""
+    module = module or _backend_for(next(model.parameters()))
+    if module.unavailable():
+        return module.unavailable()
     for kind in type(model).__mro__:
         if "_describe" in kind.__dict__:
             break
@@ -77,7 +82,7 @@ def why_not(model: MTLModel) -> str | None:
         return "its embedding layer is another class"
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point():
-            reason = native.unsupported("inference", tensor)
+            reason = module.unsupported("inference", tensor, tensor)
             if reason:
                 return f"{name}: {reason}"
     return None
@@ -95,7 +100,7 @@ class Packed:
     """
 
     def __init__(self, model: MTLModel, bf16: bool = False) -> None:
-        draft = Draft(model.input_dims)
+        draft = Draft(self._new_program(model.input_dims))
         logits = model._describe(draft)
         if not draft.modules:
             raise ConfigError("neither layers() nor _describe says what it computes")
@@ -104,73 +109,215 @@ class Packed:
         self.embedding = model.embedding
         self._modules = draft.modules
         self._watched = [model.embedding, *draft.modules]
+        self._hooks: list[Any] = [hooks for m in self._watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._stores: list[Any] = [store for m in draft.modules for store in (m._parameters, m._buffers)]
-        self._stamp = self._read_stamp()
-        # what a stamp points to must not be freed and used again
-        self._kept = [tensor.detach() for store in self._stores for tensor in store.values()]
-        self._program = draft.program.pack(bf16)
         self._features = self.embedding.features
-        self._spec = self.embedding._group(self._features)[1].spec
+        self._spec = self.embedding.spec_of(self._features)
         bags = [feature for feature in self._features if not isinstance(feature, DenseFeature)]
+        # one column a bag: nothing about a batch must be found out first
+        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        folded = self._foldable(draft.program, bf16)
+        self._reads_tables = bool(folded)
+        if folded:
+            self._flush()
+            self._stores.append(self.embedding._parameters)
+        # what a stamp points to must not be freed and used again
+        self._kept = [tensor.detach() for tensor in self._stored()]
+        self._stamp = self._read_stamp()
+        if folded:
+            starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
+            tables = self.embedding.weights()
+            draft.program.fold([(starts[f], _table_of(self._spec.bags[f], tables)) for f in folded])
+        self._program = draft.program.pack(bf16)
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
         self.dense_names = [feature.name for feature in dense]
         self.dense_widths = [feature.embed_dim for feature in dense]
-        self._plan = native.bag_plan(self._spec, tuple(range(len(bags) + 1)))
-        # one column a bag: nothing about a batch must be found out first
-        self.is_plain = not any(isinstance(feature, SequenceFeature) for feature in bags)
+        self._plan, self._small = _split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
+        self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
+        self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
+
+    def _new_program(self, width: int) -> Any:
+        return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        """The bags whose tables are folded into the layers that read them."""
+        return _small_tables(self._spec) if self.is_plain and program.folds and not bf16 else []
 
     # ------------------------------------------------------------------------------------------ is it still good
 
-    def _read_stamp(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for store in self._stores for tensor in store.values()]
+    # A call often has one row, and finds nothing in the cache, through which the weights of the last one have gone:
+    # what is touched here counts, not what is computed.
+
+    def _stored(self) -> list[Tensor]:
+        return [*chain.from_iterable(map(dict.values, self._stores))]
+
+    def _read_stamp(self) -> tuple[list[int], list[int]]:
+        tensors = self._stored()
+        return [*map(Tensor.data_ptr, tensors)], [*map(_version_of, tensors)]
 
     def is_current(self) -> bool:
         """Whether the parameters are those that were packed.
 
         Writing through ``parameter.data`` or a NumPy view goes unnoticed, as it does for autograd.
         """
+        if self._reads_tables:
+            self._flush()
         return self._read_stamp() == self._stamp
+
+    def _flush(self) -> None:
+        if self.embedding.updater is not None:
+            self.embedding.updater.flush()
 
     def stands_in(self) -> bool:
         """Whether calling the modules would do the same: they are in evaluation mode and have no hooks."""
-        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self._watched)
+        return not (any(self._hooks) or any(map(_is_training, self._watched)))
 
     # --------------------------------------------------------------------------------------------------- running
 
-    def tables(self) -> list[Tensor]:
-        """The tables, with every row current."""
+    def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
+        """Predict from columns in the model's order; see :meth:`PackedProgram.run`. ``plan``: None for a model without
+        sequences."""
         embedding = self.embedding
         if embedding.updater is not None:
             embedding.updater.flush()
-        return embedding.weights()
-
-    def run(self, ids: list[Tensor], dense: list[Tensor], plan: Tensor | None = None) -> Tensor:
-        """Predict from columns in the model's order; see :meth:`PackedProgram.run`."""
-        return self._program.run(self.tables(), ids, dense, self._plan if plan is None else plan)
+        tables: Any = [*embedding._parameters.values()]
+        return self._program.run(tables, ids, dense, self._plan if plan is None else plan, self._small)
 
     def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
         """Predict a batch; arguments, result and errors are the model's own."""
-        if self.is_plain and not isinstance(x, ColumnBatch):
+        if self.is_plain:
             try:
-                return self.run([x[name] for name in self.id_names], [x[name] for name in self.dense_names])
+                blocks = self._whole_blocks(x) if type(x) is ColumnBatch else None
+                return self.run(*((self._ids_of(x), self._dense_of(x)) if blocks is None else blocks))
             except (KeyError, RuntimeError):
                 pass  # something is wrong with it, or needs converting first
-        ids, columns, dense = self.embedding.inputs(x, self._features)
+        ids, columns, dense_values = self.embedding.inputs(x, self._features)
         parts = [] if ids is None else [ids]
         try:
-            return self.run(parts, [] if dense is None else [dense], native.bag_plan(self._spec, columns))
+            plan = None if self.is_plain else native.bag_plan(self._spec, columns)
+            return self.run(parts, [] if dense_values is None else [dense_values], plan)
         except RuntimeError:
             if ids is not None:
                 eager.raise_bad_id(ids, columns, self._spec)
             raise
 
+    def _whole_blocks(self, x: ColumnBatch) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The blocks that hold the ids and those that hold the dense columns, where they hold just these in their
+        order."""
+        found = self._blocks.get(x.layout, self)
+        if found is self:
+            if len(self._blocks) >= 64:
+                self._blocks.clear()
+            found = self._blocks[x.layout] = _blocks_of(x.layout, self.id_names, self.dense_names)
+        return None if found is None else ([x.blocks[b] for b in found[0]], [x.blocks[b] for b in found[1]])
+
+
+#: A table is folded into the layers that read it where what they make of its rows is at most so many times the weights
+#: that are no longer read, and where that pays for adding a row; all together have so many rows at most.
+_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
+
+
+def _small_tables(spec: EmbeddingSpec) -> list[int]:
+    """The bags whose tables are folded into the layers that read them, the smallest first chosen; ascending."""
+    chosen, rows = [], 0
+    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
+        rows += bag.vocab
+        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
+        if fits and bag.pooling == "sum":
+            chosen.append(f)
+    return sorted(chosen)
+
+
+def _table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
+
+
+def _split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+    """The bags that are looked up, side by side without the others' columns, and the folded ones."""
+    if not folded:
+        return plan, None
+    kept, small = plan.clone(), plan[folded].clone()
+    for f in folded:
+        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
+    small[:, native.BAG_OUT] = 0
+    return kept[[f for f in range(len(plan)) if f not in folded]], small
+
+
+def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:
+    """For each list of columns the blocks that are just these side by side; None where one has none such."""
+    found = []
+    for names in lists:
+        blocks = [*dict.fromkeys(layout.where[name][0] for name in names if name in layout.where)]
+        if [name for b in blocks for name in layout.blocks[b]] != names:
+            return None
+        found.append(blocks)
+    return found
+
+
+_version_of: Callable[[Tensor], int] = attrgetter("_version")
+_is_training: Callable[[nn.Module], bool] = attrgetter("training")
+
+
+def _all_of(names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """What takes the columns ``names`` out of a batch."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda x: [x[name] for name in names]
+
+
+class PackedOnGPU(Packed):
+    """A model's pack for tensors on a GPU (or those of Triton's interpreter)."""
+
+    def _new_program(self, width: int) -> Any:
+        from ...backends.triton.inference import Program  # which needs triton
+
+        return Program(width)
+
+    def _foldable(self, program: Any, bf16: bool) -> list[int]:
+        return []
+
+    def run(self, ids: Sequence[Tensor], dense: Sequence[Tensor], plan: Tensor | None = None) -> Tensor:
+        """See :meth:`Packed.run`; raises RuntimeError where columns are of another number or dtype."""
+        if not all(part.dtype in (torch.int64, torch.int32) for part in ids):
+            raise RuntimeError("ids are integers of 32 or 64 bits")
+        found = _joined(ids), _joined(dense)
+        widths = [0 if matrix is None else matrix.shape[1] for matrix in found]
+        if widths != [len(self.id_names), sum(self.dense_widths)]:
+            raise RuntimeError(f"columns {widths}; the model has {len(self.id_names)} and {sum(self.dense_widths)}")
+        return self._predict(found[0], tuple(range(len(self.id_names) + 1)), found[1])
+
+    def __call__(self, x: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Packed.__call__`."""
+        return self._predict(*self.embedding.inputs(x, self._features))
+
+    def _tables(self) -> list[Tensor]:
+        if self.embedding.updater is not None:
+            self.embedding.updater.flush()
+        return self.embedding.weights()
+
+    def _predict(self, ids: Tensor | None, columns: tuple[int, ...], dense: Tensor | None) -> Tensor:
+        return self._program.run(self._tables(), ids, columns, None if dense is None else dense.float(), self._spec)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    whole = [part.unsqueeze(1) if part.ndim == 1 else part for part in parts]
+    return None if not whole else whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+
+
+def _backend_for(tensor: Tensor) -> Any:
+    """The backend whose pack predicts on a tensor's device: a forced one only where it is made for that device."""
+    on_gpu = tensor.is_cuda or (triton.interpreting() and backend.forced() == "triton")
+    return triton if on_gpu else native
+
+
+def make_pack(model: MTLModel, bf16: bool = False) -> Packed:
+    """Pack a model for the device that it is on; arguments and errors of :class:`Packed`."""
+    on_gpu = _backend_for(next(model.parameters())) is triton
+    return (PackedOnGPU if on_gpu else Packed)(model, bf16)
+
 
 _guard = threading.Lock()
-
-
-def _first(x: Mapping[str, Tensor]) -> Tensor | None:
-    return x.blocks[0] if isinstance(x, ColumnBatch) and x.blocks else next(iter(x.values()), None)
 
 
 def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
@@ -179,25 +326,29 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
 
     Under autocast to bfloat16 it is one in bf16.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.forced() not in (None, "native"):
+    first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
         return None
-    if type(_first(x)) is not Tensor:  # somebody watches what happens to it
+    module = _backend_for(first)
+    if backend.forced() not in ((None, "native") if module is native else (None, "triton", "cuda")):
         return None
-    bf16 = torch.is_autocast_enabled("cpu")
-    if bf16 and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
+    bf16 = torch.is_autocast_enabled(first.device.type)
+    if bf16 and torch.get_autocast_dtype(first.device.type) is not torch.bfloat16:
         return None
-    packs: dict[bool, Packed | None] = model._packs
-    pack = packs.get(bf16)
-    if pack is not None and pack.embedding is model.embedding and pack.is_current():
-        return pack if pack.stands_in() else None
+    packs: dict[Any, Packed | None] = model._packs
+    key = module, bf16
+    found = packs.get(key)
+    # not model.embedding: a module looks for that in three dictionaries first
+    if found is not None and found.embedding is model._modules["embedding"] and found.is_current():
+        return found if found.stands_in() else None
     with _guard:
-        now = packs.get(bf16)
-        if now is not pack and now is not None:  # another thread was here first
+        now = packs.get(key)
+        if now is not found and now is not None:  # another thread was here first
             return now
-        if why_not(model) is None:
+        if why_not(model, module) is None:
             try:
-                packs[bf16] = pack = Packed(model, bf16)
+                packs[key] = found = make_pack(model, bf16)
             except (ConfigError, RuntimeError):
                 return None  # the ordinary way runs it, or says what is wrong
-            return pack if pack.stands_in() else None
+            return found if found.stands_in() else None
         return None

@@ -153,7 +153,9 @@ void update() {
   const auto grads = read<float>("grads");
   const auto clock = read<int32_t>("clock");
   std::vector<int32_t> behind(1);
-  const Work work = {number("is_listed") ? listed.data() : nullptr,
+  const std::vector<uint32_t> keys(listed.begin(), listed.end());
+  const Work work = {number("is_listed") == 1 ? listed.data() : nullptr,
+                     number("is_listed") == 2 ? keys.data() : nullptr,
                      number("given") ? grads.data() : nullptr,
                      number("n"),
                      number("start"),

@@ -44,3 +44,12 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(
             configs, "EMBEDDING", configs.EmbeddingConfig(tiny_vocab=8, elements=32, max_block_d=4, stitched=2)
         )
+
+
+@pytest.fixture(autouse=True)
+def tape(monkeypatch):
+    """Where there is no GPU, what stands in for CUDA graphs."""
+    if DEVICE == "cpu":
+        from tape import Tape
+
+        monkeypatch.setattr("fastmtl.trainers.device_epoch.Rerun", Tape)

@@ -3,9 +3,10 @@ CPU, see ../test_cuda_on_cpu.py.)"""
 
 import pytest
 import torch
+from trainer_cases import train
 from triton_cases import check, random_lookup
 
-from fastmtl.backends import cuda, eager, updates
+from fastmtl.backends import cuda, eager, triton, updates
 from fastmtl.backends.triton import optimizer as triton_updates
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
@@ -60,3 +61,47 @@ def test_steps_sanitized(rule, seed, device):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
             else:
                 assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_an_index_made_ahead_sanitized(case, seed, device):
+    """Triton's rows in triton's order; the backward and the rows that catch up are the same with it."""
+    lookup = random_lookup(seed + case, batch=23)
+    rng = torch.Generator().manual_seed(seed)
+    grad = torch.randn(23, lookup.spec.width(lookup.columns), generator=rng).to(device)
+    ids = lookup.ids.to(device, torch.int32 if case % 2 else torch.int64)
+    shapes, needs = [weight.shape for weight in lookup.weights], [True] * len(lookup.weights)
+    other = cuda.embedding_bag_index(ids.flip(0), lookup.columns, lookup.spec, shapes, needs)
+    index = cuda.embedding_bag_index(ids, lookup.columns, lookup.spec, shapes, needs, other)
+    assert all(one is another for one, another in zip(index, other, strict=True))
+    expected = triton.embedding_bag_index(ids, lookup.columns, lookup.spec, shapes, needs)
+    for mine, theirs in zip(index, expected, strict=True):
+        assert torch.equal(mine.keys.long(), theirs.keys.long())
+        assert torch.equal(mine.order.long(), theirs.order)
+        assert torch.equal(mine.tiny, theirs.tiny)
+        assert torch.equal(mine.counted, theirs.counted)
+    step = torch.tensor(STEP, device=device)
+    steps = torch.tensor([STEP] * 9, device=device)
+    clock = torch.tensor([8], dtype=torch.int32, device=device)
+    for number, weight in enumerate(lookup.weights):
+        found = []
+        for made in (None, index[number]):
+            p = weight.float().to(device)
+            states = [torch.full_like(p, 0.3) for _ in range(2)]
+            last = torch.arange(len(p), device=device).int() % 8
+            cuda.table_catch_up(p, states, last, 3, steps, 1, index[number], -1, clock)
+            updates_of = [None] * len(shapes)
+            updates_of[number] = updates.Update(p, states, last, 3, step, clock, made)
+            cuda.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, updates_of)
+            found.append((p, *states, last))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_a_captured_training_is_triton_s(optimizer, seed, device, tmp_path):
+    losses, weights, trainer = train(seed, "cuda", device, tmp_path, "exact", optimizer)
+    assert trainer._epochs._graphs.n_recorded == 3
+    right, same, _ = train(seed, "triton", device, tmp_path, "exact", optimizer)
+    torch.testing.assert_close(losses, right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights["embedding.embed_dict.user.weight"],
+                               same["embedding.embed_dict.user.weight"], rtol=2e-4, atol=2e-5)  # fmt: skip

@@ -7,6 +7,7 @@ from triton_cases import check, random_lookup
 from fastmtl import ops
 from fastmtl.backends import eager
 from fastmtl.backends import triton as backend
+from fastmtl.backends.deferred import Watch, watching
 from fastmtl.backends.triton import configs
 from fastmtl.errors import BadIdError
 from fastmtl.spec import Bag, EmbeddingSpec
@@ -94,6 +95,38 @@ def test_bad_ids(bad, dtype, device):
     with pytest.raises(BadIdError) as theirs:
         eager.embedding_bag([weight], ids.long(), (0, 1, 2), None, EmbeddingSpec(bags))
     assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_bad_ids_that_are_told_later(device):
+    """The first of all lookups is written down, with its id, whatever becomes of the batch; nobody waits for it."""
+    weight = torch.arange(10, dtype=torch.float32, device=device).view(5, 2)
+    specs = [EmbeddingSpec((Bag(f"{name} user", 0, 0, 5, 2), Bag(f"{name} item", 0, 0, 5, 2))) for name in "ab"]
+    watch = Watch(device, extra=2)
+
+    def look_up(rows, spec):
+        ids = torch.tensor(rows, dtype=torch.int32, device=device)
+        out = ops.embedding_bag([weight], ids, (0, 1, 2), None, spec)
+        ids.fill_(99)
+        watch.post()
+        return out
+
+    with watching(watch):
+        assert look_up([[1, 2], [3, 0]], specs[0]).tolist() == [[2, 3, 4, 5], [6, 7, 0, 1]]
+        assert max(watch.wait()) == -1
+        assert look_up([[1, 2], [3, -7]], specs[1]).tolist() == [[2, 3, 4, 5], [6, 7, 0, 0]]
+        look_up([[8, 2], [3, 1]], specs[0])
+        look_up([[1, 2], [3, 0]], specs[0])
+    watch.found[-1] = 5  # the owner's places are left alone
+    assert watch.wait()[1:] == [1, 1, -7, -1, 5]
+    assert watch.seen() is not None
+    with pytest.raises(BadIdError, match=r"feature 'b item': id -7 in row 1 of the batch .* vocabulary of 5"):
+        watch.raise_bad_id(watch.wait())
+    watch.clear()
+    assert watch.seen() is None
+    watch.raise_bad_id(watch.wait())
+    with pytest.raises(BadIdError, match="feature 'a user': id 8 in row 0"):  # at once again
+        look_up([[8, 2], [3, 1]], specs[0])
 
 
 @pytest.mark.usefixtures("triton_backend")

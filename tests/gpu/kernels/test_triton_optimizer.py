@@ -253,6 +253,17 @@ def test_a_step_in_the_backward_is_the_step_after_it(rule, seed, device):
             steps.append(updates.Update(p.clone(), [s.clone() for s in states], last.clone(), rule, step, now))
             update.table_step(p, states, last, rule, step[None], 7, *gradient, True, 0, 0)
             expected.append((p, *states, last))
+        given = backend.embedding_bag_index(ids, lookup.columns, lookup.spec, shapes, [True] * len(shapes))
+        vetoed = [step._replace(now=torch.full_like(step.now, -1)) for step in steps]
+        before = [tensor.clone() for step in steps for tensor in (step.p, *step.states, step.last)]
+        backend.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, vetoed)
+        after = [tensor for step in steps for tensor in (step.p, *step.states, step.last)]
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        if case:  # made ahead, over another batch's
+            other = backend.embedding_bag_index(ids.flip(0), lookup.columns, lookup.spec, shapes, [True] * len(shapes))
+            given = backend.embedding_bag_index(ids, lookup.columns, lookup.spec, shapes, [True] * len(shapes), other)
+            assert all(one is another for one, another in zip(given, other, strict=True))
+            steps = [step._replace(index=index) for step, index in zip(steps, given, strict=True)]
         backend.embedding_bag_bwd_step(grad, ids, lookup.columns, lookup.spec, steps)
         for mine, wanted in zip(steps, expected, strict=True):
             for one, other in zip((mine.p, *mine.states, mine.last), wanted, strict=True):
@@ -260,3 +271,32 @@ def test_a_step_in_the_backward_is_the_step_after_it(rule, seed, device):
                     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
                 else:
                     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rule", [updates.RULES.index("adam"), ROWWISE], ids=["adam", "rowwise_adagrad"])
+def test_a_batch_s_rows_catch_up_and_no_others(rule, seed, device):
+    """Each once, however often it is looked up; those of tiny tables whether they are or not."""
+    for case in range(3):
+        lookup = random_lookup(seed + case, batch=23)
+        rng = torch.Generator().manual_seed(seed + case)
+        shapes = [weight.shape for weight in lookup.weights]
+        ids = lookup.ids.to(device, torch.int32)
+        steps = torch.tensor([[0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1]] * 9, device=device)
+        clock = torch.tensor([8], dtype=torch.int32, device=device)
+        needs = [True] * len(shapes)
+        index = backend.embedding_bag_index(ids, lookup.columns, lookup.spec, shapes, needs)
+        pairs = backend.embedding_bag_bwd_sparse(
+            torch.zeros(23, lookup.spec.width(lookup.columns), device=device), ids, lookup.columns, lookup.spec, shapes,
+            needs,
+        )  # fmt: skip
+        for weight, rows, pair in zip(lookup.weights, index, pairs, strict=True):
+            p = weight.float().to(device)
+            like = p[:, 0] if rule == ROWWISE else p
+            states = [torch.rand(like.shape, generator=rng).to(device) for _ in range(updates.STATES[rule])]
+            last = torch.randint(0, 8, (len(p),), generator=rng).int().to(device)
+            mine = [tensor.clone() for tensor in (p, *states, last)]
+            update.table_catch_up(mine[0], mine[1:-1], mine[-1], rule, steps, 1, rows, -1, clock)
+            touched = torch.cat([pair[0], rows.tiny_rows]).unique()
+            touched = touched[touched < len(p)]
+            update.table_replay(p, states, last, rule, steps, 1, touched, 0, 0, 7)
+            assert all(torch.equal(one, other) for one, other in zip(mine, (p, *states, last), strict=True))

@@ -102,7 +102,7 @@ def test_a_forward_without_gradients_makes_every_row_current(seed, device):
     for table, was in zip(tables, waiting, strict=True):
         moved = (table != was).any(1)
         assert moved.any()
-        assert all(int(step) == 1 for step in updates._tables[table].last.unique())
+        assert all(int(step) == 1 for step in updates._last[table].unique())
     assert {"exp_avg", "exp_avg_sq"} == set(updates.states(tables[0]))
 
 
