@@ -26,6 +26,7 @@ class Strategy:
         #: The outputs that are trained, and the factor of their summed losses.
         self.tasks = list(range(len(task_types))) if tasks is None else list(tasks)
         self.factor = 1 / len(self.tasks) if tasks is None else 1.0
+        self._numbers = torch.tensor(self.tasks)
         self._there: dict[tuple[str, torch.device], Tensor] = {}
 
     def backward(self, losses: Tensor, penalty: Tensor | float) -> None:
@@ -60,7 +61,7 @@ class Strategy:
         """The entries of ``values [T]`` that belong to trained outputs."""
         if len(self.tasks) == len(values):
             return values
-        return values.index_select(0, self.on(values.device, "tasks", torch.tensor(self.tasks)))
+        return values.index_select(0, self.on(values.device, "tasks", self._numbers))
 
     def on(self, device: torch.device, name: str, constant: Tensor) -> Tensor:
         """A constant on ``device``, copied there once: a copy in every step would make the host wait for a GPU."""
