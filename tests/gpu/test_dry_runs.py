@@ -6,97 +6,315 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_models
-from bench.shapes import ALI_CCP
+from bench import gpu, gpu_models, gpu_peer, gpu_report, gpu_session, gpu_work
+from bench.shapes import ALI_CCP, SHAPES
 
 ROOT = Path(__file__).parents[2]
+PEER = "torch-rechub" if gpu_peer.is_here() else "peer"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"
+)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
 def run(*command, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    paths = os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+def report(folder):
+    (data,) = folder.glob("*.json")
+    (page,) = folder.glob("*.md")
+    return json.loads(data.read_text()), page.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- benchmarks
+
+
 def test_the_benchmark_runs_on_the_cpu_and_writes_its_report(tmp_path):
-    done = run("bench.gpu", "--dry-run", "--no-compile", "--cases", "4", "--folder", str(tmp_path))
+    done = run("bench.gpu", "--dry-run", "--no-compile", "--cases", "9", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (data,) = tmp_path.glob("*.json")
-    (page,) = tmp_path.glob("*.md")
-    found = json.loads(data.read_text())
+    found, page = report(tmp_path)
     assert found["left_out"] == []
-    assert len(found["steps"]) == 4 * 4
-    assert {row["contender"] for row in found["steps"]} == {"peer", "eager", "triton", "cuda"}
-    assert all(row["us"] > 0 and row["samples_per_second"] > 0 for row in found["steps"])
+    assert {row["contender"] for row in found["steps"]} == {PEER, "eager", "triton", "cuda", "trainer"}
+    modes = [case.mode for case in gpu.plan()[:9]]
+    assert len(found["steps"]) == 4 * (modes.count("training") + modes.count("inference")) + modes.count("trainer")
+    for row in found["steps"]:
+        assert row["us"] > 0
+        assert row["samples_per_second"] == pytest.approx(row["batch"] / row["us"] * 1e6)
+        assert row["over_floor"] == pytest.approx(row["us"] / row["floor_us"])
+    assert {row["mode"] for row in found["steps"]} == {"training", "inference"}
     assert any("backward" in row["call"] for row in found["calls"])
-    assert "## Single calls" in page.read_text()
-    assert [line.split(": peer")[0] for line in done.stdout.splitlines()[-3:]] == [
-        "ali-ccp mmoe 16 bf16",
-        "ali-ccp ple 16 bf16",
-        "ali-ccp mmoe 16 ieee",
-    ]
+    for head in ("## Targets", "## Training steps", "## Calls of the lookup", "## Kernels", "Limits measured"):
+        assert head in page
+    last = done.stdout.splitlines()[-len(gpu_report.targets(found)) :]
+    assert all(": wanted " in line for line in last), done.stdout[-3000:]
 
 
-def test_the_plan_has_every_shape_model_batch_and_precision():
-    cases = gpu.plan(False)
-    assert len({case[:4] for case in cases}) == len(cases) == 2 * 2 * 2 * 3
-    assert gpu.plan(True)[0].contenders == tuple(gpu_models.CONTENDERS)
+def test_compiled_contenders_take_part(tmp_path):
+    done = run("bench.gpu", "--dry-run", "--cases", "3", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, _ = report(tmp_path)
+    assert found["left_out"] == []
+    compiled = [row for row in found["steps"] if row["contender"].endswith("compiled")]
+    assert {(row["contender"], row["precision"]) for row in compiled} == {
+        (f"{PEER} compiled", "ieee"), ("eager compiled", "ieee"),
+    }  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_the_benchmark_takes_the_steps_of_tables_in_the_backward(tmp_path):
-    """On the interpreter: triton's losses must agree with eager's, or it is left out."""
-    more = ("--no-compile", "--cases", "1", "--folder", str(tmp_path))
+@needs_triton
+@without_gpu
+def test_the_kernels_of_a_step_are_taken_out_and_timed(tmp_path):
+    """On the interpreter: triton's losses must agree with the peer's, or it is left out; every launch has a line."""
+    more = ("--no-compile", "--cases", "5", "--folder", str(tmp_path))
     done = run("bench.gpu", "--dry-run", *more, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    (data,) = tmp_path.glob("*.json")
-    found = json.loads(data.read_text())
+    found, _ = report(tmp_path)
     assert found["left_out"] == []
+    assert {row["tables"] for row in found["steps"] if row["contender"] == "triton"} == {"exact by rows", ""}
     assert "embedding_bag backward + Adam, triton" in {row["call"] for row in found["calls"]}
+    kernels = [row["call"] for row in found["kernels"]]
+    assert any("embedding_bag_fwd" in name for name in kernels)
+    assert all(row["gbytes_per_second"] > 0 for row in found["kernels"])
+    for layer in gpu_work.layers(gpu.tiny(ALI_CCP), "mmoe"):
+        assert any(f"wgrad ({layer.name})" in name for name in kernels), kernels
+
+
+def test_the_plan_has_every_shape_model_batch_precision_and_mode():
+    cases = gpu.plan()
+    keys = [case[:5] for case in cases if case.mode != "trainer"]
+    assert set(keys) == {
+        (mode, shape, model, batch, precision)
+        for mode in ("training", "inference", "kernels")
+        for shape in ("ali-ccp", "aliexpress")
+        for model in ("mmoe", "ple")
+        for batch in (4096, 65536)
+        for precision in ("ieee", "tf32", "bf16")
+    }
+    assert len(set(cases)) == len(cases)
+    # every target is measured by one of the first cases, with those that it is compared with
+    for target in gpu_work.TARGETS:
+        mode, model, batch, precision = target.key
+        needed = [(mode, "ali-ccp", model, batch, precision)]
+        if target.base is not None:
+            needed.append((mode, "ali-ccp", model, batch, target.base[1]))
+            assert not target.base[0].endswith("compiled") or any(c.compiled and c[:5] == needed[-1] for c in cases)
+        assert all(key in [case[:5] for case in cases[:12]] for key in needed), target
 
 
 def test_the_benchmark_names_what_the_time_did_not_allow():
     done = run("bench.gpu", "--dry-run", "--seconds", "-1", "--no-compile")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the time was up") == 24
+    assert done.stdout.count("the time was up") == len(gpu.plan())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_the_commands_say_so():
-    for command in ("bench.gpu", "bench.gpu_session"):
-        done = run(command)
-        assert done.returncode == 2
-        assert "no GPU" in done.stderr
+def test_a_part_of_the_plan_is_compiled_without_figures():
+    done = run("bench.gpu", "--dry-run", "--no-compile", "--cases", "4", "--warm", "2/4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
 
 
-def test_the_session_stays_below_nine_minutes():
-    done = run("bench.gpu_session", "--list")
-    assert done.returncode == 0, done.stderr
-    names = re.findall(r"^ *\d+ s  ([^:]+):", done.stdout, re.MULTILINE)
-    assert names == ["install", "kernels on the device", "compute-sanitizer memcheck", "compute-sanitizer racecheck"]
-    from bench.gpu_session import BENCH, BUDGET
+def test_a_contender_that_computes_something_else_is_left_out(monkeypatch):
+    bench = gpu.Bench(torch.device("cpu"), True, False, dict.fromkeys(("copy", "ieee", "tf32", "bf16"), 1e9))
+    step = gpu_models.Runner.step
 
-    assert BENCH < BUDGET < 540
+    def wrong(self, batch):
+        return step(self, batch) * (1.01 if self.backend else 1.0)
+
+    monkeypatch.setattr(gpu_models.Runner, "step", wrong)
+    bench.run(gpu.Case("training", "ali-ccp", "mmoe", 4096, "ieee"))
+    if PEER == "torch-rechub":
+        assert [row["contender"] for row in bench.found["steps"]] == [PEER]
+        assert len(bench.left_out) == 3
+        assert all("its losses are 1.0e-02 away" in why for why in bench.left_out)
+
+
+def test_targets_are_met_or_missed_by_their_figures():
+    row = {"shape": "ali-ccp", "mode": "training", "model": "mmoe", "batch": 65536, "tables": ""}
+    steps = [
+        row | {"precision": "bf16", "contender": "triton", "samples_per_second": 36e6},
+        row | {"precision": "bf16", "contender": "eager", "samples_per_second": 90e6},
+        row | {"precision": "ieee", "contender": "torch-rechub", "samples_per_second": 2e6},
+        row | {"precision": "ieee", "contender": "torch-rechub compiled", "samples_per_second": 6e6},
+    ]
+    calls = [{"shape": "ali-ccp", "call": "embedding_bag backward + Adam, cuda", "of_limit": 0.71}]
+    lines = gpu_report.targets({"peer": "torch-rechub 0.9.0", "steps": steps, "calls": calls})
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        "met", "MISSED", "met", "NOT MEASURED", "NOT MEASURED", "NOT MEASURED", "met",
+    ]  # fmt: skip
+    assert "measured 18" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------------ formulas
+
+
+@pytest.mark.parametrize("model", ["mmoe", "ple"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_layers_are_the_models(name, model):
+    """Their products are all but the towers' last ones, their columns those that are normalised."""
+    shape = SHAPES[name]
+    found = gpu_work.layers(shape, model)
+    heads = 2 * len(shape.task_names) * shape.tower_dims[-1]
+    assert sum(layer.flops for layer in found) + heads == shape.flops(model)
+    made = gpu_models.make_model(gpu.tiny(shape), model)
+    normalised = sum(value.numel() for key, value in made.state_dict().items() if key.endswith("running_mean"))
+    assert sum(layer.columns for layer in gpu_work.layers(gpu.tiny(shape), model)) == normalised
+
+
+def test_a_launchs_bytes_by_hand():
+    table, out = torch.zeros(100, 4), torch.zeros(7, 3, dtype=torch.float64)
+    arguments = {"P_ptr": table, "Again_ptr": table, "Out_ptr": out, "n": 5}
+    assert gpu_work.launch_bytes(arguments, 100, 10) == 2 * 0.1 * 1600 + 168
+
+
+def test_a_steps_floor_by_hand():
+    shape, reached = gpu.tiny(ALI_CCP), {"copy": 1e9, "bf16": 1e12}
+    columns = 2 * 8 + 2 * 2 + 2 * 4 + 2 * 4
+    moved = 5 * 16 * columns * 2 + 16 * (4 * (8 + 16) + 12)
+    optimizer = 4 * (6 * 4 * (9 + sum(shape.vocabs) / 32) + 7 * round(shape.flops() / 2))
+    floor = gpu_work.step_floor(shape, "mmoe", 16, "bf16", 9, reached)
+    assert floor == pytest.approx(3 * 16 * shape.flops() / 1e12 + (moved + optimizer) / 1e9)
+
+
+# ------------------------------------------------------------------------------------------------------- the peers
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "ple"])
 def test_the_peer_has_the_models_parameters(kind):
     """As many as fastmtl's, layer by layer: the same structure in other words."""
     shape = gpu.tiny(ALI_CCP)
-    peer = sum(p.numel() for p in gpu_models.Peer(shape, kind).parameters())
+    peer = sum(p.numel() for p in gpu_peer.Peer(shape, kind).parameters())
     mine = gpu_models.make_model(shape, kind)
     assert peer == sum(p.numel() for p in mine.parameters())
+    batch = gpu_models.make_batches(shape, 16, 1, torch.device("cpu"))[0]
+    assert gpu_peer.Peer(shape, kind)(batch.columns).shape == batch.labels.shape
 
 
-def test_the_flops_of_ple_are_those_of_its_layers():
-    shape, flops = ALI_CCP, 0
-    for level, width in enumerate((376, 128)):
-        flops += 10 * (width * 256 + 256 * 128) + width * (2 * 6 + (10 if level == 0 else 0))
-    flops += 2 * (128 * 64 + 64 * 32 + 32)
-    assert gpu.training_flops(shape, "ple") == 6 * flops
-    assert gpu.training_flops(shape, "mmoe") == shape.training_flops
+def test_a_wheel_at_hand_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_peer, "WHEELS", tmp_path)
+    monkeypatch.delenv("FASTMTL_PEER_WHEEL", raising=False)
+    assert gpu_peer.unpacked() is None
+    with zipfile.ZipFile(tmp_path / "torch_rechub-0.9.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch_rechub/__init__.py", "VERSION = 'in a wheel'\n")
+    folder = gpu_peer.unpacked()
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch_rechub; print(torch_rechub.VERSION)"],
+        env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "in a wheel\n", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the session
+
+
+@without_gpu
+@pytest.mark.parametrize("command", [("bench.gpu",), ("bench.gpu_session",), ("reliability.soak", "--device", "cuda")])
+def test_without_a_gpu_the_commands_say_so(command):
+    done = run(*command)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+
+
+def test_the_session_stays_below_nine_minutes():
+    done = run("bench.gpu_session", "--list")
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^ *\d+ s  ([^:]+):", done.stdout, re.MULTILINE)
+    assert names[:7] == ["install", *(f"reliability row {row}" for row in (1, 2, 4, 9, 10, 11))]
+    assert sum(name.startswith("tests ") for name in names) == gpu_session.SHARDS
+    assert gpu_session.install("90").limit + gpu_session.BENCH < gpu_session.BUDGET < 540
+
+
+def test_the_session_runs_every_folder_of_tests():
+    """But those that it leaves out by name, with the reason beside them."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    chosen = {folder.split("/")[0] for folder in gpu_session.FOLDERS if "/" not in folder}
+    assert chosen | set(gpu_session.ELSEWHERE) == folders
+    assert "gpu/kernels" in gpu_session.FOLDERS
+
+
+def test_the_parts_of_the_suite_start_and_are_the_whole():
+    """Each shard's own command, told to collect: together every test once."""
+    shards = [part for part in gpu_session.checks() if part.name.startswith("tests ")]
+    counts = []
+    for part in (shards[0], shards[-1]):
+        done = run(*part.command[2:], "--collect-only")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        counts.append(re.search(r"^(\d+)/(\d+) tests collected", done.stdout, re.MULTILINE).groups())
+    assert counts[0][1] == counts[1][1]
+    total = int(counts[0][1])
+    assert int(counts[0][0]) == -(-total // len(shards))
+    assert int(counts[1][0]) == total // len(shards)
+
+
+def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    sleeper = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    ended, seconds = gpu_session.run(gpu_session.Part("sleep", sleeper, 8), dict(os.environ), 60)
+    assert ended == "STOPPED after 8 s, log sleep.log"
+    assert seconds < 30
+    assert (tmp_path / "sleep.log").read_text() == "begun\n"
+    bad = gpu_session.Part("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
+    assert gpu_session.run(bad, dict(os.environ), 60)[0].startswith("FAILED (3)")
+    assert gpu_session.run(bad, dict(os.environ), 2)[0] == "NOT RUN: the time was up"
+
+
+@without_gpu
+def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
+    """A stand-in for compute-sanitizer gets what the real one would: the planted write, and the tests by name."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from reliability import sanitize_gpu
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="not on the PATH"):
+        sanitize_gpu.soak(1, 1)
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport sys\nwords = ' '.join(sys.argv)\n"
+        "if 'planted' in words:\n    print('Invalid __global__ write'); sys.exit(9)\n"
+        "print('3 passed')\n"
+        "print('ERROR SUMMARY: 0 errors' if 'memcheck' in words else 'RACECHECK SUMMARY: 0 hazards')\n"
+    )
+    stand_in.chmod(0o755)
+    assert sanitize_gpu.soak(1, 1) == "memcheck: 3 tests, nothing found; racecheck: 3 tests, nothing found"
+    stand_in.write_text(f"#!{sys.executable}\nprint('3 passed'); print('ERROR SUMMARY: 0 errors')\n")
+    with pytest.raises(AssertionError, match="a planted write was missed"):
+        sanitize_gpu.soak(1, 1)
+
+
+@needs_triton
+@without_gpu
+def test_rows_of_reliability_run_on_triton(seed):
+    """On the interpreter, a few cases: random configurations, several backwards, bad ids, repeated training."""
+    words = (
+        "from reliability import against_float64 as a, bad_ids, gradients, repeatability as r\n"
+        f"for i in range({seed}, {seed} + 4):\n"
+        "    [a.KINDS[kind][0](i, 'triton') for kind in ('lookups', 'layers')]\n"
+        "    gradients.check_several_backwards(i, 'triton')\n"
+        f"a.check_chain({seed}, 'triton')\n"
+        f"[bad_ids.check('triton', oov, {seed}) for oov in bad_ids.CHOICES]\n"
+        f"hashes = [r.weights_hash('MMOE', 'Adam', 'fp32', 1, 'triton', {seed}) for _ in range(2)]\n"
+        "assert hashes[0] == hashes[1]; print('all done')\n"
+    )
+    paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "FASTMTL_TEST_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("all done\n"), done.stderr[-3000:]
+
+
+@without_gpu
+def test_models_trainers_and_tests_move_what_they_must():
+    """On a device that is made up: a tensor left on the CPU is an error there, as on a GPU."""
+    options = ("-q", "-p", "no:cacheprovider", "--color=no", "-W", "ignore")
+    chosen = "(hand or wrappers or padding or one_row or files or uwl or bad_id or ESMM) and not compile"
+    done = run("pytest", *options, "tests/behaviour", "tests/ops", "-k", chosen, FASTMTL_TEST_DEVICE="elsewhere")
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(passed[1]) > 100
