@@ -34,8 +34,8 @@ BUDGET, BENCH = 525, 200
 SHARDS, WARM = 10, 3
 #: The folders of tests/, the most telling first: the time may be up before the last.
 FOLDERS = (
-    "gpu/kernels", "ops", "trainers", "behaviour", "parity", "reliability", "optim", "serving", "native", "data",
-    "utils", "export", "cli",
+    "gpu/kernels", "ops", "trainers", "basic", "behaviour", "parity", "reliability", "optim", "serving", "native",
+    "data", "utils", "export", "cli",
 )  # fmt: skip
 #: Not run here: compilers and emulators, which need no GPU (`make gpu-check`), and what looks at the project's files.
 ELSEWHERE = ("gpu", "project")

@@ -30,7 +30,7 @@ KINDS = ["classification", "regression"]
 
 
 def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int, backend: str, seed: int) -> str:
-    """SHA-256 of every tensor of the state_dict after training with shuffling and dropout (native: sparse updates)."""
+    """SHA-256 of every tensor of the state_dict after training with shuffling, dropout and exact sparse updates."""
     torch.set_num_threads(n_threads)
     rng = torch.Generator().manual_seed(seed)
     n = 1500
@@ -62,7 +62,7 @@ def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int
     with tempfile.TemporaryDirectory() as folder, use_backend(backend):
         trainer = MTLTrainer(
             made, optimizer_fn=getattr(torch.optim, optimizer), optimizer_params={"lr": 0.01, "weight_decay": 1e-4},
-            model_path=folder, progress=False, embedding_update="exact" if backend == "native" else None,
+            model_path=folder, progress=False, embedding_update="exact",
             amp=None if precision == "fp32" else precision, device=DEVICE,
         )  # fmt: skip
         for _ in range(2):
