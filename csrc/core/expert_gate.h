@@ -4,10 +4,8 @@
 //             groups of them, see Grouped; the gates' z and weights are [B, C].
 // Precision   T is what the operands of products, and activations between the passes, are kept in: float, or Bf16. The
 //             gates' z, the weights and all that is summed is fp32.
-// Threading   through the Runtime: team(limit, tasks, work, f) calls f(worker) on threads that share Phases, and
-//             gemm(m, n, k, a, ld_a, transpose_a, b, ld_b, transpose_b, c, ld_c, accumulate) runs inside it on one
-//             thread.
-// Accumulation GEMMs in fp32, statistics and sums over the batch as in kernels.h.
+// Threading   through the Runtime: team(limit, tasks, work, f) calls f(worker) on threads that share Phases.
+// Accumulation products in fp32, statistics and sums over the batch as in kernels.h.
 // Determinism rows are cut into tiles by B alone and weights' gradients by their shape alone; every sum over tiles runs
 //             in their order: the result is the same for every number of threads.
 // Aliasing    outputs must not overlap inputs; saved tensors are only read by the backward.

@@ -24,6 +24,7 @@ class ExpertGateBackward {
                      int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved<T>& saved,
                      OutputGrad dout, const ExpertGateGrads& grads, float* dx)
       : runtime_(runtime),
+        kernels_(best_kernels()),
         of_tiles_(best_tile_kernels<T>()),
         in_f32_(best_tile_kernels<float>()),
         spec_(spec),
@@ -54,7 +55,7 @@ class ExpertGateBackward {
       sums_.emplace_back(tiles_, spec_.gate_columns, false);
       list_mixers();
     }
-    if (kBf16) packed_ = std::make_unique<PackedWeights>(spec_, params_, true);
+    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), true);
     const PackedInputs inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
@@ -64,8 +65,7 @@ class ExpertGateBackward {
 
     runtime_.team(2 * depth + 4, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
       const Space space(spec_, tiles_);
-      const int64_t packing = kBf16 ? packed_->count() + inputs.count() : 0;
-      worker.run(packing, [&](int64_t i) {
+      worker.run(packed_->count() + inputs.count(), [&](int64_t i) {
         if (i < inputs.count()) return inputs.pack(i);
         packed_->pack(i - inputs.count());
       });
@@ -340,10 +340,13 @@ class ExpertGateBackward {
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
                                    packed_->at(norm, columns.start), to, ld, accumulate);
-    } else {
+    } else if (is_small(rows.size(), columns.size(), fan_in)) {
       const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
-      runtime_.gemm(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
-                    weight + columns.start * fan_in, fan_in, false, to, ld, accumulate);
+      kernels_.small_gemm(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
+                          weight + columns.start * fan_in, fan_in, false, to, ld, accumulate);
+    } else {
+      best_packed_gemm().gemm_f32(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
+                                  packed_->at(norm, columns.start), to, ld, accumulate);
     }
   }
 
@@ -436,8 +439,8 @@ class ExpertGateBackward {
       if constexpr (!kBf16) {
         const float* source = t.below ? h : x_.at(t.from, row);
         const int64_t ld = t.below ? ld_h : x_.row_stride;
-        if (n * k * n_rows <= kSmallProduct) {
-          runtime_.gemm(n, k, rows, from, dz.ld, true, source, ld, false, t.to, k, row > 0);
+        if (is_small(n, k, n_rows)) {
+          kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, t.to, k, row > 0);
         } else {
           gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0, operands);
         }
@@ -452,6 +455,7 @@ class ExpertGateBackward {
   }
 
   const Runtime& runtime_;
+  const Kernels& kernels_;
   const TileKernels<T>& of_tiles_;
   const TileKernels<float>& in_f32_;  // for the gates and the inputs
   const ExpertGateLayer& spec_;
@@ -473,7 +477,7 @@ class ExpertGateBackward {
   const Grouped<float> gate_dz_;
   const Scratch<Bf16> gate_memory_near_;
   const Grouped<Bf16> gate_near_;
-  std::unique_ptr<PackedWeights> packed_;  // null: fp32
+  std::unique_ptr<PackedWeights<T>> packed_;
   std::vector<int64_t> starts_, mixers_;
   std::vector<double> out_sums_;
 };

@@ -33,7 +33,7 @@ class ExpertGateForward {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
     if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-    if (kBf16) packed_ = std::make_unique<PackedWeights>(spec_, params_, false);
+    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), false);
     const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
       for (int64_t l = 0; l < depth; ++l) use_running(params_.hidden[l], saved_.hidden[l], factors_[l]);
@@ -95,7 +95,7 @@ class ExpertGateForward {
   };
 
   void pack(Phases::Worker& worker) const {
-    if (packed_) worker.run(packed_->count(), [&](int64_t i) { packed_->pack(i); });
+    worker.run(packed_->count(), [&](int64_t i) { packed_->pack(i); });
   }
 
   bool has_gates() const { return !spec_.gates.empty(); }
@@ -188,10 +188,13 @@ class ExpertGateForward {
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
                                    z, ld, false);
-    } else {
+    } else if (is_small(rows.size(), columns.size(), fan_in)) {
       const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
-      runtime_.gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, weight + columns.start * fan_in, fan_in,
-                    true, z, ld, false);
+      kernels_.small_gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, weight + columns.start * fan_in,
+                          fan_in, true, z, ld, false);
+    } else {
+      best_packed_gemm().gemm_f32(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
+                                  z, ld, false);
     }
   }
 
@@ -295,7 +298,7 @@ class ExpertGateForward {
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
   std::vector<Partials> partials_;
-  std::unique_ptr<PackedWeights> packed_;  // null: fp32
+  std::unique_ptr<PackedWeights<T>> packed_;
 };
 
 }  // namespace fastmtl

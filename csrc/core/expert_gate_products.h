@@ -1,8 +1,8 @@
-// The matrix products of expert_gate: in fp32 by the Runtime's library, or in bf16 on weights that are packed once a
-// call.
+// The weights of expert_gate as its products read them: packed once a call.
 #pragma once
 
-#include <algorithm>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "core/expert_gate.h"
@@ -10,12 +10,17 @@
 
 namespace fastmtl {
 
-// The weights of a layer in bf16, packed in the pieces in which products take them. Norms are counted through the
-// hidden layers, the gates' is last.
+// Whether a product in fp32 is left to Kernels::small_gemm, which reads the weights as they are.
+inline bool is_small(int64_t m, int64_t n, int64_t k) { return m * n * k <= kSmallProduct; }
+
+// The weights of a layer, packed as T in the pieces in which products take them. Norms are counted through the hidden
+// layers, the gates' is last.
+template <class T>
 class PackedWeights {
  public:
-  // by_depth: for dz W, otherwise for x W^T.
-  PackedWeights(const ExpertGateLayer& spec, const ExpertGateParams& params, bool by_depth) : by_depth_(by_depth) {
+  // by_depth: for dz W, otherwise for x W^T; rows: the most that a product has, by which small ones are left out.
+  PackedWeights(const ExpertGateLayer& spec, const ExpertGateParams& params, int64_t rows, bool by_depth)
+      : rows_(rows), by_depth_(by_depth) {
     starts_.resize(static_cast<size_t>(spec.depth() + 1));
     for (int64_t l = 0; l < spec.depth(); ++l) {
       const float* weight = params.hidden[l].weight;
@@ -35,22 +40,29 @@ class PackedWeights {
         if (columns.size()) add(spec.depth(), params.gate.weight, columns, spec.in_features, spec.gate_columns);
       }
     }
-    packed_ = std::make_unique<Scratch<Bf16>>(size_);
+    packed_ = std::make_unique<Scratch<T>>(size_);
   }
 
   int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
 
   void pack(int64_t index) const {
     const Piece& p = pieces_[index];
-    const int64_t n = p.columns.size();
-    best_packed_gemm().pack_bf16(by_depth_ ? p.fan_in : n, by_depth_ ? n : p.fan_in,
-                                 p.weight + p.columns.start * p.fan_in, p.fan_in, by_depth_, packed_->get() + p.start);
+    const float* weight = p.weight + p.columns.start * p.fan_in;
+    const int64_t n = by_depth_ ? p.fan_in : p.columns.size(), k = by_depth_ ? p.columns.size() : p.fan_in;
+    T* to = packed_->get() + p.start;
+    if constexpr (kBf16) {
+      best_packed_gemm().pack_bf16(n, k, weight, p.fan_in, by_depth_, to);
+    } else {
+      best_packed_gemm().pack_f32(n, k, weight, p.fan_in, by_depth_, to);
+    }
   }
 
   // The piece that starts with that column.
-  const Bf16* at(int64_t norm, int64_t column) const { return packed_->get() + starts_[norm][column]; }
+  const T* at(int64_t norm, int64_t column) const { return packed_->get() + starts_[norm][column]; }
 
  private:
+  static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+
   struct Piece {
     const float* weight;
     Range columns;
@@ -58,17 +70,21 @@ class PackedWeights {
   };
 
   void add(int64_t norm, const float* weight, Range columns, int64_t fan_in, int64_t all_columns) {
+    if (!kBf16 && is_small(rows_, columns.size(), fan_in)) return;
     starts_[norm].resize(static_cast<size_t>(all_columns));
     starts_[norm][columns.start] = size_;
     pieces_.push_back({weight, columns, fan_in, size_});
-    size_ += by_depth_ ? packed_bf16_size(fan_in, columns.size()) : packed_bf16_size(columns.size(), fan_in);
+    const int64_t n = by_depth_ ? fan_in : columns.size(), k = by_depth_ ? columns.size() : fan_in;
+    // each on a cache line
+    size_ += kBf16 ? packed_bf16_size(n, k) : packed_f32_size(n, k);
   }
 
+  const int64_t rows_;
   const bool by_depth_;
   std::vector<Piece> pieces_;
   std::vector<std::vector<int64_t>> starts_;  // [norm][first column of a piece]
   int64_t size_ = 0;
-  std::unique_ptr<Scratch<Bf16>> packed_;
+  std::unique_ptr<Scratch<T>> packed_;
 };
 
 }  // namespace fastmtl

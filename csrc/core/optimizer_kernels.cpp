@@ -1,6 +1,7 @@
 // The optimizers' rules for ONE instruction set: built once for each, with FASTMTL_ISA naming it.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -120,6 +121,11 @@ struct Pick {
   std::array<int64_t, Tile::kMost> rows, lags;
   int64_t n = 0;
 
+  void add(int64_t row, int64_t lag) {
+    rows[n] = row;
+    lags[n++] = lag;
+  }
+
   // By counting, where none missed very many.
   void sort() {
     constexpr int64_t kLags = 64;
@@ -160,8 +166,7 @@ class Picker {
       const int64_t row = rows_ ? rows_[at_] : at_, last = table_.last[row];
       if (last >= upto_) continue;
       if (last + 1 < history_.begin) return false;
-      pick.rows[pick.n] = row;
-      pick.lags[pick.n++] = upto_ - last;
+      pick.add(row, upto_ - last);
     }
     return true;
   }
@@ -200,11 +205,17 @@ class Replay {
  public:
   Replay(const Table& table, const History& history, int64_t upto)
       : table_(table), history_(history), upto_(upto), tile_(table.dim) {
+    float most_lr = 0.0f;
     for (int64_t step = history.begin; step <= upto; ++step) {
       const Step& s = history.steps[step - history.begin];
-      any_l2_ |= s.l2 != 0.0f;
+      is_steady_ &= s.l2 == history.steps->l2 && s.fresh == history.steps->fresh;
+      most_l2_ = std::max(most_l2_, std::fabs(s.l2));
+      most_lr = std::max(most_lr, std::fabs(s.neg_lr));
+      may_fade_ &= s.eps > 0.0f && s.keep >= 0.0f && s.keep <= 1.0f && s.fresh >= 0.0f && s.fresh <= 1.0f;
       if constexpr (kQuickRule) is_quick_ &= quick_.emplace_back(s).is_ordinary();
     }
+    may_fade_ &= most_lr <= 0x1p40f && most_l2_ <= 1.0f;
+    faded_ = 0x1.fffep-100f / std::max(most_lr, 0x1p-40f) * 0x1p-27f;  // 2^-127 itself is taken for zero here
   }
 
   int64_t capacity() const { return tile_.capacity; }
@@ -212,14 +223,23 @@ class Replay {
   // Takes the missed steps of a pick; meanwhile the rows of the pick after it are fetched.
   void run(Pick& pick, const Pick& after) {
     pick.sort();
+    small_.n = 0;
     int64_t n = 0, steps = 0;
     for (int64_t i = 0; i < pick.n; ++i) {
-      if (pass_quietly<R>(table_, history_, any_l2_, pick.rows[i], upto_)) continue;
-      pick.rows[n] = pick.rows[i];
-      pick.lags[n] = pick.lags[i];
-      tile_.gather(table_, pick.rows[n], n);
-      steps += pick.lags[n];
-      ++n;
+      const int64_t row = pick.rows[i], lag = pick.lags[i];
+      if (pass_quietly<R>(table_, history_, most_l2_ != 0.0f, row, upto_)) continue;
+      if (is_quick_ && has_small(row)) {
+        if (has_faded(row)) {
+          fade(row, lag, n);
+        } else {
+          small_.add(row, lag);
+        }
+        continue;
+      }
+      pick.rows[n] = row;
+      pick.lags[n] = lag;
+      tile_.gather(table_, row, n++);
+      steps += lag;
     }
     if (is_quick_) std::fill_n(tile_.least, (n * tile_.padded + QuickAdam::kGroup - 1) / 4, FLT_MAX);
     int64_t active = 0, taken = 0, fetched = 0;
@@ -228,20 +248,79 @@ class Replay {
       // as many rows are fetched as there is work to hide it behind
       taken += active;
       for (const int64_t due = after.n * taken / steps; fetched < due; ++fetched) prefetch(table_, after.rows[fetched]);
-      step(upto_ + 1 - lag, 0, active);
+      step(upto_ + 1 - lag, active);
     }
     for (; fetched < after.n; ++fetched) prefetch(table_, after.rows[fetched]);
     if (is_quick_) check(pick, n);
-    for (int64_t i = 0; i < n; ++i) tile_.scatter(table_, pick.rows[i], i, upto_);
+    for (int64_t i = 0; i < n; ++i) {
+      if (pick.rows[i] >= 0) tile_.scatter(table_, pick.rows[i], i, upto_);
+    }
+    if (small_.n > 0) run_small();
   }
 
  private:
   static constexpr bool kQuickRule = kHasQuick && (R == kAdam || R == kAdamW);
 
-  // One step of the tile's rows begin .. end - 1.
-  void step(int64_t number, int64_t begin, int64_t end) {
-    begin *= tile_.padded;
-    end *= tile_.padded;
+  // Whether the quick steps would not be exact for a row, or soon not.
+  bool has_small(int64_t row) const {
+    const float* p = table_.p + row * table_.dim;
+    bool found = false;
+    for (int64_t d = 0; d < table_.dim; ++d) found |= !(std::fabs(p[d]) >= 0x1p-56f);
+    return found;
+  }
+
+  // Whether a row, as those without gradients do under weight decay after some hundred steps, has become so small that
+  // lr * m is taken for zero in every step to come: its weights stay, v fades, and m goes on towards l2 * p.
+  bool has_faded(int64_t row) const {
+    if (R != kAdam || !may_fade_) return false;
+    const float *p = table_.p + row * table_.dim, *m = table_.first + row * table_.dim;
+    const float* v = table_.second + row * table_.dim;
+    bool all = true;
+    for (int64_t d = 0; d < table_.dim; ++d) {
+      all &= std::fabs(m[d]) < faded_ && std::fabs(p[d]) * most_l2_ < faded_ && v[d] >= 0.0f && v[d] <= FLT_MAX;
+      // 0 is added to each: -0 would not stay, and what is no normal number neither
+      all &= std::fabs(p[d]) >= FLT_MIN || std::bit_cast<uint32_t>(p[d]) == 0;
+    }
+    return all;
+  }
+
+  // The missed steps of such a row, by way of the tile's row i.
+  void fade(int64_t row, int64_t lag, int64_t i) {
+    tile_.gather(table_, row, i);
+    const Step* const steps = history_.steps + (upto_ + 1 - lag - history_.begin);
+    for (int64_t k = i * tile_.padded; k < (i + 1) * tile_.padded; k += Lanes::kCount) {
+      const Lanes p = Lanes::load(tile_.p + k);
+      Lanes m = Lanes::load(tile_.first + k), v = Lanes::load(tile_.second + k);
+      for (int64_t j = 0; j < lag; ++j) {
+        const Lanes next = fma(steps[j].fresh, p * steps[j].l2 - m, m);
+        const bool is_still = is_steady_ && all_equal(next, m);
+        m = next;
+        if (is_still) break;
+      }
+      for (int64_t j = 0; j < lag; ++j) v = v * steps[j].keep;
+      m.store(tile_.first + k);
+      v.store(tile_.second + k);
+    }
+    tile_.scatter(table_, row, i, upto_);
+  }
+
+  // The missed steps of rows that are no longer ordinary but not faded, by the processor's own quotients.
+  void run_small() {
+    const bool was_quick = std::exchange(is_quick_, false);
+    small_.sort();
+    for (int64_t i = 0; i < small_.n; ++i) tile_.gather(table_, small_.rows[i], i);
+    int64_t active = 0;
+    for (int64_t lag = small_.lags[0]; lag > 0; --lag) {
+      while (active < small_.n && small_.lags[active] >= lag) ++active;
+      step(upto_ + 1 - lag, active);
+    }
+    for (int64_t i = 0; i < small_.n; ++i) tile_.scatter(table_, small_.rows[i], i, upto_);
+    is_quick_ = was_quick;
+  }
+
+  // One step of the tile's first n rows.
+  void step(int64_t number, int64_t n) {
+    const int64_t end = n * tile_.padded;
     float *p = tile_.p, *first = tile_.first, *second = tile_.second;
     if constexpr (kQuickRule) {
       if (is_quick_) {
@@ -250,23 +329,22 @@ class Replay {
       }
     }
     const Spread s(history_.steps[number - history_.begin]);
-    for (int64_t i = begin; i < end; i += Lanes::kCount) {
+    for (int64_t i = 0; i < end; i += Lanes::kCount) {
       update<R>(s, Lanes::load(p + i) * s.l2, p + i, first + i, second + i);
     }
   }
 
-  // Takes the steps again of rows for which the quick ones may not be exact.
-  void check(const Pick& pick, int64_t n) {
+  // Finds rows for which the quick steps may not be exact: they are taken again.
+  void check(Pick& pick, int64_t n) {
     const int64_t end = n * tile_.padded;
     for (int64_t from = 0; from < end; from += QuickAdam::kGroup) {
       const int64_t to = std::min(from + QuickAdam::kGroup, end);
       if (QuickAdam::is_exact(tile_.p + from, tile_.second + from, tile_.least + from / 4, to - from)) continue;
-      is_quick_ = false;
       for (int64_t i = from / tile_.padded; i * tile_.padded < to; ++i) {
-        tile_.gather(table_, pick.rows[i], i);
-        for (int64_t lag = pick.lags[i]; lag > 0; --lag) step(upto_ + 1 - lag, i, i + 1);
+        if (pick.rows[i] < 0) continue;
+        small_.add(pick.rows[i], pick.lags[i]);
+        pick.rows[i] = -1;
       }
-      is_quick_ = true;
     }
   }
 
@@ -274,7 +352,9 @@ class Replay {
   const History& history_;
   const int64_t upto_;
   Tile tile_;
-  bool any_l2_ = false, is_quick_ = kQuickRule;
+  Pick small_;
+  float most_l2_ = 0.0f, faded_ = 0.0f;
+  bool may_fade_ = true, is_steady_ = true, is_quick_ = kQuickRule;
   std::vector<QuickStep> quick_;
 };
 

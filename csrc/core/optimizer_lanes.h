@@ -33,6 +33,7 @@ inline Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.v, b.v); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 // the form with a mask: gcc 12 warns of the undefined operand of the other
 inline Lanes sqrt(Lanes a) { return _mm512_maskz_sqrt_ps(0xffff, a.v); }
+inline bool all_equal(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) == 0xffff; }
 inline Lanes at_most(float most, Lanes a) { return _mm512_maskz_min_ps(0xffff, Lanes(most).v, a.v); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -51,6 +52,7 @@ inline Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.v, b.v); }
 inline Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.v, b.v); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a.v); }
+inline bool all_equal(Lanes a, Lanes b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)) == 0xff; }
 inline Lanes at_most(float most, Lanes a) { return _mm256_min_ps(Lanes(most).v, a.v); }
 
 #else
@@ -68,6 +70,7 @@ inline Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
 inline Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return __builtin_fmaf(a.v, b.v, c.v); }
 inline Lanes sqrt(Lanes a) { return __builtin_sqrtf(a.v); }
+inline bool all_equal(Lanes a, Lanes b) { return a.v == b.v; }
 inline Lanes at_most(float most, Lanes a) { return a.v > most ? most : a.v; }
 
 #endif

@@ -1,7 +1,8 @@
 // The fp32 product with a packed weight: some rows of some panels at a time in registers, the whole of k.
 //
-// Compiled once for each instruction set, see simd.h; contract in packed_gemm.h. Each element of the result is one
-// chain of multiply-adds over k in its order.
+// Compiled once for each instruction set, see simd.h; contract in packed_gemm.h. Each element of the result is a chain
+// of multiply-adds over k in its order, or where k is large the sum of several: the terms of a long chain are small
+// beside their sum.
 #pragma once
 
 #include "core/packed_gemm_pack.h"
@@ -57,13 +58,12 @@ FASTMTL_INLINE void store_block(const Reg (&total)[kR][kQ], int64_t lanes, float
   }
 }
 
-// kR rows times kP panels.
+// kR rows times kP panels, which are `step` apart.
 template <int kR, int kP>
-void block_f32(int64_t lanes, int64_t k, const float* a, int64_t ld_a, const float* panels, float* c, int64_t ld_c,
-               bool accumulate) {
+void block_f32(int64_t lanes, int64_t k, const float* a, int64_t ld_a, const float* panels, int64_t step, float* c,
+               int64_t ld_c, bool accumulate) {
   Reg total[kR][kP * kRegs], w[kP * kRegs];
   clear_block(total);
-  const int64_t step = k * kPanel;
   for (int64_t p = 0; p < k; ++p) {
     FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) {
       w[q] = load_reg(panels + q / kRegs * step + p * kPanel + q % kRegs * kRegLanes);
@@ -101,10 +101,17 @@ FASTMTL_INLINE void panels_of(int64_t m, int64_t n, int64_t& j, const Block& blo
 
 inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* packed, float* c,
                      int64_t ld_c, bool accumulate) {
-  int64_t column = 0;
-  panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
-    block_f32<kR, kP>(lanes, k, a + i * ld_a, ld_a, packed + j * k, c + i * ld_c + j, ld_c, accumulate);
-  });
+  constexpr int64_t kChain = 384;
+  int64_t start = 0;
+  do {
+    const int64_t depth = std::min(kChain, k - start);
+    int64_t column = 0;
+    panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
+      block_f32<kR, kP>(lanes, depth, a + i * ld_a + start, ld_a, packed + j * k + start * kPanel, k * kPanel,
+                        c + i * ld_c + j, ld_c, accumulate || start > 0);
+    });
+    start += depth;
+  } while (start < k);
 }
 
 // The same for a weight's gradient, whose operands both lie by depth: a has the block's rows side by side, kRows of
@@ -136,9 +143,12 @@ inline void wgrad_f32(int64_t m, int64_t n, int64_t k, const float* dz, int64_t 
     for (int64_t i = 0; i < n; i += kRows) {
       const int64_t width = std::min<int64_t>(kRows, n - i);
       float* to = columns + i * depth;
-      for (int64_t p = 0; p < depth; ++p) {
-        for (int64_t r = 0; r < width; ++r) to[p * kRows + r] = dz[(row + p) * ld_dz + i + r];
+      const float* from = dz + row * ld_dz + i;
+      if (width == kRows) {
+        for (int64_t p = 0; p < depth; ++p) std::memcpy(to + p * kRows, from + p * ld_dz, sizeof(float) * kRows);
+        continue;
       }
+      for (int64_t p = 0; p < depth; ++p) std::copy_n(from + p * ld_dz, width, to + p * kRows);
     }
     int64_t column = 0;
     panels_of<kPanels>(n, k, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {

@@ -22,21 +22,6 @@ inline void round_bf16(int64_t rows, int64_t cols, const float* from, int64_t ld
   }
 }
 
-inline void pack_f32(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, float* packed) {
-  for (int64_t j = 0; j < n; j += kPanel) {
-    const int64_t lanes = std::min(kPanel, n - j);
-    float* panel = packed + j * k;
-    if (by_depth) {
-      for (int64_t p = 0; p < k; ++p) store(panel + p * kPanel, load(w + p * ld + j, lanes));
-      continue;
-    }
-    if (lanes < kPanel) std::fill(panel, panel + k * kPanel, 0.0f);
-    for (int64_t l = 0; l < lanes; ++l) {
-      for (int64_t p = 0; p < k; ++p) panel[p * kPanel + l] = w[(j + l) * ld + p];
-    }
-  }
-}
-
 FASTMTL_INLINE Bf16 as_bf16(float value) { return to_bf16(value); }
 FASTMTL_INLINE Bf16 as_bf16(Bf16 value) { return value; }
 
@@ -81,6 +66,30 @@ FASTMTL_INLINE void transpose_16(__m512i* v) {
   }
 }
 #endif
+
+inline void pack_f32(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, float* packed) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    const int64_t lanes = std::min(kPanel, n - j);
+    float* panel = packed + j * k;
+    if (by_depth) {
+      for (int64_t p = 0; p < k; ++p) store(panel + p * kPanel, load(w + p * ld + j, lanes));
+      continue;
+    }
+    if (lanes < kPanel) std::fill(panel, panel + k * kPanel, 0.0f);
+    int64_t start = 0;
+#ifdef __AVX512F__
+    for (; lanes == kPanel && start + 16 <= k; start += 16) {
+      __m512i v[16];
+      for (int l = 0; l < 16; ++l) v[l] = _mm512_loadu_si512(w + (j + l) * ld + start);
+      transpose_16(v);
+      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(panel + (start + p) * kPanel, v[p]);
+    }
+#endif
+    for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t p = start; p < k; ++p) panel[p * kPanel + l] = w[(j + l) * ld + p];
+    }
+  }
+}
 
 template <class T>
 void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf16* packed) {

@@ -78,7 +78,8 @@ Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, co
   int64_t free = 0;
   for (int64_t i = 0; i < n_small; ++i) {
     SmallTable table{numbers.next(kMost, "column"), numbers.next(kMost, "width"), numbers.next(kMost, "rows"), nullptr};
-    STD_TORCH_CHECK(table.column >= free && table.column + table.dim <= program.width, "plan: small tables overlap");
+    STD_TORCH_CHECK(table.dim > 0 && table.column >= free && table.column + table.dim <= program.width,
+                    "plan: small tables must have columns of their own");
     free = table.column + table.dim;
     held.push_back(cut(learned, next_learned, 1, "learned"));
     table.values = Reader(held.back(), "learned").take(table.rows * table.dim);

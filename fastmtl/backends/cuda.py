@@ -64,6 +64,7 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
 task_losses = triton.task_losses
+tower_losses = triton.tower_losses
 advance = triton.advance
 note_losses = triton.note_losses
 

@@ -6,6 +6,7 @@ from .encoder import Encoder, FeatureSpec
 from .loader import ColumnLoader
 from .multitask import MultiTaskData, Split
 from .parquet import ParquetIterableDataset
+from .resident import ResidentLoader
 from .schema import ColumnInfo, Schema, validate_labels
 from .synthetic import SyntheticLog, load_synthetic
 from .table import Table, read_table
@@ -18,6 +19,7 @@ __all__ = [
     "MultiTaskData",
     "ParquetIterableDataset",
     "PredictDataset",
+    "ResidentLoader",
     "Schema",
     "Split",
     "SyntheticLog",

@@ -271,7 +271,7 @@ class _Set(NamedTuple):
 def _half_of_free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * BUDGET)
-    return 0 if device.type == "meta" else 2**62
+    return 2**62
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -94,7 +94,7 @@ class Replays(Waiting):
         begin, end = (0, 0) if is_still else self._next_rows()
         if not is_still and self.is_current:
             self.last.fill_(self.now - 1)
-        self._apply(self._history, self.begin, rows, values, is_still, begin, end)
+        self._apply(*self._history, rows, values, is_still, begin, end)
         self.is_current = is_still
 
     @torch.no_grad()
@@ -102,13 +102,15 @@ class Replays(Waiting):
         if not self.is_current:
             torch.ops.fastmtl.table_replay(
                 self.table, self.states, self.last, self.rule,
-                self._history, self.begin, rows, 0, 0 if rows is not None else len(self.table), self.now,
+                *self._history, rows, 0, 0 if rows is not None else len(self.table), self.now,
             )  # fmt: skip
 
     @property
-    def _history(self) -> Tensor:
-        """``[n, fields]``: the steps ``begin .. now``."""
-        return self.steps[: self.now + 1 - self.begin]
+    def _history(self) -> tuple[Tensor, int]:
+        """``[n, fields]``, the newest steps, as many as a row may miss and one more; and the first one's number."""
+        end = self.now + 1 - self.begin
+        first = max(0, end - MOST_MISSED - 2)
+        return self.steps[first:end], self.begin + first
 
     def _next_rows(self) -> tuple[int, int]:
         """The rows that the sweep takes in this step."""

@@ -82,7 +82,6 @@ class DeviceEpochs:
 
     def work(self, slot: Slot) -> None:
         """Forward, losses, backward and update of the batch in ``slot``; what a graph records."""
-        slot.provide()
         if self._chain is not None:
             with self._autocast():
                 self._chain(slot.x, slot.labels, self._note)
@@ -234,8 +233,12 @@ class DeviceEpochs:
 
 
 def epochs_of(trainer: Any) -> DeviceEpochs:
-    """Those of an MTLTrainer that is ready, made when they are first wanted."""
-    if trainer._epochs is None:
+    """Those of an MTLTrainer that is ready, made when they are first wanted (and when its parts were exchanged)."""
+    kept, parts = trainer._epochs, (trainer.model, trainer.strategy, trainer.optimizer, trainer.device)
+    if kept is None or any(
+        mine is not theirs
+        for mine, theirs in zip((kept.model, kept.strategy, kept.optimizer, kept.device), parts, strict=True)
+    ):
         trainer._epochs = DeviceEpochs(
             trainer.model, trainer.strategy, trainer.optimizer, trainer.reg_loss_fn, trainer._update, trainer._autocast,
             trainer.device, trainer.progress,

@@ -96,19 +96,41 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self._lost = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         return (self._lost, None, None) if self.updates is None else (self._lost, *self.updates.clock_and_step())
 
+    def again(self) -> None:
+        """The step that was begun is to be taken after all: recording it has failed half-way."""
+        self._has_begun, self._may_be_vetoed = True, False
+        if self.updates is not None:
+            self.updates.again()
+
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
         self._has_begun = False
 
+    def index(
+        self,
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        weights: Sequence[Tensor],
+        alone: bool = False,
+    ) -> list[Any] | None:
+        """See :meth:`DeviceTables.index`; ``alone``, that another thread asks, makes no difference here."""
+        return None if self.updates is None else self.updates.index(ids, columns, spec, weights)
+
     def before_lookup(
-        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+        self,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        index: list[Any] | None = None,
     ) -> list[Any] | None:
         """See :meth:`DeviceTables.before_lookup`."""
         if self.updates is None:
             return None
         if torch.is_grad_enabled() and not self._has_begun:
             self.begin()
-        return self.updates.before_lookup(weights, ids, columns, spec)
+        return self.updates.before_lookup(weights, ids, columns, spec, index)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step with the gradients in ``.grad``; the tables' has been taken in the backward."""

@@ -91,7 +91,6 @@ class DeviceTables:
         self._step = torch.zeros(FIELDS, device=device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
         self._now = torch.zeros(1, dtype=torch.int32, device=device)  # the clock, or -1 where no step is to be taken
-        self._provided: tuple[Tensor, list[Any]] | None = None
         self._was_looked_up = False
         self._is_current = True
         self.now = 0
@@ -123,6 +122,10 @@ class DeviceTables:
         self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
         self._was_looked_up = self._is_current = False
 
+    def again(self) -> None:
+        """The step that was begun is to be taken after all: recording it has failed half-way."""
+        self._was_looked_up = False
+
     def index(
         self,
         ids: Tensor,
@@ -140,17 +143,19 @@ class DeviceTables:
         mine = [p in self._last for p in weights]
         return self._module.embedding_bag_index(ids, columns, spec, [p.shape for p in weights], mine, out)
 
-    def provide(self, ids: Tensor, index: list[Any]) -> None:
-        """Have an :meth:`index` ready for the lookup of ``ids``, this very tensor."""
-        self._provided = ids, index
-
     def before_lookup(
-        self, weights: list[nn.Parameter], ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec
+        self,
+        weights: list[nn.Parameter],
+        ids: Tensor,
+        columns: tuple[int, ...],
+        spec: EmbeddingSpec,
+        index: list[Any] | None = None,
     ) -> list[Update | None] | None:
         """Make the rows current that a lookup is about to read; where no gradients are taken, all rows.
 
         Args:
             weights, ids, columns, spec: the lookup's, see :func:`fastmtl.ops.embedding_bag`.
+            index: of these ids, see :meth:`index`; None: it is made here.
 
         Returns:
             The step that its backward is to take.
@@ -167,8 +172,7 @@ class DeviceTables:
                 "train it with embedding_update='dense'"
             )
         self._was_looked_up = True
-        provided, self._provided = self._provided, None
-        index = provided[1] if provided and provided[0] is ids else self.index(ids, columns, spec, weights)
+        index = self.index(ids, columns, spec, weights) if index is None else index
         found: list[Update | None] = []
         for p, rows in zip(weights, index, strict=True):
             if rows is None:

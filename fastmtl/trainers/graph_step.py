@@ -139,6 +139,7 @@ class GraphStep:
             replay = self._recorder.record(lambda: self._work(slot))
         except RuntimeError as error:
             self._failed = True
+            self._optimizer.again()
             if not self._is_quiet:
                 tell(str(error).splitlines()[0])
             return None

@@ -21,6 +21,7 @@ from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
 from ..ops.embedding_bag import general_gradients, table_gradients
+from ..spec import ExpertGateParams
 from ..weighting import Strategy
 
 
@@ -92,28 +93,43 @@ class ChainGradients:
         row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
         assert row is not None
         inputs, taped = [row.unsqueeze(0)], []
-        for bank in self.banks:
+        *below, towers = self.banks
+        for bank in below:
             bank.count_step(inputs[-1])
             params = bank.params()
             out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True)
             inputs.append(out)
             taped.append((params, saved))
-        logits = inputs.pop()
-        losses, grad = self._layers.task_losses(logits, labels, self.model.is_classification, self.factors)
+        trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
+        losses, logits, grad = self._towers(towers, inputs.pop(), labels, trains_tables or bool(below))
         if seen is not None:
             seen(losses)
-        trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
-        for bank, source, (params, saved) in zip(reversed(self.banks), reversed(inputs), reversed(taped), strict=True):
+        for bank, source, (params, saved) in zip(reversed(below), reversed(inputs), reversed(taped), strict=True):
+            assert grad is not None
             needs_x = trains_tables or bank is not self.banks[0]
-            before, grads = self._layers.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
-            for learned, g in zip(params.learned(), grads, strict=True):
-                if learned.requires_grad:
-                    learned.grad = g
-            if before is not None:
-                grad = before
+            grad, grads = self._layers.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
+            _give(params, grads)
         if trains_tables:
+            assert grad is not None
             self._table_gradients(grad[0], lookup)
         return losses, logits
+
+    def _towers(
+        self, towers: ExpertGate, x: Tensor, labels: Tensor, needs_x: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Forward, losses and backward of the last bank: losses, logits and the gradient of x."""
+        towers.count_step(x)
+        params, spec, layers = towers.params(), towers.spec, self._layers
+        of_losses = labels, self.model.is_classification, self.factors
+        at_once = getattr(layers, "tower_losses", None)
+        found = at_once(x, params, spec, *of_losses, needs_x) if at_once else None
+        if found is None:
+            logits, saved = layers.expert_gate_fwd(x, params, spec, True)
+            losses, grad = layers.task_losses(logits, *of_losses)
+            found = losses, logits, *layers.expert_gate_bwd(grad, x, params, spec, True, list(saved), needs_x)
+        losses, logits, dx, grads = found
+        _give(params, grads)
+        return losses, logits, dx
 
     def _table_gradients(self, grad: Tensor, lookup: Lookup) -> None:
         weights, ids, columns, _, spec, index = lookup
@@ -125,6 +141,12 @@ class ChainGradients:
             grads = general_gradients(grad, weights, ids, columns, spec, needs, index is not None)[0]
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
+
+
+def _give(params: ExpertGateParams, grads: list[Tensor]) -> None:
+    for learned, g in zip(params.learned(), grads, strict=True):
+        if learned.requires_grad:
+            learned.grad = g
 
 
 def _chain(model: MTLModel) -> list[ExpertGate]:

@@ -135,21 +135,12 @@ class Slot:
         ids, columns, dense = embedding.inputs(self._columns, embedding.features)
         kept_ids, kept_dense = (self.x.ids, self.x.dense) if isinstance(self.x, ReadyBatch) else (None, None)
         names = tuple(feature.name for feature in embedding.features)
-        self.x = ReadyBatch(
-            names,
-            None if ids is None else _kept(kept_ids, ids),
-            columns,
-            None if dense is None else _kept(kept_dense, dense),
-        )
-        if self._updates is not None and self.x.ids is not None:
+        ids = None if ids is None else _kept(kept_ids, ids)
+        if self._updates is not None and ids is not None:
             spec = embedding.spec_of(embedding.features)
-            self._index = self._updates.index(self.x.ids, columns, spec, embedding.weights(), self._index)
-
-    def provide(self) -> None:
-        """Hand the index to the optimizer, for the lookup that follows."""
-        if self._updates is not None and self._index is not None and isinstance(self.x, ReadyBatch):
-            assert self.x.ids is not None
-            self._updates.provide(self.x.ids, self._index)
+            self._index = self._updates.index(ids, columns, spec, embedding.weights(), self._index)
+        dense = None if dense is None else _kept(kept_dense, dense)
+        self.x = ReadyBatch(names, ids, columns, dense, self._index)
 
 
 def _kept(buffer: Tensor | None, value: Tensor) -> Tensor:

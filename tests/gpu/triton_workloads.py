@@ -128,6 +128,13 @@ def _losses(batch: int, n_tasks: int) -> None:
     backend.task_losses(logits, labels, torch.empty(n_tasks, dtype=torch.bool, device="meta"), logits[0])
 
 
+def _tower_losses(spec: ExpertGateSpec, batch: int) -> None:
+    x = torch.empty(spec.n_inputs, batch, spec.in_features, dtype=torch.bfloat16, device="meta")
+    labels = torch.empty(batch, spec.n_experts, device="meta")
+    binary = torch.empty(spec.n_experts, dtype=torch.bool, device="meta")
+    assert backend.tower_losses(x, _parameters(spec), spec, labels, binary, labels[0], True)
+
+
 def _inference(
     layers: tuple[ExpertGateSpec, ...], vocabularies: tuple[int, ...], dim: int, batch: int, precision: str
 ) -> None:
@@ -230,6 +237,8 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
         partial(_inference, (_mmoe(139, 8, (16,), 2), _towers(16, (8,), 2)), (1240,) * 33, 4, 1024, "ieee"),
         (80,),
     ),
+    "towers with losses": (partial(_tower_losses, _towers(128, (64, 32), 2), 65536), (80, 100)),
+    "linear heads": (partial(_layer, _towers(128, (), 2), 65536, "bf16"), (80, 100)),
     "losses": (partial(_losses, 65536, 2), (80, 100)),
     "towers ali-ccp": (partial(_layer, _towers(128, (64, 32), 2), 65536, "bf16"), (80, 100)),
 }

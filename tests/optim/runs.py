@@ -130,8 +130,8 @@ def assert_close(
 
 
 def assert_follows(name: str, one: Sequence[Tensor], torchs: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
-    """A rule's bits where it has torch's; else within what torch rounds in a few hundred steps."""
+    """A rule's bits where it has torch's; else within what 300 steps, each rounded by up to 2^-24, come to."""
     if name in SUMMED:
-        assert_close(one, torchs, peaks, 1e-5)
+        assert_close(one, torchs, peaks, 3e-5)
     else:
         assert_same_bits(one, torchs)

@@ -29,19 +29,36 @@ def replayed(rule, seed, rows, dim, steps):
     """Weight and states after rows of unequal lags were made current."""
     generator = torch.Generator().manual_seed(seed)
     p, first, second = (wild((rows, dim), generator) for _ in range(3))
-    second = second.square()
+    return taken(rule, generator, p, first, second.square(), steps)
+
+
+def taken(rule, generator, p, first, second, steps):
+    """Replayed from random steps on."""
+    rows = len(p)
     last = torch.randint(0, steps, (rows,), generator=generator).int()
     numbers = []
     for number in range(1, steps + 1):
         step = dict.fromkeys(FIELDS, 0.0) | {"shrink": 1.0, "keep": 0.999, "fresh": 1 - 0.9, "fresh_square": 1 - 0.999}
         step |= {"eps": 1e-8, "root": (1 - 0.999**number) ** 0.5, "neg_lr": -1e-3 / (1 - 0.9**number)}
-        step |= {"l2": 1e-5 if number % 5 else 0.0} if rule == "adam" else {"shrink": 1 - 1e-5}
+        step |= {"l2": 1e-5 if number % 5 or steps % 2 else 0.0} if rule == "adam" else {"shrink": 1 - 1e-5}
         numbers.append([step[field] for field in FIELDS])
     torch.ops.fastmtl.table_replay(
         p, [first, second], last, RULES.index(rule), torch.tensor(numbers), 1, None, 0, rows, steps
     )
     assert (last == steps).all()
     return torch.stack([p, first, second]).nan_to_num(nan=7.0)  # the bits of NaNs are nobody's
+
+
+def faded(rule, seed, rows, dim, steps):
+    """The same of rows that had no gradient for hundreds of steps: from 1e-15 down to what is taken for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 10 ** (-15 - 20 * torch.rand(rows, 1, generator=generator))
+    single = torch.rand(rows, dim, generator=generator) < 0.02 * torch.rand(rows, 1, generator=generator)
+    p, first = (torch.randn(rows, dim, generator=generator) * size for _ in range(2))
+    first = torch.where(torch.rand(rows, 1, generator=generator) < 0.5, p * 1e-5, first * 1e-5)
+    p[single], first[single.flip(0)] = wild((rows, dim), generator)[single], 0.0
+    second = (first * 30).square() + 10 ** (-20 - 30 * torch.rand(rows, 1, generator=generator))
+    return taken(rule, generator, p, first, second, steps)
 
 
 def summed(rule, seed, rows, dim, steps):
@@ -59,7 +76,7 @@ def digests(seed):
     lines = []
     for rule in ("adam", "adamw"):
         for rows, dim in ((30_000, 16), (5000, 5), (500, 100)):
-            for way, steps in ((replayed, 12), (summed, 50)):
+            for way, steps in ((replayed, 12), (faded, 12), (faded, 13), (summed, 50)):
                 found = way(rule, seed, rows, dim, steps).view(torch.int32).long()
                 weights = torch.arange(1, found.numel() + 1).view(found.shape) * 0x9E3779B1
                 lines.append(f"{way.__name__} {rule} {rows} {dim} {int((found * weights).sum())}")

@@ -25,7 +25,7 @@ def test_dense_gradients(fn, seed, tmp_path):
         for key, value in model.state_dict().items():
             if key.startswith("embedding"):
                 assert not torch.equal(value, start[key])
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
 
 
 def test_sparse_gradients(seed):
@@ -51,7 +51,7 @@ def test_sparse_gradients(seed):
         assert model.embedding.updater is None
         results.append(torch.stack(losses))
     assert results[0][-1] != results[0][0]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=0)
 
 
 def run(model, x, sparsely):

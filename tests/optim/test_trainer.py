@@ -71,7 +71,7 @@ def test_sparse_training_is_dense_training(fn, settings, seed, tmp_path):
     assert is_sparse(sparse)
     assert isinstance(sparse.optimizer, fn)
     assert type(dense.optimizer) is fn
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(right), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(right), rtol=5e-5, atol=0)
     # after 24 steps torch's own implementations differ by up to 1e-4: a rounding decides where a weight at zero goes
     for (name, value), other in zip(sparse.model.state_dict().items(), dense.model.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5, msg=name)

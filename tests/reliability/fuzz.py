@@ -14,6 +14,7 @@ import mmap
 import random
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from fastmtl.backends import native
 from fastmtl.backends.native_inference import Program
+from fastmtl.models.multi_task.packed import split, table_of
 from fastmtl.optim.rules import FIELDS, RULES
 from fastmtl.optim.waiting import WAIT_FIELDS
 from fastmtl.spec import ExpertGateSpec, Gate
@@ -137,13 +139,20 @@ def predictions(rng: random.Random) -> list[Call]:
     program = Program(width)
     for logit in program.layer(spec, new_params(spec, generator), [0]):
         program.output("probability", logit)
-    new = [*program.arguments(), rng.random() < 0.5]
+    starts = [0, *accumulate(lookup.spec.bag_widths(lookup.columns))]
+    folded = [
+        f
+        for f, bag in enumerate(lookup.spec.bags)
+        if bag.pooling == "sum" and lookup.columns[f + 1] - lookup.columns[f] == 1 and rng.random() < 0.5
+    ]
+    program.fold([(starts[f], table_of(lookup.spec.bags[f], lookup.weights)) for f in folded])
+    new = [*program.arguments(), not folded and rng.random() < 0.5]
     dense = [] if lookup.dense is None else [lookup.dense]
-    plan = native.bag_plan(lookup.spec, lookup.columns)
+    plan, small = split(native.bag_plan(lookup.spec, lookup.columns), folded)
     number = torch.ops.fastmtl.inference_new(*new)
     return [
         ("inference_new", new),
-        ("inference_run", [number, lookup.weights, [lookup.ids], dense, plan]),
+        ("inference_run", [number, lookup.weights, [lookup.ids], dense, plan, small]),
         ("inference_free", [torch.ops.fastmtl.inference_new(*new)]),
     ]
 

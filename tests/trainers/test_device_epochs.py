@@ -6,6 +6,7 @@ on a GPU, the graphs.
 
 import copy
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastmtl.errors import BadDataError, BadIdError
 from fastmtl.models import AITM, ESMM, MMOE
 from fastmtl.trainers import MTLTrainer, device_optimizer, graph_step
 from fastmtl.trainers.device_epoch import DeviceEpochs, epochs_of
+from fastmtl.trainers.device_scores import main_scores
 
 FEATURES = [
     SparseFeature("user", 40, 4),
@@ -316,3 +318,29 @@ def test_at_most_a_few_shapes_keep_their_places(seed, tmp_path):
         right.append(theirs.train_one_epoch(data))
     assert len(run._slots.live()) <= 8
     assert_same_training(mine, theirs, losses, right)
+
+
+@pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "host"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"adaptive_params": {"method": "uwl"}},
+        {"adaptive_params": {"method": "static", "weights": [1, 2]}},
+        {"regularization_params": {"dense_l2": 1e-3}},
+    ],
+    ids=["mean", "uwl", "static", "penalty"],
+)
+def test_on_the_device_under_test(more, is_resident, seed, tmp_path):
+    """Nothing stays behind on the CPU, or is expected there (FASTMTL_TEST_DEVICE: a GPU, or one that is made up)."""
+    losses, scores = [], []
+    for device in (devices.DEVICE, torch.device("cpu")):
+        settings = {"lr": RATE, "momentum": 0.9, "foreach": False}
+        one = trainer(seed, tmp_path, device=device, optimizer_fn=torch.optim.SGD, optimizer_params=settings, **more)
+        run, data = epochs(one), ResidentLoader(loader(seed), device, None if is_resident else 0)
+        assert data.is_resident == is_resident
+        torch.manual_seed(seed)
+        losses.append([run.run(data)[0] for _ in range(2)])
+        scores.append(main_scores(one.model, data, device))
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(scores[0]), torch.tensor(scores[1]), rtol=2e-2, atol=1e-3)

@@ -213,6 +213,21 @@ def expert_gate_bwd(
     return run(grad, x, params, spec, training, saved, needs_x)
 
 
+def tower_losses(
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    labels: Tensor,
+    is_classification: Tensor,
+    factors: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]] | None:
+    """See :func:`fastmtl.backends.triton.expert_gate_backward.tower_losses`."""
+    from .expert_gate_backward import tower_losses as run
+
+    return run(x, params, spec, labels, is_classification, factors, needs_x)
+
+
 def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastmtl.backends.native.task_losses`."""
     from .losses import task_losses as run

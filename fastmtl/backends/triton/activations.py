@@ -123,14 +123,18 @@ def activate_bwd(y, dh, alpha, inside, n_units, ACT: tl.constexpr):
 
 
 @triton.jit
-def kept(Seed_ptr, row, column, drop, LAYER: tl.constexpr):
-    """Which elements dropout leaves, ``[rows, columns]``: the same wherever and however often it is asked.
+def kept(Seed_ptr, row, expert, first_unit, drop, LAYER: tl.constexpr, UNITS: tl.constexpr):
+    """Which elements dropout leaves, ``[rows, UNITS]``, of an expert's units from ``first_unit`` (a multiple of 4) on:
+    the same wherever and however often it is asked.
 
-    A counter-based generator (Philox, SC'11) over (column, row, layer) under the call's seed: no mask is stored.
+    A counter-based generator (Philox, SC'11) over (four units, row, layer, expert) under the call's seed: no mask is
+    stored. One call of it, ten rounds of products, serves four units.
     """
-    zero = row.to(tl.int32)[:, None] * 0 + column.to(tl.int32)[None, :] * 0
-    columns, rows = column.to(tl.int32)[None, :] + zero, row.to(tl.int32)[:, None] + zero
-    bits = tl.philox(tl.load(Seed_ptr), columns, rows, zero + LAYER, zero)[0]
+    four = first_unit // 4 + tl.arange(0, UNITS // 4)
+    zero = row.to(tl.int32)[:, None] * 0 + four.to(tl.int32)[None, :] * 0
+    units, rows = four.to(tl.int32)[None, :] + zero, row.to(tl.int32)[:, None] + zero
+    a, b, c, d = tl.philox(tl.load(Seed_ptr), units, rows, zero + LAYER, zero + expert)
+    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return (bits >> 8).to(tl.float32) * (1.0 / 16777216) >= drop
 
 

@@ -10,7 +10,6 @@ One program owns BLOCK_C columns and reads their pieces in order: deterministic.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +20,9 @@ from .hidden import Hidden
 from .launch import cdiv, launch
 from .layer_plan import LayerPlan
 
-#: Rows of a piece that the backward's tiles leave, and of their sums: D, D * normalised z, alpha's, the head's weight.
-SUMS = 4
+#: Rows of a piece that the backward's tiles leave, and of their sums: D, D * normalised z, alpha's, the head's weight,
+#: and for each unit the same: the gradient of its expert's logit, and the loss.
+SUMS = 6
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def statistics(
     own = [field[layer] for field in fields]
     gate = params.gate if layer == 0 else None
     gates = own if gate is None else list(gate[1:])
-    stat = torch.zeros(4, pitch, dtype=torch.float32, device=own[0].device)
+    stat = plan.per_column(layer, 4)
     config = configs.GEMM.reduction()
     n_gate_columns = 0 if gate is None else plan.spec.gate_rows
     names = ("Bias", "Gamma", "Beta", "Mean", "Var")
@@ -169,12 +169,15 @@ def expert_gate_sums_kernel(
     Grad_ptr,  # [SUMS + 1, pitch]: of beta, gamma, alpha (by unit), the head's weight, the bias
     Coef_ptr,  # [2, pitch]: slope and shift
     Places_ptr,  # [n_columns] int32: which columns; read where LISTED, else the first ones
+    Head_ptr,  # [2, E]: the gradient of the head's bias, the loss; written where HEAD
     n_pieces,
     n_columns,
+    n_units,
     pitch,
     per_row,  # 1 / B with batch statistics, 0 with running ones, which do not depend on z
     LEARNED: tl.constexpr,
     HEAD: tl.constexpr,
+    LOSS: tl.constexpr,
     LISTED: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -195,6 +198,12 @@ def expert_gate_sums_kernel(
     if HEAD:
         weight = _total(Part_ptr, 3, column, inside, n_pieces, pitch, SUMS, BLOCK_R, BLOCK_C)
         tl.store(Grad_ptr + 3 * pitch + column, weight, mask=inside)
+        first = inside & (column % n_units == 0)
+        bias = _total(Part_ptr, 4, column, first, n_pieces, pitch, SUMS, BLOCK_R, BLOCK_C)
+        tl.store(Head_ptr + column // n_units, bias, mask=first)
+        if LOSS:
+            loss = _total(Part_ptr, 5, column, first, n_pieces, pitch, SUMS, BLOCK_R, BLOCK_C)
+            tl.store(Head_ptr + n_columns // n_units + column // n_units, loss, mask=first)
     inv_std = tl.load(Stat_ptr + pitch + column, mask=inside, other=0.0)
     scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
     tl.store(Grad_ptr + SUMS * pitch + column, tl.where(per_row > 0, 0.0, scale * d), mask=inside)
@@ -204,11 +213,14 @@ def expert_gate_sums_kernel(
 
 def add_up(
     part: Tensor, hidden: Hidden, grads: Tensor, coef: Tensor, columns: int | Tensor, batch_statistics: bool,
-    head: bool = False,
+    head: Tensor | None = None, losses: bool = False,
 ) -> None:  # fmt: skip
-    """Add the pieces ``part [n, SUMS, pitch]`` of some columns (the first ones, or those listed) up into
-    ``grads [SUMS + 1, pitch]`` (the gradients of beta, gamma, alpha by unit, the head's weight, the bias) and
-    ``coef [2, pitch]``."""
+    """Add the pieces ``part [n, SUMS, pitch]`` of some columns (the first ones, or those listed) up.
+
+    Into ``grads [SUMS + 1, pitch]``, the gradients of beta, gamma, alpha by unit, the head's weight, two rows that are
+    not written, and the bias; ``coef [2, pitch]``; and where there are heads ``head [2, E]``, their biases' gradients
+    and, with ``losses``, these.
+    """
     config = configs.GEMM.reduction()
     listed = isinstance(columns, Tensor)
     n_columns = len(columns) if isinstance(columns, Tensor) else columns
@@ -221,12 +233,15 @@ def add_up(
         Grad_ptr=grads,
         Coef_ptr=coef,
         Places_ptr=columns if listed else part,
+        Head_ptr=part if head is None else head,
         n_pieces=len(part),
         n_columns=n_columns,
+        n_units=hidden.units,
         pitch=hidden.pitch,
         per_row=1.0 / len(hidden.z) if batch_statistics else 0.0,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
-        HEAD=head,
+        HEAD=head is not None,
+        LOSS=losses,
         LISTED=listed,
         SUMS=SUMS,
         BLOCK_R=config.block_r,

@@ -169,16 +169,18 @@ class GemmConfig:
         return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
 
     def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool, tight: bool = False) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D is
-        rebuilt through a dropout, which takes registers."""
+        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D
+        is rebuilt through a dropout, which takes registers."""
         most = 64 if precision == "ieee" else 128
         m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), 64 if tight else most)
         k = 64 if precision == "bf16" and not rebuilt else 32
         return self._gemm(m, n, k, 8 if m * n >= (64 if tight else 128) * 128 else 4, 2)
 
-    def split_rows(self, n_rows: int, n_tiles: int, block_k: int) -> int:
-        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice."""
+    def split_rows(self, n_rows: int, n_tiles: int, block_k: int, pitch: int) -> int:
+        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice, and
+        rows that are ``pitch`` elements apart are found by offsets of 32 bits."""
         splits = min(max(2 * PROGRAMS // n_tiles, 1), cdiv(n_rows, 4 * block_k))
+        splits = max(splits, cdiv(n_rows * pitch, 2**30))
         return round_up(cdiv(n_rows, splits), block_k)
 
     def reduction(self) -> Reduction:
@@ -226,7 +228,7 @@ class GemmConfig:
     def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
         """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
         of an expert; ``dropped``: some are dropped. Both take registers, and so does the backward."""
-        block_h = power_of_two(units) if whole else min(power_of_two(units), 128, self.cap)
+        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
         elements = 8192 // (1 + backward) // (1 + (whole or dropped))
         block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
         return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))

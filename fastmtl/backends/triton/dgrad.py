@@ -86,7 +86,8 @@ def expert_gate_dgrad_kernel(
     source = tl.load(tile)
     first = aligned(tl.load(tile + 1), ALIGN_TILE)
     n_columns = aligned(tl.load(tile + 2), ALIGN_TILE)
-    unit = aligned(tl.load(tile + 6), ALIGN_TILE) + tl.arange(0, BLOCK_N)
+    first_unit = aligned(tl.load(tile + 6), ALIGN_TILE)
+    unit = first_unit + tl.arange(0, BLOCK_N)
     inside = unit < aligned(n_out, ALIGN_UNITS)
     m = tl.arange(0, BLOCK_M)
     first_row = row_tile.to(tl.int64) * BLOCK_M
@@ -105,7 +106,7 @@ def expert_gate_dgrad_kernel(
             dz = rebuilt_gradient_of_z(
                 Z_ptr, Stat_ptr, Coef_ptr, Dy_ptr, Share_ptr, Members_ptr, Seedb_ptr,
                 learned_scalar(Alphaz_ptr, source, ACT), source, first_row, m, live, c, known, pitch, stride_de,
-                stride_db, n_shares, first_share, n_units, drop, ACT, DROPOUT, LAYER + 1, GATES, GATES2,
+                stride_db, n_shares, first_share, n_units, start, drop, ACT, DROPOUT, LAYER + 1, GATES, GATES2, BLOCK_K,
             )  # fmt: skip
         else:
             dz = gradient_of_z(d_rows, z_rows, Stat_ptr, Coef_ptr, at, c[None, :], pitch, mask, known[None, :])
@@ -134,7 +135,9 @@ def expert_gate_dgrad_kernel(
         alpha = learned_scalar(Alphab_ptr, source, ACT)
         centred, y = normalise(Zb_ptr, Statb_ptr, first_row, m, live, c, inside, pitch_b)
         if DROPOUT:
-            dh = tl.where(kept(Seedb_ptr, first_row + m, c, drop, LAYER), dh * (1.0 / (1.0 - drop)), 0.0)
+            dh = tl.where(
+                kept(Seedb_ptr, first_row + m, source, first_unit, drop, LAYER, BLOCK_N), dh * (1.0 / (1.0 - drop)), 0.0
+            )
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_out, ACT)
         stored = narrow(d, Out_ptr.dtype.element_ty)
         tl.store(out, stored, mask=mask)

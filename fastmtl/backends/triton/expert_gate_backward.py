@@ -16,10 +16,12 @@ from torch import Tensor
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
 from .batch_norm import SUMS, add_up
 from .dgrad import dgrad, input_gradient
-from .expert_gate_forward import Saved, below
+from .expert_gate_forward import Saved, below, hidden_layers
 from .hidden import Hidden
 from .layer_plan import LayerPlan, layer_plan
-from .mixing_backward import activations_bwd, experts_bwd, head_bwd, mix_bwd
+from .linear_heads import linear_heads_bwd
+from .losses import TaskLosses, task_counts
+from .mixing_backward import activations_bwd, experts_bwd, head_bwd, losses_bwd, mix_bwd
 from .precision import Precision, of_dtype
 from .rebuilt import Mixed
 from .wgrad import wgrad
@@ -30,7 +32,7 @@ class _Layers:
 
     Attributes:
         d: ``[B, pitch]`` of each, in z's dtype, or of the last what it is rebuilt from.
-        grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight, the bias.
+        grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what rebuilds dz from D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
     """
@@ -42,7 +44,7 @@ class _Layers:
         if not self.rebuilds:
             self.d.append(torch.empty_like(hidden[-1].z))
         self.grads = [layer.stat.new_empty(SUMS + 1, layer.pitch) for layer in hidden]
-        self.coef = [layer.stat.new_zeros(2, layer.pitch) for layer in hidden]
+        self.coef = [plan.per_column(layer.layer, 2) for layer in hidden]
         self.weight: list[Tensor] = [layer.stat for layer in hidden]
         self.gate_weight: Tensor | None = None
 
@@ -57,10 +59,19 @@ class _Layers:
         assert isinstance(d, Tensor)
         return d
 
-    def add_up(self, layer: int, part: Tensor, head: bool = False) -> None:
+    def add_up(self, layer: int, part: Tensor, head: Tensor | None = None, losses: bool = False) -> None:
         """Add the pieces of the sums of a layer's experts up."""
         grads, coef = self.grads[layer], self.coef[layer]
-        add_up(part, self.hidden[layer], grads, coef, self.plan.columns[layer], self.batch_statistics, head)
+        add_up(part, self.hidden[layer], grads, coef, self.plan.columns[layer], self.batch_statistics, head, losses)
+
+    def add_up_heads(self, part: Tensor, losses: bool = False) -> tuple[list[Tensor], Tensor]:
+        """The same of the last layer under heads; returns the gradients of their weight and bias, and the losses
+        (of no meaning unless ``losses``)."""
+        spec, at = self.plan.spec, len(self.hidden) - 1
+        head = part.new_empty(2, spec.n_experts)
+        self.add_up(at, part, head, losses)
+        weight = self.grads[at][3, : self.plan.columns[at]].view(spec.n_experts, -1)
+        return [weight, head[0]], head[1]
 
     def add_up_gates(self, part: Tensor) -> None:
         """The same of the gates."""
@@ -83,20 +94,6 @@ class _Layers:
         return flat
 
 
-def _linear_heads_bwd(
-    grad: Tensor, x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, needs_x: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    assert params.out_weight is not None
-    grad = grad.float()
-    h = x[list(spec.expert_input)].float()  # [E, B, I]
-    d_weight = (grad.T.unsqueeze(1) @ h).squeeze(1)
-    dx = None
-    if needs_x:
-        spans = spec.expert_spans
-        dx = torch.stack([grad[:, a:b] @ params.out_weight[a:b] for a, b in spans]).to(x.dtype)
-    return dx, [d_weight, grad.sum(0)]
-
-
 def expert_gate_bwd(
     grad: Tensor,
     x: Tensor,
@@ -111,7 +108,7 @@ def expert_gate_bwd(
     if n_rows == 0:
         return (torch.zeros_like(x) if needs_x else None), [torch.zeros_like(tensor) for tensor in params.learned()]
     if not spec.dims:
-        return _linear_heads_bwd(grad, x, params, spec, needs_x)
+        return linear_heads_bwd(grad, x if x.stride(2) == 1 else x.contiguous(), params, spec, needs_x)
     kept = Saved.of(saved, spec, training)
     plan = layer_plan(spec, x.device)
     precision = of_dtype(kept.z[0].dtype)
@@ -119,6 +116,47 @@ def expert_gate_bwd(
     hidden = [Hidden.of(z, kept.stat[i], params, spec, kept.seed, i) for i, z in enumerate(kept.z)]
     layers = _Layers(hidden, plan, training and n_rows > 1)
     out = _last(grad, layers, kept, params)
+    return _walk_down(x, layers, kept, precision, needs_x), layers.gradients(out)
+
+
+def tower_losses(
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    labels: Tensor,
+    is_classification: Tensor,
+    factors: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]] | None:
+    """Towers in training with the losses of their logits, forward and backward at once: last BatchNorm, activation,
+    output, losses and the first pass back are one pass over the last z.
+
+    Args:
+        x, params, spec: as for :func:`fastmtl.ops.expert_gate`.
+        labels, is_classification, factors: as for ``task_losses``.
+        needs_x: whether the gradient of x is wanted.
+
+    Returns:
+        Losses ``[T]``, logits ``[B, T]``, the gradients of x (or None) and of ``params.learned()``; None where the
+        towers' last layer is too wide for one block, or there is none, or no row.
+    """
+    n_rows = x.shape[1]
+    if not spec.dims or spec.dims[-1] > 128 or n_rows == 0:
+        return None
+    assert params.out_bias is not None
+    hidden, kept = hidden_layers(x, params, spec, True)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    layers = _Layers(hidden, layer_plan(spec, x.device), n_rows > 1)
+    logits = torch.empty(n_rows, spec.n_experts, dtype=torch.float32, device=x.device)
+    made = TaskLosses(labels, is_classification, factors, params.out_bias, task_counts(labels), logits)
+    out, losses = layers.add_up_heads(losses_bwd(made, hidden[-1], layers.written(-1), params), losses=True)
+    dx = _walk_down(x, layers, kept, of_dtype(kept.z[0].dtype), needs_x)
+    return losses, logits, dx, layers.gradients(out)
+
+
+def _walk_down(x: Tensor, layers: _Layers, kept: Saved, precision: Precision, needs_x: bool) -> Tensor | None:
+    """From D of the last layer to the gradients of all weights and of x."""
+    hidden, plan = layers.hidden, layers.plan
     dx = None
     for layer in reversed(range(len(hidden))):
         dw, dw_gates = wgrad(
@@ -129,13 +167,13 @@ def expert_gate_bwd(
         if layer:
             _descend(layer, layers, kept, precision)
             continue
-        if spec.gates:
+        if plan.spec.gates:
             layers.gate_weight = dw_gates
         if needs_x:
             dx = input_gradient(
                 x, layers.written(0), hidden[0], layers.coef[0], kept.weight[0], kept.gate_weight, plan, precision
             )
-    return dx, layers.gradients(out)
+    return dx
 
 
 def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) -> list[Tensor]:
@@ -145,9 +183,7 @@ def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) 
     at = last.layer
     if spec.output_layer:
         assert d is not None
-        layers.add_up(at, head_bwd(grad, last, d, params), head=True)
-        weight = layers.grads[at][3, : layers.plan.columns[at]].view(spec.n_experts, -1)
-        return [weight, grad.float().sum(0)]
+        return layers.add_up_heads(head_bwd(grad, last, d, params))[0]
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
     if kept.soft is None:
         assert d is not None

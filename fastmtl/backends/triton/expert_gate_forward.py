@@ -13,6 +13,7 @@ from .hidden import Hidden, Operand
 from .launch import round_up
 from .layer_plan import LayerPlan, layer_plan
 from .linear import linear
+from .linear_heads import linear_heads
 from .mixing import activations, experts, head, mix
 from .precision import Precision, of_input
 
@@ -78,14 +79,6 @@ def below(hidden: Hidden | None, x: Tensor) -> Operand:
     return Operand.of_hidden(hidden)
 
 
-def _linear_heads(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec) -> Tensor:
-    """Experts without hidden layers: one small product."""
-    assert params.out_weight is not None
-    assert params.out_bias is not None
-    h = x[list(spec.expert_input)].transpose(0, 1)
-    return (h * params.out_weight).sum(dim=-1) + params.out_bias
-
-
 def _empty(x: Tensor, spec: ExpertGateSpec, dtype: torch.dtype) -> Tensor:
     if spec.output_layer:
         return x.new_empty(0, spec.n_experts, dtype=torch.float32)
@@ -101,22 +94,32 @@ def expert_gate_fwd(
     if n_rows == 0:
         return _empty(x, spec, precision.dtype), ()
     if not spec.dims:
-        return _linear_heads(x.float(), params, spec), ()
+        return linear_heads(x if x.stride(2) == 1 else x.contiguous(), params, spec), ()
+    layers, saved = hidden_layers(x, params, spec, training)
+    last = layers[-1]
+    if spec.output_layer:
+        out = head(last, params)
+    elif spec.gates:
+        out, soft = mix(last, layers[0], layer_plan(spec, x.device))
+        saved = saved._replace(soft=soft)
+    else:
+        out = experts(last)
+    return out, saved.flatten()
+
+
+def hidden_layers(
+    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+) -> tuple[list[Hidden], Saved]:
+    """The hidden layers of a call, and what its backward needs of them."""
+    precision = of_input(x)
     x = x if x.stride(2) == 1 else x.contiguous()
     plan = layer_plan(spec, x.device)
     seed = torch.empty((), dtype=torch.int64, device=x.device).random_() if drops(spec, training) else None
     weights = tuple(as_operand(weight, precision) for weight in params.weight)
     gate_weight = None if params.gate is None else as_operand(params.gate.weight, precision)
     layers = _hidden_layers(x, weights, gate_weight, params, plan, precision, training, seed)
-    last, soft = layers[-1], None
-    if spec.output_layer:
-        out = head(last, params)
-    elif spec.gates:
-        out, soft = mix(last, layers[0], plan)
-    else:
-        out = experts(last)
     z, stat = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
-    return out, Saved(z, stat, weights, gate_weight, soft, seed).flatten()
+    return layers, Saved(z, stat, weights, gate_weight, None, seed)
 
 
 def _hidden_layers(

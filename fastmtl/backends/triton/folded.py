@@ -9,8 +9,9 @@ towers follow one to one, their layers and the sigmoid, gate by gate.
 
 Where the batch has too few tiles to fill the machine, programs share a tile's experts, and a second launch mixes.
 
-Weights are padded with zeros to blocks (packing.py), so that only rows are masked. Accumulation in fp32; deterministic;
-a row's result does not depend on the batch that it is in.
+Weights are padded with zeros to blocks (packing.py), so that only rows are masked. Accumulation in fp32; deterministic.
+A row's result does not depend on its neighbours, but for the last bits of the gates' products, which add in another
+order where there are two launches.
 """
 
 from __future__ import annotations

@@ -49,6 +49,13 @@ class LayerPlan:
         self.n_gates2 = power_of_two(len(spec.gates))
         self._tables: dict[tuple, Tiles] = {}
 
+    def per_column(self, layer: int, rows: int) -> Tensor:
+        """``[rows, pitch]`` fp32 for numbers of a layer's columns, all to be written; those that pad gates are 0."""
+        gates = self.spec.gate_rows if layer == 0 else 0
+        is_padded = self.pitch[layer] != self.columns[layer] + gates
+        make = torch.zeros if is_padded else torch.empty
+        return make(rows, self.pitch[layer], dtype=torch.float32, device=self.device)
+
     def width_in(self, layer: int) -> int:
         """Units an expert of ``layer`` reads."""
         return self.spec.dims[layer - 1] if layer else self.spec.in_features
@@ -143,6 +150,16 @@ class LayerPlan:
             for row, e in zip(range(*span), gate.experts, strict=True):
                 table[e, g] = self.gate_columns[row]
         return table.to(self.device)
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """``[E]`` int32: the input that each expert reads."""
+        return torch.tensor(self.spec.expert_input, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def readers(self) -> Tensor:
+        """``[N, 2]`` int32: first and last + 1 of the experts that read each input."""
+        return torch.tensor(self.spec.expert_spans, dtype=torch.int32, device=self.device)
 
     @cached_property
     def gate_spans(self) -> Tensor:

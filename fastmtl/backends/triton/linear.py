@@ -104,7 +104,9 @@ def expert_gate_linear_kernel(
             y = (a.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
             a = activate(y, alpha, known[None, :], n_in, ACT)
             if DROPOUT:
-                a = tl.where(kept(Seed_ptr, first_row + m, c, drop, LAYER), a * (1.0 / (1.0 - drop)), 0.0)
+                a = tl.where(
+                    kept(Seed_ptr, first_row + m, source, start, drop, LAYER, BLOCK_K), a * (1.0 / (1.0 - drop)), 0.0
+                )
         if PADDED:  # nobody said what lies behind a row
             a = tl.where((k < n_in)[None, :], a, 0.0)
         weight = tl.load(w_rows + k[None, :], mask=inside[:, None] & known[None, :], other=0.0)

@@ -9,6 +9,9 @@ fp32, from the logit itself: no probability is rounded to 0 or 1 on the way. Det
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -151,6 +154,47 @@ def task_counts(labels: Tensor) -> Tensor:
         BLOCK_B=config.block_b,
     )
     return counts
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """What the towers' last pass needs to make the losses of their logits and go on from the gradient.
+
+    Args:
+        labels: ``[B, T]``; NaN where a label is missing.
+        is_classification: ``[T]`` bool.
+        factors: ``[T]`` fp32, of each loss in the sum.
+        bias: ``[T]``, the heads'.
+        counts: the labels that are there, see :func:`task_counts`.
+        logits: ``[B, T]`` fp32, written.
+    """
+
+    labels: Tensor
+    is_classification: Tensor
+    factors: Tensor
+    bias: Tensor
+    counts: Tensor
+    logits: Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel takes by these names."""
+        return {
+            "Bias_ptr": self.bias,
+            "Label_ptr": self.labels,
+            "Binary_ptr": self.is_classification,
+            "Factor_ptr": self.factors,
+            "Counts_ptr": self.counts,
+            "Logit_ptr": self.logits,
+            "stride_lb": self.labels.stride(0),
+            "stride_le": self.labels.stride(1),
+            "n_counts": len(self.counts),
+        }
+
+
+def no_task_losses(any_float: Tensor) -> dict[str, Any]:
+    """The same where the logits' gradient is given; ``any_float`` stands in for pointers that are not read."""
+    names = ("Bias_ptr", "Label_ptr", "Binary_ptr", "Factor_ptr", "Counts_ptr", "Logit_ptr")
+    return {**dict.fromkeys(names, any_float), "stride_lb": 0, "stride_le": 0, "n_counts": 0}
 
 
 def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,8 @@ def expert_gate_mix_kernel(
         _centred, normal = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
         a = activate(normal, learned_scalar(Alpha_ptr, e, ACT), inside[None, :], n_units, ACT)
         if DROPOUT:
-            a = tl.where(kept(Seed_ptr, row, c, drop, LAYER), a * (1.0 / (1.0 - drop)), 0.0)
+            keep = kept(Seed_ptr, row, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
+            a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
         y += weight[:, :, None] * a[None, :, :]
     at = Y_ptr + g.to(tl.int64)[:, None, None] * stride_yg + (row[:, None] * n_units + h[None, :])[None, :, :]
     mask = (g < n_gates)[:, None, None] & (live[:, None] & inside[None, :])[None, :, :]
@@ -142,7 +143,7 @@ def expert_gate_rows_kernel(
         _centred, normal = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
         a = activate(normal, alpha, inside[None, :], n_units, ACT)
         if DROPOUT:
-            a = tl.where(kept(Seed_ptr, row, c, drop, LAYER), a * (1.0 / (1.0 - drop)), 0.0)
+            a = tl.where(kept(Seed_ptr, row, e, start, drop, LAYER, BLOCK_H), a * (1.0 / (1.0 - drop)), 0.0)
         if HEAD:
             weight = tl.load(Weight_ptr + c, mask=inside, other=0.0)
             total += tl.sum(tl.where(inside[None, :], a * weight[None, :], 0.0), axis=1)

@@ -24,6 +24,7 @@ from .common import narrow, normalise
 from .hidden import Hidden
 from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
+from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
 from .mixing import gate_logits
 from .rebuilt import Mixed
 
@@ -36,6 +37,12 @@ def expert_gate_tail_kernel(
     Alpha_ptr,
     Seed_ptr,
     Weight_ptr,  # [E, H]; read where HEAD
+    Bias_ptr,  # [E]; read where LOSS, as are those that follow
+    Label_ptr,  # [B, E]
+    Binary_ptr,  # [E] bool
+    Factor_ptr,  # [E]
+    Counts_ptr,  # [n_counts, E] int32
+    Logit_ptr,  # [B, E] fp32; written where LOSS
     Zg_ptr,  # [B, pitch_g]; read where MIX, as are those that follow
     Statg_ptr,  # [4, pitch_g]
     Members_ptr,  # [E, GATES2] int32
@@ -55,11 +62,15 @@ def expert_gate_tail_kernel(
     pitch_g,
     stride_de,
     stride_db,
+    stride_lb,
+    stride_le,
+    n_counts,
     drop,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     LAYER: tl.constexpr,
     HEAD: tl.constexpr,
+    LOSS: tl.constexpr,  # whether Dy is made here, from labels: a block holds all units then
     MIX: tl.constexpr,
     WRITES: tl.constexpr,
     LEARNED: tl.constexpr,
@@ -67,6 +78,7 @@ def expert_gate_tail_kernel(
     GATES2: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     e = tl.program_id(0) % n_experts  # neighbours share the rows of dy
     n_blocks = tl.cdiv(n_units, BLOCK_H)
@@ -82,6 +94,15 @@ def expert_gate_tail_kernel(
     sum_dz = tl.zeros([BLOCK_H], tl.float32)
     sum_alpha = tl.zeros([BLOCK_H], tl.float32)
     sum_weight = tl.zeros([BLOCK_H], tl.float32)
+    sum_dy = tl.zeros([BLOCK_B], tl.float32)
+    sum_loss = tl.zeros([BLOCK_B], tl.float32)
+    if HEAD:
+        head = tl.load(Weight_ptr + c, mask=inside, other=0.0)
+    if LOSS:
+        bias = tl.load(Bias_ptr + e)
+        binary = tl.load(Binary_ptr + e) != 0
+        per_row = 1.0 / known_labels(Counts_ptr, e, n_experts, n_counts, BLOCK_P)
+        factor = tl.load(Factor_ptr + e) * per_row
     run_row = run.to(tl.int64) * run_rows
     for start in range(0, tl.minimum(n_rows - run_row, run_rows).to(tl.int32), BLOCK_B):
         first_row = run_row + start
@@ -90,7 +111,7 @@ def expert_gate_tail_kernel(
         mask = live[:, None] & inside[None, :]
         centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
         if DROPOUT:
-            keep = kept(Seed_ptr, row, c, drop, LAYER)
+            keep = kept(Seed_ptr, row, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
         if HEAD or MIX:
             a = activate(y, alpha, inside[None, :], n_units, ACT)
             if DROPOUT:
@@ -114,8 +135,16 @@ def expert_gate_tail_kernel(
             if block == 0:
                 tl.store(Share_ptr + at_gate, weight, mask=mixes)
         elif HEAD:
-            dy = tl.load(Dy_ptr + row * stride_db + e * stride_de, mask=live, other=0.0).to(tl.float32)
-            head = tl.load(Weight_ptr + c, mask=inside, other=0.0)
+            if LOSS:
+                z = tl.sum(tl.where(inside[None, :], a * head[None, :], 0.0), axis=1) + bias
+                tl.store(Logit_ptr + row * n_experts + e, z, mask=live)
+                label = tl.load(Label_ptr + row * stride_lb + e * stride_le, mask=live, other=float("nan"))
+                loss, dy = loss_parts(z, label, binary)
+                sum_loss += loss
+                dy = dy * factor
+            else:
+                dy = tl.load(Dy_ptr + row * stride_db + e * stride_de, mask=live, other=0.0).to(tl.float32)
+            sum_dy += dy
             dh = dy[:, None] * head[None, :]
             sum_weight += tl.sum(tl.where(mask, dy[:, None] * a, 0.0), axis=0)
         else:
@@ -141,6 +170,10 @@ def expert_gate_tail_kernel(
         tl.store(part + 2 * pitch, sum_alpha, mask=inside)
     if HEAD:
         tl.store(part + 3 * pitch, sum_weight, mask=inside)
+        each = tl.zeros([BLOCK_H], tl.float32)
+        tl.store(part + 4 * pitch, each + tl.sum(sum_dy, axis=0), mask=inside)
+        if LOSS:
+            tl.store(part + 5 * pitch, each + tl.sum(sum_loss, axis=0) * per_row, mask=inside)
 
 
 @triton.jit
@@ -218,12 +251,14 @@ def _tail(
     d: Tensor | None,
     mixed: tuple[Hidden, LayerPlan, Tensor, Tensor, Tensor] | None,
     weight: Tensor | None,
+    losses: TaskLosses | None = None,
 ) -> Tensor:
     """Write ``d [B, pitch]`` where there is one; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the
     first hidden layer, the plan, the saved softmax, and Dg and the gates' shares to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     n_gates2 = 1 if mixed is None else mixed[1].n_gates2
-    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, n_gates2, backward=True)
+    whole = hidden.row_wise or losses is not None
+    config = configs.GEMM.rows(units, whole, hidden.dropped, n_gates2, backward=True)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
     first, plan, soft, dg, share = mixed if mixed is not None else (hidden, None, part, part, part)
@@ -235,6 +270,7 @@ def _tail(
         Z_ptr=hidden.z,
         **hidden.arguments(),
         Weight_ptr=hidden.stat if weight is None else weight,
+        **(no_task_losses(hidden.stat) if losses is None else losses.arguments()),
         Zg_ptr=first.z,
         Statg_ptr=first.stat,
         Members_ptr=hidden.stat if plan is None else plan.members,
@@ -255,6 +291,7 @@ def _tail(
         stride_de=strides[0],
         stride_db=strides[1],
         HEAD=weight is not None,
+        LOSS=losses is not None,
         MIX=mixed is not None,
         WRITES=d is not None,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
@@ -262,6 +299,7 @@ def _tail(
         GATES2=n_gates2,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        BLOCK_P=configs.GEMM.losses(n_rows).pieces,
     )
     return part
 
@@ -312,6 +350,11 @@ def mix_bwd(
 def head_bwd(grad: Tensor, hidden: Hidden, d: Tensor, params: ExpertGateParams) -> Tensor:
     """From the gradient ``[B, E]`` of the heads to D; returns the pieces of its sums."""
     return _tail(hidden, grad, (grad.stride(1), grad.stride(0)), d, None, params.out_weight)
+
+
+def losses_bwd(losses: TaskLosses, hidden: Hidden, d: Tensor, params: ExpertGateParams) -> Tensor:
+    """The heads' forward, the losses and the way back to D in one pass; returns the pieces of its sums."""
+    return _tail(hidden, losses.logits, (0, 0), d, None, params.out_weight, losses)
 
 
 def experts_bwd(grad: Tensor, hidden: Hidden, d: Tensor) -> Tensor:

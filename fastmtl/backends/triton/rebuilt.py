@@ -61,10 +61,12 @@ class Mixed:
 @triton.jit
 def rebuilt_gradient_of_z(
     Z_ptr, Stat_ptr, Coef_ptr, Dy_ptr, Share_ptr, Members_ptr, Seed_ptr, alpha, expert, first_row, m, live, column,
-    inside, pitch, stride_de, stride_db, n_shares, first_share, n_units, drop, ACT: tl.constexpr,
-    DROPOUT: tl.constexpr, LAYER: tl.constexpr, GATES: tl.constexpr, GATES2: tl.constexpr,
+    inside, pitch, stride_de, stride_db, n_shares, first_share, n_units, first_unit, drop,
+    ACT: tl.constexpr, DROPOUT: tl.constexpr, LAYER: tl.constexpr, GATES: tl.constexpr, GATES2: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
-    """A block of dz, ``[rows, columns]``, of rows ``first_row + m`` and columns that are one expert's."""
+    """A block of dz, ``[rows, UNITS]``, of rows ``first_row + m`` and columns that are one expert's units from
+    ``first_unit`` on."""
     mask = live[:, None] & inside[None, :]
     z = tl.load(Z_ptr + first_row * pitch + (m[:, None] * pitch + column[None, :]), mask=mask, other=0.0)
     mean = tl.load(Stat_ptr + column, mask=inside, other=0.0)
@@ -81,7 +83,9 @@ def rebuilt_gradient_of_z(
         dy = tl.load(Dy_ptr + g * tl.cast(stride_de, tl.int64) + first_row * stride_db + at, mask=mask, other=0.0)
         dh += share[:, None] * dy.to(tl.float32)
     if DROPOUT:
-        dh = tl.where(kept(Seed_ptr, first_row + m, column, drop, LAYER), dh * (1.0 / (1.0 - drop)), 0.0)
+        dh = tl.where(
+            kept(Seed_ptr, first_row + m, expert, first_unit, drop, LAYER, UNITS), dh * (1.0 / (1.0 - drop)), 0.0
+        )
     d, _dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
     slope = tl.load(Coef_ptr + column, mask=inside, other=0.0)
     shift = tl.load(Coef_ptr + pitch + column, mask=inside, other=0.0)

@@ -75,9 +75,11 @@ def expert_gate_wgrad_kernel(
     tile = Tiles_ptr + (tl.program_id(0) % n_tiles) * 6
     split = (tl.program_id(0) // n_tiles).to(tl.int64)
     source = tl.load(tile)
-    column = aligned(tl.load(tile + 1), ALIGN_TILE) + tl.arange(0, BLOCK_M)
+    first_column = aligned(tl.load(tile + 1), ALIGN_TILE)
+    column = first_column + tl.arange(0, BLOCK_M)
     read = tl.arange(0, BLOCK_M) < aligned(tl.load(tile + 5), ALIGN_TILE)
-    unit = aligned(tl.load(tile + 4), ALIGN_TILE) + tl.arange(0, BLOCK_N)
+    first_unit = aligned(tl.load(tile + 4), ALIGN_TILE)
+    unit = first_unit + tl.arange(0, BLOCK_N)
     inside = unit < aligned(n_read, ALIGN_READ)
     first_row = split * split_rows
     row_pitch = aligned(stride_ab, ALIGN_A)
@@ -102,7 +104,8 @@ def expert_gate_wgrad_kernel(
             dz = rebuilt_gradient_of_z(
                 Z_ptr, Statz_ptr, Coef_ptr, Dy_ptr, Share_ptr, Members_ptr, Seed_ptr,
                 learned_scalar(Alphaz_ptr, source, ACT), source, first_row, k, live, column, read, pitch, stride_de,
-                stride_db, n_shares, first_share, n_units, drop, ACT, DROPOUT, LAYER + 1, GATES, GATES2,
+                stride_db, n_shares, first_share, n_units, first_column - source * n_units, drop, ACT, DROPOUT,
+                LAYER + 1, GATES, GATES2, BLOCK_M,
             )  # fmt: skip
         else:
             dz = gradient_of_z(d_rows, z_rows, Statz_ptr, Coef_ptr, at, column[None, :], pitch, mask, read[None, :])
@@ -112,7 +115,11 @@ def expert_gate_wgrad_kernel(
             y = (h.to(tl.float32) - mean[None, :]) * scale[None, :] + beta[None, :]
             h = activate(y, alpha, inside[None, :], n_in, ACT)
             if DROPOUT:
-                h = tl.where(kept(Seed_ptr, first_row + k, c, drop, LAYER), h * (1.0 / (1.0 - drop)), 0.0)
+                h = tl.where(
+                    kept(Seed_ptr, first_row + k, source, first_unit, drop, LAYER, BLOCK_N),
+                    h * (1.0 / (1.0 - drop)),
+                    0.0,
+                )
         dw = tl.dot(operand(dz, dtype).T, operand(h, dtype), dw, input_precision=DOT)
     m = tl.arange(0, BLOCK_M)
     row = split * n_weight_rows + tl.load(tile + 3) + m
@@ -134,7 +141,7 @@ def wgrad(
         precision.name, columns, n_in, a.hidden is not None, isinstance(d, Mixed) and hidden.dropped
     )
     tiles, align = plan.wgrad_tiles(layer, config.block_m, config.block_n)
-    split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k)
+    split_rows = configs.GEMM.split_rows(n_rows, len(tiles), config.block_k, max(hidden.pitch, a.stride_row))
     n_splits = cdiv(n_rows, split_rows)
     out = torch.empty(n_splits, n_weight_rows, n_in, dtype=torch.float32, device=coef.device)
     launch(

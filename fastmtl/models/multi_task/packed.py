@@ -127,13 +127,13 @@ class Packed:
         if folded:
             starts = [0, *accumulate(self._spec.bag_widths(tuple(range(len(bags) + 1))))]
             tables = self.embedding.weights()
-            draft.program.fold([(starts[f], _table_of(self._spec.bags[f], tables)) for f in folded])
+            draft.program.fold([(starts[f], table_of(self._spec.bags[f], tables)) for f in folded])
         self._program = draft.program.pack(bf16)
         self.id_names = [feature.name for feature in bags]
         dense = [feature for feature in self._features if isinstance(feature, DenseFeature)]
         self.dense_names = [feature.name for feature in dense]
         self.dense_widths = [feature.embed_dim for feature in dense]
-        self._plan, self._small = _split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
+        self._plan, self._small = split(native.bag_plan(self._spec, tuple(range(len(bags) + 1))), folded)
         self._ids_of, self._dense_of = _all_of(self.id_names), _all_of(self.dense_names)
         self._blocks: dict[Layout, Any] = {}  # the batches' layouts, see _whole_blocks
 
@@ -229,11 +229,12 @@ def _small_tables(spec: EmbeddingSpec) -> list[int]:
     return sorted(chosen)
 
 
-def _table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    """The table that a bag reads."""
     return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
 
 
-def _split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+def split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
     """The bags that are looked up, side by side without the others' columns, and the folded ones."""
     if not folded:
         return plan, None
@@ -329,11 +330,15 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
         return None
-    module = _backend_for(first)
-    if backend.forced() not in ((None, "native") if module is native else (None, "triton", "cuda")):
-        return None
-    bf16 = torch.is_autocast_enabled(first.device.type)
-    if bf16 and torch.get_autocast_dtype(first.device.type) is not torch.bfloat16:
+    forced = backend.forced()
+    if first.is_cpu and forced in (None, "native"):
+        module, device = native, "cpu"
+    else:
+        module, device = _backend_for(first), first.device.type
+        if module is native or forced not in (None, "triton", "cuda"):
+            return None
+    bf16 = torch.is_autocast_enabled(device)
+    if bf16 and torch.get_autocast_dtype(device) is not torch.bfloat16:
         return None
     packs: dict[Any, Packed | None] = model._packs
     key = module, bf16

@@ -21,6 +21,12 @@ collect_ignore_glob = [] if RUNS else ["*"]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+def pytest_configure(config):
+    """NumPy, which multiplies for the interpreter, warns of lanes too that nobody reads: what lies behind a matrix's
+    end may be anything."""
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in matmul:RuntimeWarning")
+
+
 @pytest.fixture
 def device():
     """The device whose tensors the backend takes."""

@@ -15,7 +15,7 @@ from fastmtl.backends.triton import launch as launching
 
 class Tape(TorchDispatchMode):
     """A :class:`fastmtl.trainers.graph_step.Recorder`: numbers that come from Python stay what they were when recorded,
-    results go where they went then, and reading a number from a tensor can't be recorded.
+    results go where they went then, and a number that is read from a tensor, or made into one, can't be recorded.
 
     Recording runs the work once; the first replay then is that run.
     """
@@ -57,6 +57,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a number was read from a tensor while a step was recorded")
+        if func is torch.ops.aten.lift_fresh.default:
+            raise RuntimeError("a tensor was made of Python's numbers while a step was recorded")
         out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}

@@ -13,26 +13,28 @@ from fastmtl.backends.triton.activations import kept
 
 
 @triton.jit
-def mask_kernel(Seed_ptr, Out_ptr, first, n_columns, drop, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+def mask_kernel(Seed_ptr, Out_ptr, first, n_units, n_columns, drop, LAYER: tl.constexpr, BLOCK: tl.constexpr):
     row = first + tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK)
-    for start in range(0, n_columns, BLOCK):
-        keep = kept(Seed_ptr, row, start + column, drop, LAYER)
-        at = Out_ptr + row[:, None] * n_columns + (start + column)[None, :]
-        tl.store(at, keep.to(tl.float32), mask=(start + column < n_columns)[None, :])
+    unit = tl.arange(0, BLOCK)
+    for expert in range(n_columns // n_units):
+        for start in range(0, n_units, BLOCK):
+            keep = kept(Seed_ptr, row, expert, start, drop, LAYER, BLOCK)
+            at = Out_ptr + row[:, None] * n_columns + (expert * n_units + start + unit)[None, :]
+            tl.store(at, keep.to(tl.float32), mask=(start + unit < n_units)[None, :])
 
 
-def masks(seed: torch.Tensor, n_rows: int, n_columns: int, drop: float, layer: int) -> torch.Tensor:
-    """1 where an element is kept, ``[n_rows, n_columns]``."""
+def masks(seed: torch.Tensor, n_rows: int, n_units: int, drop: float, layer: int, n_experts: int = 1) -> torch.Tensor:
+    """1 where an element is kept, ``[n_rows, n_experts * n_units]``."""
+    n_columns = n_experts * n_units
     padded = -(-n_rows // 16) * 16
     out = torch.empty(padded, n_columns, device=seed.device)
     for first in range(0, padded, 16):
-        mask_kernel[(1,)](seed, out, first, n_columns, drop, LAYER=layer, BLOCK=16)
+        mask_kernel[(1,)](seed, out, first, n_units, n_columns, drop, LAYER=layer, BLOCK=16)
     return out[:n_rows].cpu()
 
 
 def test_the_generator(device, seed):
-    """Rate within 5 sigma; neighbours in rows, columns and layers, and other seeds, are uncorrelated."""
+    """Rate within 5 sigma; neighbours in rows, columns, layers and experts, and other seeds, are uncorrelated."""
     n, drop = 112, 0.3
     one, other = (torch.tensor(s, dtype=torch.int64, device=device) for s in (seed, -seed - 1))
     mask = masks(one, n, n, drop, 0)
@@ -40,7 +42,9 @@ def test_the_generator(device, seed):
     assert abs(float(mask.mean()) - (1 - drop)) < 5 * sigma / n
     assert torch.equal(mask, masks(one, n, n, drop, 0))
     centred = mask - mask.mean()
-    for shifted in (mask.roll(1, 0), mask.roll(1, 1), mask.T, masks(one, n, n, drop, 1), masks(other, n, n, drop, 0)):
+    second = masks(one, n, n, drop, 0, 2)[:, n:]
+    near = [mask.roll(1, 0), mask.roll(1, 1), mask.roll(2, 1), mask.roll(4, 1), mask.T, second]
+    for shifted in (*near, masks(one, n, n, drop, 1), masks(other, n, n, drop, 0)):
         assert abs(float((centred * (shifted - shifted.mean())).mean())) < 5 * sigma**2 / n
 
 
@@ -60,7 +64,7 @@ def test_forward_and_backward_drop_the_same(activation, kind, seed, device, monk
         depth = iter(range(len(layer.spec.dims)))
 
         def dropout(h, p, training):
-            keep = masks(drawn, len(h), h[0].numel(), p, next(depth)).view(h.shape)
+            keep = masks(drawn, len(h), h.shape[-1], p, next(depth), h[0].numel() // h.shape[-1]).view(h.shape)
             return h * keep.to(h.dtype) / (1 - p)
 
         with monkeypatch.context() as patch:

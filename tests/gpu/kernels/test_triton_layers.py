@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from triton_cases import Layer, check, eager_step, out_shape, random_layer
+from triton_cases import Layer, check, eager_step, out_shape, random_layer, random_params
 
 from fastmtl import ops
 from fastmtl.backends import eager
 from fastmtl.backends import triton as backend
-from fastmtl.spec import ACTIVATIONS, ExpertGateParams
+from fastmtl.spec import ACTIVATIONS, ExpertGateParams, ExpertGateSpec
+
+# a sigmoid far to the left is 1 / (1 + inf); rows of a block that no batch has may be anywhere
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 
 def triton_step(layer: Layer, training: bool, grad: torch.Tensor, device) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -49,6 +52,20 @@ def test_random_layers(case, seed, device):
 def test_every_activation(activation, kind, seed, device):
     """(A layer without gates or heads differs from these in one line; the random layers have it.)"""
     compare(random_layer(seed, activation=activation, kind=kind, batch=17, depth=2), device)
+
+
+def test_linear_heads(seed, device):
+    """Experts without hidden layers, two of which read one input; in bf16 too, and units that are not contiguous."""
+    rng = torch.Generator().manual_seed(seed)
+    spec = ExpertGateSpec(21, (0, 0, 2), (), output_layer=True)
+    layer = Layer(spec, random_params(spec, rng), torch.randn(3, 35, 21, generator=rng, dtype=torch.float64))
+    compare(layer, device)
+    turned = layer.x.transpose(1, 2).contiguous().transpose(1, 2)
+    compare(layer._replace(x=turned), device)
+    mine = layer.cast(torch.float32, device)
+    out, _ = backend.expert_gate_fwd(mine.x.bfloat16(), mine.params, spec, True)
+    wanted = eager.expert_gate(layer.x.bfloat16().double(), layer.params, spec, True)
+    torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 3])

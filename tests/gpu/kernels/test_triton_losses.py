@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from triton_cases import check, drawer
+from triton_cases import check, drawer, random_layer
 
 from fastmtl import backend as backends
+from fastmtl.backends import eager
 from fastmtl.backends import triton as backend
 from fastmtl.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from fastmtl.basic.loss_func import multi_task_loss
 from fastmtl.models import MMOE, PLE, SharedBottom
+from fastmtl.spec import ExpertGateParams
 from fastmtl.trainers import MTLTrainer
 from fastmtl.trainers.device_epoch import note_losses
 from fastmtl.trainers.native_gradients import ChainGradients
@@ -71,6 +73,39 @@ def test_soft_labels_far_logits_and_no_row(device):
     losses, grad = backend.task_losses(z[:0], y[:0], on, one)
     assert losses.tolist() == [0]
     assert grad.shape == (0, 1)
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_towers_with_their_losses(case, seed, device):
+    """Layers of towers, forward, losses and backward at once; a batch of one row, and labels that are missing."""
+    fixed = {"batch": (1, 9, 35)[case % 3], "activation": ("relu", "prelu", "dice")[case % 3]}
+    layer = random_layer(seed + case, kind="heads", **fixed)
+    while not layer.spec.dims:
+        seed += 100
+        layer = random_layer(seed + case, kind="heads", **fixed)
+    rng = torch.Generator().manual_seed(seed)
+    kinds = [("classification", "regression")[drawer(rng)(0, 2)] for _ in range(layer.spec.n_experts)]
+    factors = torch.rand(len(kinds), generator=rng, dtype=torch.float64)
+    y = random_labels(rng, layer.x.shape[1], kinds, 0.2)
+
+    def eager_at(dtype):
+        one = layer.cast(dtype)
+        x = one.x.requires_grad_()
+        learned = [tensor.requires_grad_() for tensor in one.params.learned()]
+        out = eager.expert_gate(x, ExpertGateParams.of(learned, one.params.running(), one.spec), one.spec, True)
+        losses, grad = reference(out.detach(), y.to(dtype), kinds, factors.to(dtype))
+        grads = torch.autograd.grad(out, [x, *learned], grad, allow_unused=True)
+        filled = [torch.zeros_like(t) if g is None else g for t, g in zip([x, *learned], grads, strict=True)]
+        return [losses, out.detach(), *filled, *one.params.running()]
+
+    mine = layer.cast(torch.float32, device)
+    binary = torch.tensor([kind == "classification" for kind in kinds], device=device)
+    labels = y.float().to(device)
+    losses, logits, dx, grads = backend.tower_losses(
+        mine.x, mine.params, mine.spec, labels, binary, factors.float().to(device), True
+    )
+    check([losses, logits, dx, *grads, *mine.params.running()], eager_at(torch.float32), eager_at(torch.float64))
+    assert all(grad.is_contiguous() for grad in grads)
 
 
 # ---------------------------------------------------------------------------------------------------- whole steps
