@@ -86,6 +86,20 @@ def calls(shape: Shape, batch: Batch, precision: str, device: torch.device, back
             lambda module=module, updates=updates, common=common: module.embedding_bag_bwd_step(grad, *common, updates),
             gradient + gpu_work.moved_bytes(shape, touched),
         )
+        index = module.embedding_bag_index(*common, shapes, needs)
+        sorted_ahead = [update._replace(index=part) for update, part in zip(updates, index, strict=True)]
+        yield Call(
+            f"embedding_bag backward + Adam, sorted ahead, {name}",
+            lambda module=module, ahead=sorted_ahead, common=common: module.embedding_bag_bwd_step(
+                grad, *common, ahead
+            ),
+            gradient + gpu_work.moved_bytes(shape, touched),
+        )
+        yield Call(
+            f"index of the ids, {name}",
+            lambda module=module, common=common: module.embedding_bag_index(*common, shapes, needs),
+            ids.numel() * (8 + 4 * 4),
+        )
         swept = [_update(weight) for weight in weights]
         yield Call(
             f"sweep of 1/{MOST_MISSED}, {name}",
@@ -106,10 +120,10 @@ def _update(weight: Tensor) -> Update:
 
 def _sweep(module: Any, updates: list[Update]) -> None:
     """One missed step for a share of each table: rows are left behind anew before each call."""
-    for p, states, last, rule, step, _ in updates:
-        share = -(-len(p) // MOST_MISSED)
-        last[:share].zero_()
-        module.table_replay(p, states, last, rule, step[None], 1, None, 0, share, 1)
+    for one in updates:
+        share = -(-len(one.p) // MOST_MISSED)
+        one.last[:share].zero_()
+        module.table_replay(one.p, one.states, one.last, one.rule, one.step[None], 1, None, 0, share, 1)
 
 
 def time_calls(

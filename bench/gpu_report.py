@@ -91,7 +91,7 @@ def targets(found: dict[str, Any]) -> list[str]:
     backward = [
         row["of_limit"]
         for row in found["calls"]
-        if row["shape"] == "ali-ccp" and row["call"].startswith("embedding_bag backward + Adam")
+        if row["shape"] == "ali-ccp" and re.match(r"embedding_bag backward \+ Adam, \w+$", row["call"])
     ]
     what = "embedding backward + Adam, D=16, power-law ids, of the copy's bandwidth"
     return [*lines, _line(what, gpu_work.BACKWARD_TARGET, max(backward, default=0.0))]

@@ -179,6 +179,7 @@ def main() -> int:
     environment = {
         **os.environ, "OMP_WAIT_POLICY": "passive", "TRITON_CACHE_DIR": str(LOGS / "triton"), "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(LOGS / "inductor"),
+        "PIP_BREAK_SYSTEM_PACKAGES": "1",  # the Python that has torch is where the package goes
     }  # fmt: skip
     peer = gpu_peer.unpacked()
     if peer is not None:

@@ -150,14 +150,18 @@ class _Dispatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _listed(index: list[Any]) -> Tensor:
+    return torch.tensor(index) if index else torch.tensor(index, dtype=torch.int64)
+
+
 class _Functions(TorchFunctionMode):
     """What torch makes of numbers before an op sees them: on "meta" they are lost."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Elsewhere):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in index), *args[2:])
+            args = (args[0], tuple(_listed(i) if isinstance(i, list) else i for i in index), *args[2:])
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == MADE_UP:
             del kwargs["device"]
             return func(*args, **kwargs).to(MADE_UP)

@@ -114,6 +114,7 @@ def check_cuda_ops(seed: int) -> set[str]:
         lookup = random_lookup(seed, batch=64)
         grad, ids, shapes = place(lookup.grad), place(lookup.ids), [w.shape for w in lookup.weights]
         arguments = (grad, ids, lookup.columns, lookup.spec, shapes, [True] * len(shapes))
+        cuda.embedding_bag_index(*arguments[1:])
         cuda.embedding_bag_bwd(*arguments)
         cuda.embedding_bag_bwd_sparse(*arguments)
         table = [torch.zeros(300, 16, device=DEVICE) for _ in range(3)]
