@@ -2,13 +2,15 @@
 //
 // Compiled once for each instruction set, see simd.h; contract in kernels.h. An element of c is summed over k in
 // several parts, which hides the latency of the addition and halves the rounding, and a deep one in stretches, beside
-// whose sums the next one's terms are not small; the order depends on the sizes alone.
+// whose sums the next one's terms are not small; the order depends on the sizes alone. Few rows are summed in more
+// parts, as dot products are: a normalisation of so few blows their rounding up.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "core/elementwise.h"
+#include "core/kernels.h"
 
 namespace fastmtl::FASTMTL_ISA {
 
@@ -71,6 +73,9 @@ inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t 
       ld_panel = kLanes;
     }
     int64_t i = 0;
+    if (m < kFewRows) {
+      for (; i < m; ++i) product_rows<1, 8>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
+    }
     for (; i + 4 <= m; i += 4) {
       product_rows<4, 2>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
     }
