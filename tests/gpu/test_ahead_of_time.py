@@ -36,7 +36,7 @@ LIMITS = {
     "expert_gate_wgrad_kernel": (255, 99),
     "expert_gate_folded_kernel": (255, 225),
     "linear_heads_fwd_kernel": (255, 1),
-    "linear_heads_dx_kernel": (128, 1),
+    "linear_heads_dx_kernel": (128, 8),
     "linear_heads_dw_kernel": (255, 8),
     "task_counts_kernel": (64, 1),
     "task_losses_kernel": (64, 1),
@@ -122,13 +122,14 @@ def test_products_run_on_tensor_cores(reports):
 
 
 def test_lookups_load_sixteen_bytes_at_a_time(reports):
-    """A row of 16 numbers takes four lanes, one of 4 a lane; ids and what is written of a bag are the other loads."""
+    """A row of 16 numbers takes four lanes, one of 4 a lane: one load in the code, among some thirty of ids, of dense
+    columns and of what is known of a bag."""
     rows = [row for row in reports if row["kernel"] == "embedding_bag_fwd_kernel"]
     assert {constant for row in rows for constant in row["constants"].split(", ") if "DIM" in constant} >= {
         "DIM=4",
         "DIM=16",
     }
-    assert [f"{name(row)}: {row['wide']}" for row in rows if row["wide"] < 0.05] == []
+    assert [f"{name(row)}: {row['wide']}" for row in rows if row["wide"] < 0.02] == []
 
 
 def test_products_load_sixteen_bytes_at_a_time(reports):
