@@ -22,9 +22,10 @@ def test_random_configurations(kind, count, backend, seed):
         check(seed + i, backend)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("lookups", 8), ("layers", 14), ("chains", 4)])
-def test_a_small_error_is_noticed(kind, count, seed, monkeypatch):
-    """One element of one tensor of native's is off by 1e-5 of the largest: seen in every lookup, in nine of ten layers.
+@pytest.mark.parametrize(("kind", "count", "share"), [("lookups", 8, 0.8), ("layers", 14, 0.6), ("chains", 6, 0.3)])
+def test_a_small_error_is_noticed(kind, count, share, seed, monkeypatch):
+    """One element of one tensor of native's is off by 1e-5 of the largest: seen in every lookup, in nine of ten layers,
+    in six of seven chains, of which few are drawn.
 
     Where rounding alone is as large, as in BN over two rows, it can't be.
     """
@@ -60,4 +61,4 @@ def test_a_small_error_is_noticed(kind, count, seed, monkeypatch):
     for i in range(count):
         check(seed + i)
     assert planted >= count / 2
-    assert noticed >= 0.6 * planted, f"seed {seed}: {noticed} of {planted} planted errors were noticed"
+    assert noticed >= share * planted, f"seed {seed}: {noticed} of {planted} planted errors were noticed"
