@@ -255,11 +255,12 @@ class Contender:
     warm_steps: int = 3
 
 
-def contenders(compiled: bool = True) -> tuple[list[Contender], dict[str, str]]:
+def contenders(compiled: bool = True, embed_dim: int = 4) -> tuple[list[Contender], dict[str, str]]:
     """(who runs, who does not -> why), torch-rechub first.
 
     Args:
         compiled: with torch.compile's.
+        embed_dim: width of the tables; FBGEMM wants multiples of four.
     """
     runs = [
         Contender(PEER, "fp32", RechubRunner),
@@ -271,6 +272,8 @@ def contenders(compiled: bool = True) -> tuple[list[Contender], dict[str, str]]:
     missing = {}
     if find_spec("fbgemm_gpu") is None:
         missing["FBGEMM"] = "fbgemm_gpu is not installed (pip install --no-deps fbgemm-gpu-cpu)"
+    elif embed_dim % 4:
+        missing["FBGEMM"] = f"its tables have a multiple of four columns, not {embed_dim}"
     else:
         runs += [
             Contender("FBGEMM TBE + batched experts", "fp32", FbgemmRunner, same_steps=False),

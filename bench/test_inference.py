@@ -28,7 +28,7 @@ def measure_inference(setting, batches, rounds, turn, benchmark, report, machine
 
     Compiled contenders are left out: a size of batch costs them a minute each.
     """
-    runs, missing = contenders(compiled=False)
+    runs, missing = contenders(False, setting.shape.embed_dim)
     runners = {one.name: one.make(setting) for one in runs}
     for runner in runners.values():
         runner.model.eval()

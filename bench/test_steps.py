@@ -21,7 +21,7 @@ def test_steps(model, shape, benchmark, report, machine, request):
 
 def measure_steps(setting, compiled, rounds, turn, benchmark, report, machine):
     """Check, warm up, take turns, report; returns the figures."""
-    runs, missing = contenders(compiled)
+    runs, missing = contenders(compiled, setting.shape.embed_dim)
     runners = {one.name: one.make(setting) for one in runs}
     try:
         distances = check_steps(runs, runners, setting)
