@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import cycle
 
 import pytest
-import torch
 
 from bench.contenders import PEER, PEER_BF16, Setting, check_predictions, contenders
 from bench.floors import forward_floor
@@ -43,9 +42,8 @@ def measure_inference(setting, batches, rounds, turn, benchmark, report, machine
         turns[batch] = Turns(calls, min(turn, 0.1))
 
     def one_round() -> None:
-        with torch.inference_mode():
-            for one in turns.values():
-                one.round()
+        for one in turns.values():
+            one.round()
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)
     shape, found = setting.shape, {}
