@@ -30,7 +30,7 @@ LIMITS = {
     "expert_gate_mix_kernel": (255, 17),
     "expert_gate_rows_kernel": (255, 1),
     "expert_gate_tail_kernel": (255, 5),
-    "expert_gate_softmax_kernel": (128, 1),
+    "expert_gate_softmax_kernel": (144, 1),
     "expert_gate_sums_kernel": (64, 1),
     "expert_gate_dgrad_kernel": (248, 68),
     "expert_gate_wgrad_kernel": (255, 99),
