@@ -32,16 +32,21 @@ def check(
     reference: Sequence[Tensor],
     relative: float = 1e-6,
     factor: float = 2.0,
+    drawn: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]] = (),
 ) -> None:
     """Each tensor's error is at most ``factor`` times eager's at the same precision, plus a floor.
 
     Eager's is its own on that tensor, or its worst relative one on any of them: where round-off is amplified, which
-    tensor shows it is luck. The floor is ``relative`` to the tensor and a fifth of that to the largest of all (sums
-    that cancel to nearly 0 keep the round-off of their terms).
+    tensor shows it is luck. So is how much: ``drawn`` are eager's results and the exact ones on problems that are this
+    one but for the last bits of their numbers, and the largest error counts. The floor is ``relative`` to the tensor
+    and a fifth of that to the largest of all (sums that cancel to nearly 0 keep the round-off of their terms).
     """
     norms = [tensor.norm().item() for tensor in reference]
     largest = max(norms, default=0.0)
-    theirs = [(tensor.double() - want).norm().item() for tensor, want in zip(eager32, reference, strict=True)]
+    theirs = [0.0] * len(norms)
+    for results, exact in ((eager32, reference), *drawn):
+        found = [(tensor.double() - want).norm().item() for tensor, want in zip(results, exact, strict=True)]
+        theirs = [max(pair) for pair in zip(theirs, found, strict=True)]
     worst = max((e / n for e, n in zip(theirs, norms, strict=True) if n > 1e-3 * largest), default=0.0)
     for i, (got, want, own, norm) in enumerate(zip(mine, reference, theirs, norms, strict=True)):
         assert got.shape == want.shape, (i, got.shape, want.shape)
@@ -114,6 +119,16 @@ class Layer(NamedTuple):
             for tensors in (self.params.learned(), self.params.running())
         )
         return Layer(self.spec, ExpertGateParams.of(learned, running, self.spec), self.x.to(device, dtype, copy=True))
+
+    def moved(self, seed: int) -> Layer:
+        """The same but for the last bits, in float32, of all its numbers."""
+        rng = torch.Generator().manual_seed(seed)
+
+        def near(tensor: Tensor) -> Tensor:
+            return tensor * (1 + 2.0**-23 * (torch.rand(tensor.shape, generator=rng, dtype=torch.float64) - 0.5))
+
+        learned, running = ([near(t) for t in part] for part in (self.params.learned(), self.params.running()))
+        return Layer(self.spec, ExpertGateParams.of(learned, running, self.spec), near(self.x))
 
 
 def random_layer(seed: int, **fixed: Any) -> Layer:
