@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,3 +56,23 @@ def writable_folder(folder: str) -> str:
     except OSError as error:
         raise ConfigError(f"model_path {folder!r} can't be written: {error.strerror or error}") from None
     return folder
+
+
+def save_weights(weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Write weights beside ``path`` and put the whole file in its place; a failure leaves what was there.
+
+    Raises:
+        ConfigError: the file can't be written; the message names it, its size and the reason.
+    """
+    unfinished = f"{path}.unfinished"
+    try:
+        torch.save(dict(weights), unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+        size = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        raise ConfigError(
+            f"{path}: the weights ({size:,} bytes) can't be written, is the disk full? ({str(error).splitlines()[0]}); "
+            f"the model itself is trained: save it to another folder"
+        ) from error

@@ -22,7 +22,7 @@ from ..basic.tracking import BaseLogger
 from ..data.schema import validate_labels
 from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
-from .arguments import library_task_type, strategy_of, writable_folder
+from .arguments import library_task_type, save_weights, strategy_of, writable_folder
 from .batches import training_batches
 from .device_epoch import DeviceEpochs, epochs_of, trains_here
 from .device_scores import main_scores, outputs_on
@@ -369,7 +369,7 @@ class MTLTrainer:
         with ThreadPoolExecutor(1) as beside:
             # a last epoch that is the best is copied while it is written, and need not be loaded
             copied = holds_best and beside.submit(self.early_stopper.stop_training, score, self.model.state_dict())
-            torch.save(unwrap(self.model).state_dict(), os.path.join(self.model_path, f"model_{mode}_{seed}.pth"))
+            save_weights(unwrap(self.model).state_dict(), os.path.join(self.model_path, f"model_{mode}_{seed}.pth"))
         if copied:
             copied.result()
         for logger in self._loggers():
