@@ -11,7 +11,7 @@ import gc
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -22,12 +22,14 @@ from ..models.multi_task import MTLModel
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .native_gradients import is_unwatched
-from .slots import Shape, Slot
+from .slots import MOST_SHAPES, Shape, Slot
 
 #: Steps that run unrecorded first: of a training, and of each shape of batches, and anew where what a step has fixed
 #: is another. They make what is made once: the optimizer's states, and plans and compiled kernels, which can't be
 #: loaded while a step is recorded.
 WARM_UPS = (2, 1)
+#: Recordings of an epoch. Where shapes come and go, those of places that were given up are kept until its end.
+MOST_RECORDINGS = 4 * MOST_SHAPES
 
 
 class Recorder(Protocol):
@@ -60,10 +62,15 @@ class CudaGraphs:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
-        self._pool = torch.cuda.graph_pool_handle()
+        self._live: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: Any = None
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See :class:`Recorder`."""
+        if (
+            not self._live
+        ):  # torch takes no more graphs into memory whose graphs are all gone, if a gradient is left there
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
         gc.disable()  # an old trainer's events and page-locked memory can't be given up while this stream is recorded
@@ -77,6 +84,7 @@ class CudaGraphs:
         finally:
             if collects:
                 gc.enable()
+        self._live.add(graph)
         kept = triton.plans_in_use()
 
         def replay(graph: Any = graph, kept: Any = kept) -> None:
@@ -156,7 +164,7 @@ class GraphStep:
         kept = self._recordings.get(id(slot))
         steps_of_shape = self._steps_of.get(slot.shape, 0)
         is_warm = self._steps >= WARM_UPS[0] and steps_of_shape >= WARM_UPS[1]
-        if kept is None and is_warm and not self._failed:
+        if kept is None and is_warm and not self._failed and len(self._recordings) < MOST_RECORDINGS:
             kept = self._record(slot)
         if kept is None:
             self._work(slot)

@@ -2,6 +2,7 @@
 that was cut short, and optimizers whose counts and vetoes are the device's."""
 
 import gc
+import itertools
 import sys
 
 import devices
@@ -84,6 +85,19 @@ def test_what_is_new_in_a_step_runs_unrecorded_first(noted):
     assert plain_steps(events) == (12, 1, 7), "the last batch's other place alone is new"
 
 
+def test_shapes_that_come_and_go_are_not_recorded_without_end(noted):
+    """Each twice, so that a recording is made for it, and never again."""
+    epochs, loader, events = noted
+    x, y = loader.source.take(slice(0, 104))
+    batches = [({name: x[name][:n] for name in x}, y[:n]) for n in range(50, 80) for _ in range(2)]
+    for _ in range(2):
+        events.clear()
+        epochs.run(batches)
+        assert events.count("record") <= graph_step.MOST_RECORDINGS
+        assert len(epochs._slots.live()) == 8
+    assert epochs._graphs.n_recorded <= graph_step.MOST_RECORDINGS
+
+
 def test_gradients_are_shown_when_an_epoch_ends(noted):
     epochs, loader, events = noted
     epochs.run(loader)
@@ -98,10 +112,11 @@ def test_gradients_are_shown_when_an_epoch_ends(noted):
 class FakeGraph:
     """torch.cuda.graph as it behaves: the end of a capture that was cut short has an error of its own."""
 
-    made, is_cut_short = 0, False
+    made, is_cut_short, pools = 0, False, []
 
     def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
         assert capture_error_mode == "thread_local"
+        FakeGraph.pools.append(pool)
 
     def __enter__(self):
         assert not gc.isenabled() or FakeGraph.is_cut_short
@@ -123,10 +138,11 @@ def recorder(monkeypatch):
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *a, name=name: ended.append((name, *a)), raising=False)
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
     monkeypatch.setattr(graph_step, "_CUT_SHORT", [])
     monkeypatch.setattr(FakeGraph, "made", 0)
+    monkeypatch.setattr(FakeGraph, "pools", [])
     monkeypatch.setattr(FakeGraph, "is_cut_short", False)
     made = graph_step.CudaGraphs(FakeStream())
     made.ended = ended
@@ -141,9 +157,9 @@ def test_a_capture_that_is_cut_short_is_cleared_away(recorder):
 
     with pytest.raises(RuntimeError, match=r"^CUDA error: operation not permitted when stream is capturing"):
         recorder.record(work)
-    assert recorder.ended == [("_cuda_endAllocateToPool", 0, "a pool"), ("_cuda_releasePool", 0, "a pool")]
+    assert recorder.ended == [("_cuda_endAllocateToPool", 0, 1), ("_cuda_releasePool", 0, 1)]
     assert FakeGraph.made == 2
-    assert graph_step._CUT_SHORT == ["a graph"]
+    assert len(graph_step._CUT_SHORT) == 1
     assert gc.isenabled()
 
 
@@ -153,6 +169,16 @@ def test_nothing_is_collected_while_a_stream_is_recorded(recorder):
     assert seen == [False]
     assert gc.isenabled()
     assert not recorder.ended
+
+
+def test_graphs_share_memory_as_long_as_there_are_any(recorder):
+    """torch asserts that the memory which a capture is to share belongs to a graph still."""
+    first, second = recorder.record(list), recorder.record(list)
+    del first
+    third = recorder.record(list)
+    del second, third
+    recorder.record(list)
+    assert FakeGraph.pools == [1, 1, 1, 2]
 
 
 def test_adagrad_takes_torch_s_fused_step_on_a_gpu(monkeypatch):
