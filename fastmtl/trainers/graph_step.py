@@ -67,9 +67,7 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See :class:`Recorder`."""
-        if (
-            not self._live
-        ):  # torch takes no more graphs into memory whose graphs are all gone, if a gradient is left there
+        if not self._live:  # torch refuses memory whose graphs are all gone, where a gradient is left in it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
