@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -266,6 +267,77 @@ def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeyp
     assert gpu_session.run(bad, dict(os.environ), 2)[0] == "NOT RUN: the time was up"
 
 
+#: Tests that are lost with their process, fail, take the (made-up) GPU away, or pass; each says that it ran.
+LOSING = """
+import os, pytest, torch
+import devices
+
+devices.DEVICE = torch.device("cuda")
+GONE = []
+
+def synchronize():
+    if GONE:
+        raise RuntimeError("CUDA error: an illegal memory access\\nmore of it")
+
+torch.cuda.synchronize = synchronize
+
+@pytest.mark.parametrize("what", ["pass", "die", "fail 1", "pass again", "lose", "fail 2", "end"])
+def test_it(what):
+    with open(os.environ["RAN"], "a") as file:
+        file.write(what + ";")
+    if what == "die":
+        os.abort()
+    if what == "lose":
+        GONE.append(1)
+    assert "fail" not in what, f"{len(what)} is too many"
+"""
+
+
+def test_a_lost_process_does_not_take_the_tests_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    (tmp_path / "test_losing.py").write_text(LOSING)
+    begun = tmp_path / "begun"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--begun", str(begun), "test_losing.py"]
+    part = gpu_session.Part("losing", command, 60, (("PYTHONPATH", str(ROOT / "tests")),), begun)
+    environment = {**os.environ, "RAN": str(tmp_path / "ran"), "COLUMNS": "400", "PYTHONPATH": str(ROOT)}
+    ended, _ = gpu_session.run(part, environment, 60)
+    assert (tmp_path / "ran").read_text() == "pass;die;fail 1;pass again;lose;fail 2;end;", "\n".join(part.lines())
+    assert ended.startswith("FAILED (-6, 2, 1), log losing.log")
+    assert gpu_session.failures([part]) == [
+        "2 x AssertionError: 6 is too many: test_losing.py::test_it[fail 1], test_losing.py::test_it[fail 2]",
+        "1 x CUDA error: an illegal memory access: test_losing.py::test_it[lose]",
+    ]
+
+
+def test_failures_are_told_by_what_they_say_and_not_at_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path)
+    part = gpu_session.Part("one", [], 1)
+    words = ["".join(chr(97 + (i * k) % 26) for k in range(1, 30)) for i in range(26)]
+    lines = [f"FAILED tests/{word}/test_{word}.py::test_it[{i}] - {word * 20} {i}" for word in words for i in range(9)]
+    part.log.write_text("\n".join([*lines, "row  4 FAILED hashes differ", "left out: a: b: c", "x FAILED y"]))
+    told = gpu_session.failures([part])
+    assert sum(map(len, told)) < gpu_session.TOLD + 600
+    assert told[0].startswith(f"9 x {words[0]}")
+    assert re.fullmatch(r"and \d+ other kinds of failures, see the logs", told[-1])
+    part.log.write_text("row  4 FAILED hashes differ\nleft out: kernels: ali: no\nleft out: a: b: the time was up\n")
+    assert gpu_session.failures([part]) == ["1 x hashes differ: row  4", "1 x no: kernels: ali"]
+
+
+def test_logs_and_reports_come_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "logs" / "triton").mkdir(parents=True)
+    for path in (results / "old.md", results / "new.json", tmp_path / "logs" / "a.log"):
+        path.write_text(path.name)
+    os.utime(results / "old.md", (1, 1))
+    gpu_session.pack(tmp_path / "out" / "logs.tar.gz", 100)
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        assert archive.getnames() == ["a.log", "new.json"]
+
+
 @without_gpu
 def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
     """A stand-in for compute-sanitizer gets what the real one would: the planted write, and the tests by name."""
@@ -273,6 +345,7 @@ def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
     from reliability import sanitize_gpu
 
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitize_gpu, "TOOLKIT", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="not on the PATH"):
         sanitize_gpu.soak(1, 1)
     stand_in = tmp_path / "compute-sanitizer"
