@@ -58,6 +58,8 @@ FAILURES = (
     r"left out: (\w+: .+?): (?!the time was up)(.*)",
     r"(row +\d+) FAILED +(.*)",
 )
+#: Seconds that those side by side leave to each that runs alone.
+ALONE = 30
 #: Characters of the benchmarks' tables and of the failures that are printed.
 TABLES, TOLD = 4000, 4000
 
@@ -68,6 +70,7 @@ class Part(NamedTuple):
     Args:
         begun: where the command names the tests that it began. It is given again then, to go on behind them, when its
             process was lost.
+        alone: nothing else may run meanwhile: it takes most of the GPU's memory.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Part(NamedTuple):
     limit: int
     variables: tuple[tuple[str, str], ...] = ()
     begun: Path | None = None
+    alone: bool = False
 
     @property
     def log(self) -> Path:
@@ -108,7 +112,9 @@ def checks(groups: Sequence[str] = GROUPS) -> list[Part]:
     pytest += [f"tests/{folder}" for folder in FOLDERS]
     soak = [python, "-m", "reliability.soak", "--device", "cuda"]
     rows = [
-        Part(f"reliability row {row}", [*soak, "--row", str(row), "--count", str(count)], 240, variables)
+        Part(
+            f"reliability row {row}", [*soak, "--row", str(row), "--count", str(count)], 240, variables, alone=row == 11
+        )
         for row, count in ROWS.items()
     ]
     warm = [python, "-m", "bench.gpu", "--cases", "16", "--warm"]
@@ -276,9 +282,12 @@ def main() -> int:
     # a thread or two for each of them: the machine's cores are dealt out, not fought for; a few more than it has cores,
     # since some wait for the GPU
     environment["OMP_NUM_THREADS"] = "2"
-    end = time.monotonic() + left() - own
+    alone = [part for part in parts if part.alone]
+    kept = own + ALONE * len(alone)
     with ThreadPoolExecutor((os.cpu_count() or 4) + 3) as pool:
-        list(pool.map(lambda part: finish(part, end - time.monotonic()), parts))
+        list(pool.map(lambda part: finish(part, left() - kept), (part for part in parts if not part.alone)))
+    for part in alone:
+        finish(part, left() - own)
     del environment["OMP_NUM_THREADS"]
     if "benchmarks" in arguments.only:
         seconds = max(left() - 45, 30)

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 #: Seconds after which a test is taken for one that never ends, where its process may be lost (``--begun``).
-NEVER_ENDS = 120
+NEVER_ENDS = 150
 
 
 @pytest.hookimpl(wrapper=True)

@@ -59,6 +59,29 @@ def test_the_benchmark_runs_on_the_cpu_and_writes_its_report(tmp_path):
     assert all(": wanted " in line for line in last), done.stdout[-3000:]
 
 
+def test_the_benchmark_goes_on_behind_a_case_that_took_the_gpu_away(tmp_path):
+    """The first process is told after its first case that the GPU is gone: another has the second case."""
+    words = (
+        "import sys\nfrom bench import gpu\n"
+        "gpu.Bench.lost = lambda self: 'it is gone'\n"
+        f"sys.argv[1:] = ['--dry-run', '--no-compile', '--cases', '2', '--folder', {str(tmp_path)!r}]\n"
+        "gpu.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, page = report(tmp_path)
+    first, second = map(str, gpu.plan()[:2])
+    assert found["begun"] == [first, second]
+    assert found["left_out"] == [f"{first}: the process: it is gone"]
+    assert [row["contender"] for row in found["steps"]] == [PEER, "eager", "triton", "cuda", "trainer"]
+    assert "it is gone" in page
+    # all that is left is nothing: the figures are those that were there
+    (data,) = tmp_path.glob("*.json")
+    options = ("--dry-run", "--no-compile", "--cases", "2", "--folder", str(tmp_path), "--behind", str(data))
+    assert run("bench.gpu", *options).returncode == 0
+    assert report(tmp_path)[0]["steps"] == found["steps"]
+
+
 def test_compiled_contenders_take_part(tmp_path):
     done = run("bench.gpu", "--dry-run", "--cases", "3", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -291,6 +314,29 @@ def test_it(what):
         GONE.append(1)
     assert "fail" not in what, f"{len(what)} is too many"
 """
+
+
+def test_the_session_runs_what_was_chosen_and_tells_it_at_the_end(tmp_path, monkeypatch, capsys):
+    python = [sys.executable, "-c"]
+    alone = gpu_session.Part("big", [*python, "print('row 11 ok')"], 30, alone=True)
+    failing = gpu_session.Part("small", [*python, "print('row  4 FAILED no'); raise SystemExit(1)"], 30)
+    chosen = []
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_session, "checks", lambda groups: chosen.append(groups) or [alone, failing])
+    monkeypatch.setattr(gpu_session, "built", lambda: ["_native", "_cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    packed = tmp_path / "logs.tar.gz"
+    words = ["x", "--only", "reliability", "tests", "--seconds", "90", "--logs", str(packed)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_session.main() == 1
+    assert chosen == [["reliability", "tests"]]
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in told] == [
+        "small: FAILED (1)", "big: passed", "1 x no: row  4", "small: FAILED (1)", "big: passed", told[-1],
+    ]  # fmt: skip
+    with tarfile.open(packed) as archive:
+        assert archive.getnames() == ["big.log", "small.log"]
 
 
 def test_a_lost_process_does_not_take_the_tests_behind_it(tmp_path, monkeypatch):
