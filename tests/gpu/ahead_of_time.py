@@ -29,7 +29,7 @@ from fastmtl.backends.triton import launch as launching
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.

@@ -318,10 +318,11 @@ def run_folded(
         n_walkers = min(n_tiles, configs.PROGRAMS)
         call.start(config, n_walkers, 1, call.scratch(n_walkers * config.block_m), depth, follow, True)
     else:
-        scratch = call.scratch(round_up(n_rows, config.block_m))
+        mixing = choose.folded_mix(precision.name, generation(x.device), layer.h2)
+        # whole tiles of both: neither masks the rows of the scratch
+        scratch = call.scratch(round_up(n_rows, max(config.block_m, mixing.block_m)))
         call.start(config, n_tiles, _groups(n_tiles, spec.n_experts), scratch, depth, 0, False)
-        config = choose.folded_mix(precision.name, generation(x.device), layer.h2)
-        call.start(config, cdiv(n_rows, config.block_m), 1, scratch, 0, follow, True)
+        call.start(mixing, cdiv(n_rows, mixing.block_m), 1, scratch, 0, follow, True)
     return result if out is not None else result[..., :units]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from . import interpreting
 
@@ -56,13 +57,21 @@ class Warps:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -> None:
-    """Run ``kernel`` on ``grid`` programs; an empty grid runs nothing."""
+    """Run ``kernel`` on ``grid`` programs, on the GPU of its tensors; an empty grid runs nothing."""
     if 0 in grid:
         return
     if recorder is not None:
         recorder(kernel, grid, warps, arguments)
+    elif _several_gpus():  # Triton launches on the current one, wherever the tensors lie
+        with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+            kernel[grid](**arguments, **warps.options())
     else:
         kernel[grid](**arguments, **warps.options())
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def cdiv(a: int, b: int) -> int:
