@@ -25,6 +25,7 @@ from ..spec import (
     Ragged,
     Span,
 )
+from .watched import exporting
 
 #: Whether autograd sees through the functions of this backend (the others come as <op>_fwd and <op>_bwd).
 DIFFERENTIABLE = True
@@ -220,7 +221,7 @@ def embedding_bag(
     ragged: Ragged | None = None,
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
-    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and scales is None and ragged is None:
+    if exporting() and scales is None and ragged is None:
         return _embedding_bag_exported(weights, ids, columns, dense, spec)
     if weights and weights[0].is_cpu and weights[0].dtype in (torch.float16, torch.bfloat16):
         weights, dense = [weight.float() for weight in weights], None if dense is None else dense.float()
