@@ -184,7 +184,8 @@ def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, rag
             padded(ragged, r, bag)
 
 
-@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
+# the check reads its answer on the host, which a CUDA graph can't do: mode="reduce-overhead" then goes without
+@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _checked_rows(
     ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None,
     replacement: Tensor | None, columns: list[int], names: str
