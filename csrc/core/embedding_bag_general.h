@@ -13,6 +13,7 @@
 // number.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <vector>
 
@@ -210,7 +211,7 @@ inline void general_values(const GeneralGrad& g, int64_t dim, const int64_t* sta
                            int64_t begin, int64_t end, float* values) {
   for (int64_t i = begin; i < end; ++i) {
     float* to = values + i * dim;
-    std::memset(to, 0, sizeof(float) * static_cast<size_t>(dim));
+    std::fill_n(to, dim, 0.0f);  // dim may be 0, and to a null pointer then
     for (int64_t k = starts[i]; k < starts[i + 1]; ++k) {
       const Place place = g.place(entries[k]);
       if (place.bag < 0 || g.from.bags[place.bag].dim != dim) continue;
