@@ -118,7 +118,7 @@ inline void general_fwd(const GeneralIds& from, const AnyTable* tables, int64_t 
       const int64_t length = from.length(f, b);
       float* to = is_max ? best.data() : out + b * width + bag.out;
       int32_t* winner = winners && winners[f] ? winners[f] + b * bag.dim : nullptr;
-      std::memset(to, 0, sizeof(float) * static_cast<size_t>(bag.dim * (bag.pooling == kConcat ? length : 1)));
+      std::fill_n(to, bag.dim * (bag.pooling == kConcat ? length : 1), 0.0f);
       if (winner) std::fill_n(winner, bag.dim, -1);
       if (b + 2 < end) {  // near rows of the batch are asked for while this one is pooled
         const int64_t ahead = std::min<int64_t>(from.length(f, b + 2), kPrefetch);
