@@ -140,12 +140,12 @@ class GemmConfig:
 
     cap: int = 1 << 30
 
-    def columns(self, n_rows: int, pitch: int) -> Rows:
-        """Of passes over a layer's buffers ``[n_rows, pitch]``: runs long enough to leave few pieces, short enough for
-        every multiprocessor to have several."""
-        block_h = min(power_of_two(pitch, 16), 128)
+    def columns(self, n_rows: int, pitch: int, units: int) -> Rows:
+        """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns: runs long enough
+        to leave few pieces, short enough for every multiprocessor to have several."""
+        block_h = min(power_of_two(units, 16), 128)
+        block_b = min(4096 // block_h, self.cap)
         run = n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS)
-        block_b = min(32, self.cap)
         return Rows(block_b, block_h, min(max(power_of_two(run), 2 * block_b), 16 * block_b), Warps(4))
 
     def reduction(self) -> Reduction:

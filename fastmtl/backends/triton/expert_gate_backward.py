@@ -28,7 +28,8 @@ class _Layers:
     """The hidden layers of a call in its backward: what each is, its D, and what its sums become.
 
     Attributes:
-        d: ``[B, pitch]`` of each, in z's dtype.
+        d: ``[B, pitch]`` of each, in z's dtype; of the experts' units of layers below the last the gradient of their
+            activations, where these look at each unit alone.
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what makes dz of D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
@@ -137,20 +138,34 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
     plan = layers.plan
     for hidden in reversed(layers.hidden):
         layer = hidden.layer
-        dz = gradient(layers.d[layer], hidden, layers.coef[layer])
+        dz = gradient(
+            layers.d[layer], hidden, layers.coef[layer], layer + 1 < len(layers.hidden) and not hidden.row_wise
+        )
         if not layer:
             break
         under = layers.hidden[layer - 1]
         dw = products.weight_gradient(dz, under.by_expert(kept.h[layer - 1]), plan, layer)
         layers.weight[layer] = dw[: plan.columns[layer]]
-        dh = torch.empty_like(under.z)
-        products.input_gradient(dz, kept.weight[layer], under.by_expert(dh), plan, layer)
-        layers.add_up(layer - 1, activations_bwd(dh, under, layers.d[layer - 1]))
+        _descend(dz, kept.weight[layer], layers, layer)
     dw = products.weight_gradient(dz, as_input(x, of_dtype(dz.dtype)), plan, 0)
     layers.weight[0] = dw[: plan.columns[0]]
     if plan.spec.gates:
         layers.gate_weight = plan.of_gates(dw, 0)
     return _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
+
+
+def _descend(dz: Tensor, weight: Tensor, layers: _Layers, layer: int) -> None:
+    """From dz of a layer to the gradient of the activations below and its sums."""
+    under = layers.hidden[layer - 1]
+    d = layers.d[layer - 1]
+    if under.row_wise:  # D is made of whole rows, once
+        dh = torch.empty_like(d)
+        products.input_gradient(dz, weight, under.by_expert(dh), layers.plan, layer)
+        part = activations_bwd(dh, under, d)
+    else:
+        products.input_gradient(dz, weight, under.by_expert(d), layers.plan, layer)
+        part = activations_bwd(d, under, None)
+    layers.add_up(layer - 1, part)
 
 
 def _input_gradient(x: Tensor, dz: Tensor, weight: Tensor, plan: LayerPlan) -> Tensor:

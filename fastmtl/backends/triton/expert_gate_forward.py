@@ -111,5 +111,5 @@ def hidden_layers(
         z = products.forward(h, weight, plan, layer)
         part, run = pieces(z) if training and len(z) > 1 else (None, 1)
         layers.append(Hidden.of(z, statistics(part, len(z), run, params, plan, layer), params, spec, seed, layer))
-    z, stat = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
-    return layers, Saved(z, stat, weights, tuple(written), None, seed)
+    zs, stats = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
+    return layers, Saved(zs, stats, weights, tuple(written), None, seed)

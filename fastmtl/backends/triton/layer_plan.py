@@ -18,11 +18,11 @@ from .launch import power_of_two, round_up
 
 
 class Block(NamedTuple):
-    """Products of one shape: ``count`` sources from ``source`` on, each with ``width`` columns of z, from column
+    """Products of one shape: ``n`` sources from ``source`` on, each with ``width`` columns of z, from column
     ``first`` on one behind the other. A source is an input of the first layer, or an expert's units below."""
 
     source: int
-    count: int
+    n: int
     first: int
     width: int
 
@@ -35,10 +35,10 @@ def _joined(blocks: list[Block]) -> list[Block]:
         if (
             last
             and last.width == block.width
-            and last.source + last.count == block.source
-            and last.first + last.count * last.width == block.first
+            and last.source + last.n == block.source
+            and last.first + last.n * last.width == block.first
         ):
-            found[-1] = last._replace(count=last.count + 1)
+            found[-1] = last._replace(n=last.n + 1)
         else:
             found.append(block)
     return found

@@ -54,10 +54,10 @@ def forward(h: Tensor, weight: Tensor, plan: LayerPlan, layer: int) -> Tensor:
         weight: see :func:`first_weight`, :func:`as_operand`.
     """
     blocks, pitch = plan.blocks(layer), plan.pitch[layer]
-    make = torch.empty if sum(block.count * block.width for block in blocks) == pitch else torch.zeros
+    make = torch.empty if sum(block.n * block.width for block in blocks) == pitch else torch.zeros
     z = make(h.shape[1], pitch, dtype=h.dtype, device=h.device)
     for block in blocks:
-        _product(_sources(h, block), _rows(weight, block).transpose(1, 2), _columns(z, block))
+        product(_sources(h, block), _rows(weight, block).transpose(1, 2), _columns(z, block))
     return z
 
 
@@ -65,7 +65,7 @@ def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int) -> Tenso
     """dW ``[columns, I]`` fp32, its rows as :func:`first_weight` has them; rows that pad are not all written."""
     dw = torch.empty(plan.pitch[layer], h.shape[2], dtype=torch.float32, device=h.device)
     for block in plan.blocks(layer):
-        _product(_columns(dz, block).transpose(1, 2), _sources(h, block), _rows(dw, block))
+        product(_columns(dz, block).transpose(1, 2), _sources(h, block), _rows(dw, block))
     return dw
 
 
@@ -73,8 +73,8 @@ def input_gradient(dz: Tensor, weight: Tensor, out: Tensor, plan: LayerPlan, lay
     """dh, written to ``out [N, B, I]`` of dz's dtype."""
     written: set[int] = set()
     for block in plan.blocks(layer):
-        sources = set(range(block.source, block.source + block.count))
-        _product(_columns(dz, block), _rows(weight, block), _sources(out, block), adds=bool(sources & written))
+        sources = set(range(block.source, block.source + block.n))
+        product(_columns(dz, block), _rows(weight, block), _sources(out, block), adds=bool(sources & written))
         written |= sources
     for source in set(range(len(out))) - written:
         out[source].zero_()
@@ -82,22 +82,23 @@ def input_gradient(dz: Tensor, weight: Tensor, out: Tensor, plan: LayerPlan, lay
 
 
 def _sources(h: Tensor, block: Block) -> Tensor:
-    return h[block.source : block.source + block.count]
+    return h[block.source : block.source + block.n]
 
 
 def _columns(z: Tensor, block: Block) -> Tensor:
-    """``[count, B, width]``."""
-    n = block.count * block.width
-    return z[:, block.first : block.first + n].view(len(z), block.count, block.width).transpose(0, 1)
+    """``[n, B, width]``."""
+    n = block.n * block.width
+    return z[:, block.first : block.first + n].view(len(z), block.n, block.width).transpose(0, 1)
 
 
 def _rows(weight: Tensor, block: Block) -> Tensor:
-    """``[count, width, I]``."""
-    return weight[block.first : block.first + block.count * block.width].unflatten(0, (block.count, block.width))
+    """``[n, width, I]``."""
+    return weight[block.first : block.first + block.n * block.width].unflatten(0, (block.n, block.width))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
-    """``out = a b`` or ``out += a b``, all ``[n, ., .]``; ``out`` may be fp32 where a and b are bf16."""
+def product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
+    """The one place that multiplies: ``out = a b`` or ``out += a b``, all ``[n, ., .]``; ``out`` may be fp32 where a
+    and b are bf16."""
     is_widened = out.dtype is not a.dtype
     if is_widened and not a.is_cuda:  # what stands in for a GPU has no product with an output of its own dtype
         a, b, is_widened = a.float(), b.float(), False
