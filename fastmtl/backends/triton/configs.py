@@ -233,25 +233,29 @@ class GemmConfig:
         return Losses(block, round_up(max(cdiv(n_rows, PROGRAMS), 1), block), min(128, self.cap), Warps(4))
 
     def mix(self, units: int, whole: bool, dropped: bool, gates: int) -> Rows:
-        """Of the mixture for ``gates`` gates; ``whole``: blocks hold all units of an expert; ``dropped``: some are
-        dropped. All take registers."""
-        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
-        elements = (2048 if gates <= 4 else 1024) // (1 + (whole or dropped))
+        """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
+        expert; ``dropped``: some are dropped, which takes registers, too."""
+        block_h = self._units(units, whole)
+        elements = max(8192 // max(power_of_two(gates), 4) // (1 + (whole or dropped)), 256)
         return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4))
 
     def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
-        """Of the first pass back through the last hidden layer; ``whole``: blocks hold all units of an expert."""
-        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
-        block_b = min(max(2048 // block_h, 1), 64, self.cap)
+        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold
+        all units of an expert."""
+        block_h = self._units(units, whole)
+        block_b = min(max(1024 // block_h, 1), 32, self.cap)
         return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), block_b), Warps(4))
 
-    def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
-        """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
-        of an expert; ``dropped``: some are dropped. Both take registers, and so does the backward."""
-        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
+    def rows(self, units: int, whole: bool, dropped: bool, backward: bool = False) -> Rows:
+        """Of experts without gates, and of those without hidden layers; ``whole``: blocks hold all units of an expert;
+        ``dropped``: some are dropped. Both take registers, and so does the backward."""
+        block_h = self._units(units, whole)
         elements = 8192 // (1 + backward) // (1 + (whole or dropped))
-        block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
-        return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, min(256, 2 * self.cap), Warps(4))
+
+    def _units(self, units: int, whole: bool) -> int:
+        """Of a block that holds all of an expert's, or those that a warp reduces without the others."""
+        return power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
 
 
 GEMM = GemmConfig()

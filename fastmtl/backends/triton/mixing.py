@@ -185,7 +185,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
 
 def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Tensor, bias: Tensor, head: bool) -> None:
     n_rows, n_experts, units = len(hidden.z), hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, 1)
+    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped)
     launch(
         expert_gate_rows_kernel,
         (cdiv(n_rows, config.block_b) * n_experts,),

@@ -83,6 +83,8 @@ def expert_gate_tail_kernel(
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < n_units
     c = e * n_units + h
+    VECTOR: tl.constexpr = 8 if BLOCK_H > 8 else BLOCK_H
+    lane = tl.arange(0, BLOCK_H // VECTOR)[None, :]
     alpha = learned_scalar(Alpha_ptr, e, ACT)
     # sums over rows are kept by rows of a block, and added up once: in the loop nothing crosses a warp
     sum_d = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
@@ -147,7 +149,10 @@ def expert_gate_tail_kernel(
                     dy = dys[g].to(tl.float32)
                     dh += shares[g][:, None] * dy
                     at_gate = (start + m) * n_gate_columns + members[g]
-                    tl.store(dg_run + at_gate, tl.sum(dy * a, axis=1), mask=live)
+                    # each lane has the sum, and the first stores it: a block of one number a row would change hands
+                    lanes = tl.sum(tl.reshape(dy * a, [BLOCK_B, BLOCK_H // VECTOR, VECTOR]), axis=2)
+                    dg = tl.sum(lanes, axis=1)[:, None] + tl.zeros_like(lanes)
+                    tl.store(dg_run + (at_gate[:, None] + lane), dg, mask=live[:, None] & (lane == 0))
         elif HEAD:
             if LOSS:
                 row = run_row + start + m
