@@ -152,9 +152,16 @@ class GemmConfig:
         """Of the pieces that the row tiles leave."""
         return Reduction(min(64, self.cap), 16, Warps(4))
 
-    def softmax(self, columns: int) -> Rows:
-        """Of the backward of a gate over ``columns`` (a power of two) experts."""
-        return Rows(min(max(512 // columns, 1), 32, self.cap), columns, min(256, 2 * self.cap), Warps(2))
+    def softmax(self, columns: int, n_rows: int) -> Rows:
+        """Of the backward of a gate over ``columns`` (a power of two) experts and ``n_rows`` of the batch."""
+        block_b = min(max(1024 // columns, 1), 128, self.cap)
+        return Rows(block_b, columns, self._run(n_rows, 1, block_b), Warps(4))
+
+    def _run(self, n_rows: int, programs: int, block_b: int) -> int:
+        """Rows of a program that leaves sums behind, ``programs`` of them side by side: enough to fill the machine
+        eight times over, and at most 256 pieces to add up."""
+        run = min(cdiv(n_rows * programs, 8 * PROGRAMS), min(256, 2 * self.cap))
+        return round_up(max(run, cdiv(n_rows, 256), 1), block_b)
 
     def folded(self, precision: str, generation: int, width_in: int, first: int, last: int) -> Folded:
         """Of inference: of experts that read ``width_in`` columns (a multiple of 16) and have hidden layers of
@@ -190,13 +197,30 @@ class GemmConfig:
         block = min(512, self.cap)
         return Losses(block, round_up(max(cdiv(n_rows, PROGRAMS), 1), block), min(128, self.cap), Warps(4))
 
-    def rows(self, units: int, whole: bool, dropped: bool, gates: int, backward: bool = False) -> Rows:
-        """Of what follows the last hidden layer, for ``gates`` gates (a power of two); ``whole``: blocks hold all units
-        of an expert; ``dropped``: some are dropped. Both take registers, and so does the backward."""
-        block_h = power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
+    def mix(self, units: int, whole: bool, dropped: bool, gates: int) -> Rows:
+        """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
+        expert; ``dropped``: some are dropped, which takes registers, too."""
+        block_h = self._units(units, whole)
+        elements = max(8192 // max(power_of_two(gates), 4) // (1 + (whole or dropped)), 256)
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4))
+
+    def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
+        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold
+        all units of an expert."""
+        block_h = self._units(units, whole)
+        block_b = min(max(1024 // block_h, 1), 32, self.cap)
+        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), block_b), Warps(4))
+
+    def rows(self, units: int, whole: bool, dropped: bool, backward: bool = False) -> Rows:
+        """Of experts without gates, and of those without hidden layers; ``whole``: blocks hold all units of an expert;
+        ``dropped``: some are dropped. Both take registers, and so does the backward."""
+        block_h = self._units(units, whole)
         elements = 8192 // (1 + backward) // (1 + (whole or dropped))
-        block_b = min(max(elements // (gates * block_h), 1), 32, self.cap)
-        return Rows(block_b, block_h, min(256, 2 * self.cap), Warps(4))
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, min(256, 2 * self.cap), Warps(4))
+
+    def _units(self, units: int, whole: bool) -> int:
+        """Of a block that holds all of an expert's, or those that a warp reduces without the others."""
+        return power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
 
 
 GEMM = GemmConfig()

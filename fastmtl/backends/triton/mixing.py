@@ -1,8 +1,8 @@
 """What follows the last hidden layer, forward: the gates' softmax and mix, the towers' last Linear(H, 1), or nothing.
 
 expert_gate_mix_kernel: gate BatchNorm and softmax, expert BatchNorm, activation and dropout, and the mix for all gates,
-in one pass over z. A program owns rows of the batch and units; it keeps every gate's sum in registers while it goes
-through the experts, so that z is read once.
+in one pass over z. A program owns rows of the batch and units; it writes the softmax (which the backward reads) and
+takes it back as it goes through the experts, every gate's sum in registers, so that z is read once.
 expert_gate_rows_kernel: activations of one expert, written or multiplied with the head's weight.
 
 fp32 arithmetic whatever the storage; deterministic.
@@ -20,24 +20,8 @@ from . import configs
 from .activations import activate, kept, learned_scalar
 from .common import narrow, normalise
 from .hidden import Hidden
-from .launch import cdiv, launch
+from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
-
-
-@triton.jit
-def gate_logits(Zg_ptr, Statg_ptr, Members_ptr, expert, row, live, pitch, GATES2: tl.constexpr):
-    """What each gate's BatchNorm says of one expert, ``[GATES2, rows]`` (-inf where it does not mix it), and the
-    columns in which it does (-1)."""
-    column = tl.load(Members_ptr + expert * GATES2 + tl.arange(0, GATES2))
-    mixes = column >= 0
-    c = tl.where(mixes, column, 0)
-    at = Zg_ptr + row[None, :] * pitch + c[:, None]
-    z = tl.load(at, mask=mixes[:, None] & live[None, :], other=0.0).to(tl.float32)
-    mean = tl.load(Statg_ptr + c, mask=mixes, other=0.0)
-    scale = tl.load(Statg_ptr + 2 * pitch + c, mask=mixes, other=0.0)
-    beta = tl.load(Statg_ptr + 3 * pitch + c, mask=mixes, other=0.0)
-    y = (z - mean[:, None]) * scale[:, None] + beta[:, None]
-    return tl.where(mixes[:, None], y, float("-inf")), column
 
 
 @triton.jit
@@ -48,13 +32,15 @@ def expert_gate_mix_kernel(
     Seed_ptr,
     Zg_ptr,  # [B, pitch_g], first hidden layer, which holds the gates
     Statg_ptr,  # [4, pitch_g]
+    Spans_ptr,  # [G, 3] int32: LayerPlan.gate_spans
     Members_ptr,  # [E, GATES2] int32: LayerPlan.members
-    Soft_ptr,  # [2, GATES2, B] fp32: largest logit and sum of exponentials of each gate
+    Share_ptr,  # [B, n_gate_columns] fp32: the softmax, written
     Y_ptr,  # [G, B, H]
     n_rows,
     n_experts,
-    n_gates,
     n_units,
+    n_gate_columns,
+    first_gate_column,
     pitch,
     pitch_g,
     stride_yg,
@@ -62,47 +48,54 @@ def expert_gate_mix_kernel(
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     LAYER: tl.constexpr,
+    GATES: tl.constexpr,
     GATES2: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     n_blocks = tl.cdiv(n_units, BLOCK_H)
     block = tl.program_id(0) % n_blocks
     first_row = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_B
     m = tl.arange(0, BLOCK_B)
-    row = first_row + m
-    live = row < n_rows
-    g = tl.arange(0, GATES2)
+    p = tl.arange(0, BLOCK_C)
+    live = m < n_rows - first_row
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < n_units
-    top = tl.full([GATES2, BLOCK_B], float("-inf"), tl.float32)
-    total = tl.zeros([GATES2, BLOCK_B], tl.float32)
+    mask = live[:, None] & inside[None, :]
+    of_rows = Share_ptr + first_row * n_gate_columns
+    for g in tl.static_range(GATES):
+        column = tl.load(Spans_ptr + g * 3) + p
+        mixes = p < tl.load(Spans_ptr + g * 3 + 1)
+        there = live[:, None] & mixes[None, :]
+        _from_mean, logit = normalise(Zg_ptr, Statg_ptr, first_row, m, live, column, mixes, pitch_g)
+        logit = tl.where(mixes[None, :], logit, float("-inf"))
+        part = tl.exp(logit - tl.max(logit, axis=1)[:, None])
+        share = part / tl.sum(part, axis=1)[:, None]
+        at_share = m[:, None] * n_gate_columns + (column - first_gate_column)[None, :]
+        tl.store(of_rows + at_share, share, mask=there)
+    tl.debug_barrier()  # what other threads of the program have written of the softmax
+    sums = ()
+    for _g in tl.static_range(GATES):
+        sums = sums + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
     for e in range(n_experts):
-        logit, _member = gate_logits(Zg_ptr, Statg_ptr, Members_ptr, e, row, live, pitch_g, GATES2)
-        higher = tl.maximum(top, logit)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # no expert of the gate yet
-        total = total * tl.exp(top - shift) + tl.exp(logit - shift)
-        top = higher
-    top = tl.where(g[:, None] < n_gates, top, 0.0)
-    total = tl.where(g[:, None] < n_gates, total, 1.0)
-    if block == 0:
-        soft = Soft_ptr + g.to(tl.int64)[:, None] * n_rows + row[None, :]
-        tl.store(soft, top, mask=live[None, :])
-        tl.store(soft + tl.cast(n_rows, tl.int64) * GATES2, total, mask=live[None, :])
-    y = tl.zeros([GATES2, BLOCK_B, BLOCK_H], tl.float32)
-    for e in range(n_experts):
-        logit, _member = gate_logits(Zg_ptr, Statg_ptr, Members_ptr, e, row, live, pitch_g, GATES2)
-        weight = tl.exp(logit - top) / total
         c = e * n_units + h
-        _centred, normal = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
-        a = activate(normal, learned_scalar(Alpha_ptr, e, ACT), inside[None, :], n_units, ACT)
+        _centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
+        a = activate(y, learned_scalar(Alpha_ptr, e, ACT), inside[None, :], n_units, ACT)
         if DROPOUT:
-            keep = kept(Seed_ptr, row, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
+            keep = kept(Seed_ptr, first_row + m, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
             a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
-        y += weight[:, :, None] * a[None, :, :]
-    at = Y_ptr + g.to(tl.int64)[:, None, None] * stride_yg + (row[:, None] * n_units + h[None, :])[None, :, :]
-    mask = (g < n_gates)[:, None, None] & (live[:, None] & inside[None, :])[None, :, :]
-    tl.store(at, narrow(y, Y_ptr.dtype.element_ty), mask=mask)
+        mixed = ()
+        for g in tl.static_range(GATES):
+            member = tl.load(Members_ptr + e * GATES2 + g)
+            at = m * n_gate_columns + (member - first_gate_column)
+            weight = tl.load(of_rows + at, mask=live & (member >= 0), other=0.0)
+            mixed = mixed + (sums[g] + weight[:, None] * a,)
+        sums = mixed
+    at_y = m[:, None] * n_units + h[None, :]
+    for g in tl.static_range(GATES):
+        out = Y_ptr + g * tl.cast(stride_yg, tl.int64) + first_row * n_units
+        tl.store(out + at_y, narrow(sums[g], Y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -155,11 +148,12 @@ def expert_gate_rows_kernel(
 
 
 def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    """The mixed experts ``[G, B, H]``, and each gate's largest logit and sum of exponentials ``[2, n_gates2, B]``."""
-    spec, n_rows, units = plan.spec, len(hidden.z), hidden.units
-    y = torch.empty(len(spec.gates), n_rows, units, dtype=hidden.z.dtype, device=hidden.z.device)
-    soft = torch.empty(2, plan.n_gates2, n_rows, dtype=torch.float32, device=hidden.z.device)
-    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, plan.n_gates2)
+    """The mixed experts ``[G, B, H]``, and the gates' softmax ``[B, columns of the gates]`` fp32, in the order of the
+    first layer's columns; those that pad are not written."""
+    spec, n_rows, units, device = plan.spec, len(hidden.z), hidden.units, hidden.z.device
+    y = torch.empty(len(spec.gates), n_rows, units, dtype=hidden.z.dtype, device=device)
+    share = torch.empty(n_rows, first.pitch - plan.gate_start[0], dtype=torch.float32, device=device)
+    config = configs.GEMM.mix(units, hidden.row_wise, hidden.dropped, len(spec.gates))
     launch(
         expert_gate_mix_kernel,
         (cdiv(n_rows, config.block_b) * cdiv(units, config.block_h),),
@@ -168,26 +162,30 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
         **hidden.arguments(),
         Zg_ptr=first.z,
         Statg_ptr=first.stat,
+        Spans_ptr=plan.gate_spans,
         Members_ptr=plan.members,
-        Soft_ptr=soft,
+        Share_ptr=share,
         Y_ptr=y,
         n_rows=n_rows,
         n_experts=spec.n_experts,
-        n_gates=len(spec.gates),
         n_units=units,
+        n_gate_columns=share.shape[1],
+        first_gate_column=plan.gate_start[0],
         pitch=hidden.pitch,
         pitch_g=first.pitch,
         stride_yg=n_rows * units,
+        GATES=len(spec.gates),
         GATES2=plan.n_gates2,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        BLOCK_C=power_of_two(plan.widest_gate),
     )
-    return y, soft
+    return y, share
 
 
 def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Tensor, bias: Tensor, head: bool) -> None:
     n_rows, n_experts, units = len(hidden.z), hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped, 1)
+    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped)
     launch(
         expert_gate_rows_kernel,
         (cdiv(n_rows, config.block_b) * n_experts,),

@@ -20,12 +20,11 @@ from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams
 from . import configs
 from .activations import activate, activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
-from .common import narrow, normalise
+from .common import narrow
 from .hidden import Hidden
 from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
 from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
-from .mixing import gate_logits
 from .rebuilt import Mixed
 
 
@@ -43,23 +42,18 @@ def expert_gate_tail_kernel(
     Factor_ptr,  # [E]
     Counts_ptr,  # [n_counts, E] int32
     Logit_ptr,  # [B, E] fp32; written where LOSS
-    Zg_ptr,  # [B, pitch_g]; read where MIX, as are those that follow
-    Statg_ptr,  # [4, pitch_g]
-    Members_ptr,  # [E, GATES2] int32
-    Soft_ptr,  # [2, GATES2, B]
-    Dg_ptr,  # [blocks, B, n_gate_columns] fp32
+    Members_ptr,  # [E, GATES2] int32; read where MIX, as is Share
     Share_ptr,  # [B, n_gate_columns] fp32: the softmax
+    Dg_ptr,  # [blocks, B, n_gate_columns] fp32; written where MIX
     D_ptr,  # [B, pitch]; written where WRITES
     Part_ptr,  # [runs, SUMS, pitch] fp32
     n_rows,
     run_rows,
     n_experts,
-    n_gates,
     n_units,
     n_gate_columns,
     first_gate_column,
     pitch,
-    pitch_g,
     stride_de,
     stride_db,
     stride_lb,
@@ -75,6 +69,7 @@ def expert_gate_tail_kernel(
     WRITES: tl.constexpr,
     LEARNED: tl.constexpr,
     SUMS: tl.constexpr,
+    GATES: tl.constexpr,
     GATES2: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -85,91 +80,115 @@ def expert_gate_tail_kernel(
     block = (tl.program_id(0) // n_experts) % n_blocks
     run = tl.program_id(0) // n_experts // n_blocks
     m = tl.arange(0, BLOCK_B)
-    g = tl.arange(0, GATES2)
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < n_units
     c = e * n_units + h
+    VECTOR: tl.constexpr = 8 if BLOCK_H > 8 else BLOCK_H
+    lane = tl.arange(0, BLOCK_H // VECTOR)[None, :]
     alpha = learned_scalar(Alpha_ptr, e, ACT)
-    sum_d = tl.zeros([BLOCK_H], tl.float32)
-    sum_dz = tl.zeros([BLOCK_H], tl.float32)
-    sum_alpha = tl.zeros([BLOCK_H], tl.float32)
-    sum_weight = tl.zeros([BLOCK_H], tl.float32)
+    # sums over rows are kept by rows of a block, and added up once: in the loop nothing crosses a warp
+    sum_d = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    sum_dz = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    sum_alpha = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    sum_weight = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     sum_dy = tl.zeros([BLOCK_B], tl.float32)
     sum_loss = tl.zeros([BLOCK_B], tl.float32)
+    mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
+    scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
+    beta = tl.load(Stat_ptr + 3 * pitch + c, mask=inside, other=0.0)[None, :]
     if HEAD:
-        head = tl.load(Weight_ptr + c, mask=inside, other=0.0)
+        head = tl.load(Weight_ptr + c, mask=inside, other=0.0)[None, :]
     if LOSS:
         bias = tl.load(Bias_ptr + e)
         binary = tl.load(Binary_ptr + e) != 0
         per_row = 1.0 / known_labels(Counts_ptr, e, n_experts, n_counts, BLOCK_P)
         factor = tl.load(Factor_ptr + e) * per_row
     run_row = run.to(tl.int64) * run_rows
-    for start in range(0, tl.minimum(n_rows - run_row, run_rows).to(tl.int32), BLOCK_B):
-        first_row = run_row + start
-        row = first_row + m
-        live = row < n_rows
+    n_here = tl.minimum(n_rows - run_row, run_rows).to(tl.int32)
+    # offsets within the run fit 32 bits
+    at_z = m[:, None] * pitch + c[None, :]
+    at_dy = m[:, None] * stride_db + h[None, :]
+    z_run = Z_ptr + run_row * pitch
+    d_run = D_ptr + run_row * pitch
+    dy_run = Dy_ptr + run_row * stride_db
+    if not (HEAD or MIX):
+        dy_run += e.to(tl.int64) * stride_de
+    share_run = Share_ptr + run_row * n_gate_columns - first_gate_column
+    dg_run = Dg_ptr + (tl.cast(n_rows, tl.int64) * block + run_row) * n_gate_columns - first_gate_column
+    members = ()
+    dy_runs = ()
+    if MIX:
+        for g in tl.static_range(GATES):
+            members = members + (tl.load(Members_ptr + e * GATES2 + g),)
+            dy_runs = dy_runs + (dy_run + g * tl.cast(stride_de, tl.int64),)
+    for start in range(0, n_here, BLOCK_B):
+        live = m < n_here - start
         mask = live[:, None] & inside[None, :]
-        centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
+        z = tl.load(z_run + (start * pitch + at_z), mask=mask, other=0.0)
+        dys = ()
+        shares = ()
+        if MIX:  # all that is read is asked for first
+            for g in tl.static_range(GATES):
+                mixes = live & (members[g] >= 0)
+                at_gate = (start + m) * n_gate_columns + members[g]
+                there = mixes[:, None] & inside[None, :]
+                shares = shares + (tl.load(share_run + at_gate, mask=mixes, other=0.0),)
+                dys = dys + (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
+        centred = z.to(tl.float32) - mean
+        y = centred * scale + beta
         if DROPOUT:
-            keep = kept(Seed_ptr, row, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
+            keep = kept(Seed_ptr, run_row + start + m, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
         if HEAD or MIX:
             a = activate(y, alpha, inside[None, :], n_units, ACT)
             if DROPOUT:
                 a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
         if MIX:
-            logit, column = gate_logits(Zg_ptr, Statg_ptr, Members_ptr, e, row, live, pitch_g, GATES2)
-            at_soft = Soft_ptr + g.to(tl.int64)[:, None] * n_rows + row[None, :]
-            top = tl.load(at_soft, mask=live[None, :], other=0.0)
-            total = tl.load(at_soft + tl.cast(n_rows, tl.int64) * GATES2, mask=live[None, :], other=1.0)
-            weight = tl.exp(logit - top) / total
-            at = (
-                Dy_ptr + g.to(tl.int64)[:, None, None] * stride_de + (row[:, None] * stride_db + h[None, :])[None, :, :]
-            )
-            there = (g < n_gates)[:, None, None] & mask[None, :, :]
-            dy = tl.load(at, mask=there, other=0.0).to(tl.float32)
-            dh = tl.sum(weight[:, :, None] * dy, axis=0)
-            dg = tl.sum(tl.where(there, dy * a[None, :, :], 0.0), axis=2)
-            at_gate = row[None, :] * n_gate_columns + (column - first_gate_column)[:, None]
-            mixes = (column >= 0)[:, None] & live[None, :]
-            tl.store(Dg_ptr + block.to(tl.int64) * n_rows * n_gate_columns + at_gate, dg, mask=mixes)
-            if block == 0:
-                tl.store(Share_ptr + at_gate, weight, mask=mixes)
+            dh = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+            for g in tl.static_range(GATES):
+                if members[g] >= 0:
+                    dy = dys[g].to(tl.float32)
+                    dh += shares[g][:, None] * dy
+                    at_gate = (start + m) * n_gate_columns + members[g]
+                    # each lane has the sum, and the first stores it: a block of one number a row would change hands
+                    lanes = tl.sum(tl.reshape(dy * a, [BLOCK_B, BLOCK_H // VECTOR, VECTOR]), axis=2)
+                    dg = tl.sum(lanes, axis=1)[:, None] + tl.zeros_like(lanes)
+                    tl.store(dg_run + (at_gate[:, None] + lane), dg, mask=live[:, None] & (lane == 0))
         elif HEAD:
             if LOSS:
-                z = tl.sum(tl.where(inside[None, :], a * head[None, :], 0.0), axis=1) + bias
-                tl.store(Logit_ptr + row * n_experts + e, z, mask=live)
+                row = run_row + start + m
+                logit = tl.sum(a * head, axis=1) + bias
+                tl.store(Logit_ptr + row * n_experts + e, logit, mask=live)
                 label = tl.load(Label_ptr + row * stride_lb + e * stride_le, mask=live, other=float("nan"))
-                loss, dy = loss_parts(z, label, binary)
+                loss, dy = loss_parts(logit, label, binary)
                 sum_loss += loss
                 dy = dy * factor
             else:
-                dy = tl.load(Dy_ptr + row * stride_db + e * stride_de, mask=live, other=0.0).to(tl.float32)
+                at = (start + m) * stride_db + e * stride_de
+                dy = tl.load(dy_run + at, mask=live, other=0.0).to(tl.float32)
             sum_dy += dy
-            dh = dy[:, None] * head[None, :]
-            sum_weight += tl.sum(tl.where(mask, dy[:, None] * a, 0.0), axis=0)
+            dh = dy[:, None] * head
+            sum_weight += dy[:, None] * a
         else:
-            at = Dy_ptr + e.to(tl.int64) * stride_de + row[:, None] * stride_db + h[None, :]
-            dh = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            dh = tl.load(dy_run + (start * stride_db + at_dy), mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
         if WRITES:
             stored = narrow(d, D_ptr.dtype.element_ty)
-            tl.store(D_ptr + row[:, None] * pitch + c[None, :], stored, mask=mask)
+            tl.store(d_run + (start * pitch + at_z), stored, mask=mask)
             d = stored.to(tl.float32)
-        d = tl.where(mask, d, 0.0)
-        sum_d += tl.sum(d, axis=0)
-        sum_dz += tl.sum(d * centred, axis=0)
+        sum_d += d  # 0 in rows that are not there, as is their dh
+        sum_dz += d * centred
         if LEARNED:
-            sum_alpha += tl.sum(tl.where(mask, dalpha, 0.0), axis=0)
+            sum_alpha += dalpha
     part = Part_ptr + run.to(tl.int64) * SUMS * pitch + c
     inv_std = tl.load(Stat_ptr + pitch + c, mask=inside, other=0.0)
-    tl.store(part, sum_d, mask=inside)
-    tl.store(part + pitch, sum_dz * inv_std, mask=inside)
+    tl.store(part, tl.sum(sum_d, axis=0), mask=inside)
+    tl.store(part + pitch, tl.sum(sum_dz, axis=0) * inv_std, mask=inside)
     if LEARNED:
-        tl.store(part + 2 * pitch, sum_alpha, mask=inside)
+        tl.store(part + 2 * pitch, tl.sum(sum_alpha, axis=0), mask=inside)
     if HEAD:
-        tl.store(part + 3 * pitch, sum_weight, mask=inside)
+        tl.store(part + 3 * pitch, tl.sum(sum_weight, axis=0), mask=inside)
         each = tl.zeros([BLOCK_H], tl.float32)
         tl.store(part + 4 * pitch, each + tl.sum(sum_dy, axis=0), mask=inside)
         if LOSS:
@@ -178,9 +197,9 @@ def expert_gate_tail_kernel(
 
 @triton.jit
 def expert_gate_softmax_kernel(
-    Zg_ptr,
-    Statg_ptr,
-    Soft_ptr,
+    Zg_ptr,  # [B, pitch_g]
+    Statg_ptr,  # [4, pitch_g]
+    Share_ptr,  # [B, n_gate_columns] fp32
     Spans_ptr,  # [G, 3] int32: LayerPlan.gate_spans
     Dg_ptr,  # [n_blocks, B, n_gate_columns]
     D_ptr,  # [B, pitch_g]
@@ -193,7 +212,6 @@ def expert_gate_softmax_kernel(
     first_gate_column,
     pitch_g,
     SUMS: tl.constexpr,
-    GATES2: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -207,41 +225,39 @@ def expert_gate_softmax_kernel(
     inside = p < n_columns
     pad = tl.arange(0, 16)
     padded = pad < tl.load(Spans_ptr + g * 3 + 2)
-    sum_d = tl.zeros([BLOCK_C], tl.float32)
-    sum_dz = tl.zeros([BLOCK_C], tl.float32)
+    mean = tl.load(Statg_ptr + column, mask=inside, other=0.0)[None, :]
+    sum_d = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    sum_dz = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     run_row = run.to(tl.int64) * run_rows
-    for start in range(0, tl.minimum(n_rows - run_row, run_rows).to(tl.int32), BLOCK_B):
+    n_here = tl.minimum(n_rows - run_row, run_rows).to(tl.int32)
+    at_z = m[:, None] * pitch_g + column[None, :]
+    at_gate = m[:, None] * n_gate_columns + (column - first_gate_column)[None, :]
+    for start in range(0, n_here, BLOCK_B):
         first_row = run_row + start
-        row = first_row + m
-        live = row < n_rows
+        live = m < n_here - start
         mask = live[:, None] & inside[None, :]
-        centred, y = normalise(Zg_ptr, Statg_ptr, first_row, m, live, column, inside, pitch_g)
-        soft = Soft_ptr + g.to(tl.int64) * n_rows + row
-        top = tl.load(soft, mask=live, other=0.0)
-        total = tl.load(soft + tl.cast(n_rows, tl.int64) * GATES2, mask=live, other=1.0)
-        weight = tl.where(mask, tl.exp(y - top[:, None]) / total[:, None], 0.0)
+        z = tl.load(Zg_ptr + first_row * pitch_g + at_z, mask=mask, other=0.0)
+        weight = tl.load(Share_ptr + first_row * n_gate_columns + at_gate, mask=mask, other=0.0)
         dg = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         for block in range(n_blocks):
-            at = (tl.cast(n_rows, tl.int64) * block + row)[:, None] * n_gate_columns + (column - first_gate_column)[
-                None, :
-            ]
-            dg += tl.load(Dg_ptr + at, mask=mask, other=0.0)
+            of_block = Dg_ptr + (tl.cast(n_rows, tl.int64) * block + first_row) * n_gate_columns
+            dg += tl.load(of_block + at_gate, mask=mask, other=0.0)
         # relative to the heaviest expert, so that a gate that is almost sure of it keeps a gradient
         heaviest = (weight == tl.max(weight, axis=1)[:, None]).to(tl.float32)
         dg = dg - (tl.sum(heaviest * dg, axis=1) / tl.sum(heaviest, axis=1))[:, None]
         d = weight * (dg - tl.sum(weight * dg, axis=1)[:, None])
         stored = narrow(d, D_ptr.dtype.element_ty)
-        tl.store(D_ptr + row[:, None] * pitch_g + column[None, :], stored, mask=mask)
+        tl.store(D_ptr + first_row * pitch_g + at_z, stored, mask=mask)
         nothing = tl.zeros([BLOCK_B, 16], D_ptr.dtype.element_ty)
-        behind = D_ptr + row[:, None] * pitch_g + (first_column + n_columns + pad)[None, :]
-        tl.store(behind, nothing, mask=live[:, None] & padded[None, :])
-        d = stored.to(tl.float32)
-        sum_d += tl.sum(d, axis=0)
-        sum_dz += tl.sum(d * centred, axis=0)
+        behind = m[:, None] * pitch_g + (first_column + n_columns + pad)[None, :]
+        tl.store(D_ptr + first_row * pitch_g + behind, nothing, mask=live[:, None] & padded[None, :])
+        d = tl.where(mask, stored.to(tl.float32), 0.0)
+        sum_d += d
+        sum_dz += d * (z.to(tl.float32) - mean)
     part = Part_ptr + run.to(tl.int64) * SUMS * pitch_g + column
     inv_std = tl.load(Statg_ptr + pitch_g + column, mask=inside, other=0.0)
-    tl.store(part, sum_d, mask=inside)
-    tl.store(part + pitch_g, sum_dz * inv_std, mask=inside)
+    tl.store(part, tl.sum(sum_d, axis=0), mask=inside)
+    tl.store(part + pitch_g, tl.sum(sum_dz, axis=0) * inv_std, mask=inside)
 
 
 def _tail(
@@ -249,19 +265,18 @@ def _tail(
     grad: Tensor,
     strides: tuple[int, int],
     d: Tensor | None,
-    mixed: tuple[Hidden, LayerPlan, Tensor, Tensor, Tensor] | None,
+    mixed: tuple[LayerPlan, Tensor, Tensor] | None,
     weight: Tensor | None,
     losses: TaskLosses | None = None,
 ) -> Tensor:
     """Write ``d [B, pitch]`` where there is one; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the
-    first hidden layer, the plan, the saved softmax, and Dg and the gates' shares to write."""
+    plan, the softmax, and Dg to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
-    n_gates2 = 1 if mixed is None else mixed[1].n_gates2
     whole = hidden.row_wise or losses is not None
-    config = configs.GEMM.rows(units, whole, hidden.dropped, n_gates2, backward=True)
+    config = configs.GEMM.tail(units, whole, n_rows, n_experts)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
-    first, plan, soft, dg, share = mixed if mixed is not None else (hidden, None, part, part, part)
+    plan, share, dg = mixed if mixed is not None else (None, part, part)
     launch(
         expert_gate_tail_kernel,
         (n_runs * cdiv(units, config.block_h) * n_experts,),
@@ -271,32 +286,28 @@ def _tail(
         **hidden.arguments(),
         Weight_ptr=hidden.stat if weight is None else weight,
         **(no_task_losses(hidden.stat) if losses is None else losses.arguments()),
-        Zg_ptr=first.z,
-        Statg_ptr=first.stat,
         Members_ptr=hidden.stat if plan is None else plan.members,
-        Soft_ptr=soft,
-        Dg_ptr=dg,
         Share_ptr=share,
+        Dg_ptr=dg,
         D_ptr=hidden.z if d is None else d,
         Part_ptr=part,
         n_rows=n_rows,
         run_rows=config.run,
         n_experts=n_experts,
-        n_gates=len(hidden.spec.gates),
         n_units=units,
-        n_gate_columns=dg.shape[2],
+        n_gate_columns=share.shape[-1],
         first_gate_column=0 if plan is None else plan.gate_start[0],
         pitch=hidden.pitch,
-        pitch_g=first.pitch,
         stride_de=strides[0],
         stride_db=strides[1],
         HEAD=weight is not None,
         LOSS=losses is not None,
-        MIX=mixed is not None,
+        MIX=plan is not None,
         WRITES=d is not None,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
         SUMS=SUMS,
-        GATES2=n_gates2,
+        GATES=0 if plan is None else len(plan.spec.gates),
+        GATES2=1 if plan is None else plan.n_gates2,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
         BLOCK_P=configs.GEMM.losses(n_rows).pieces,
@@ -305,29 +316,27 @@ def _tail(
 
 
 def mix_bwd(
-    grad: Tensor, hidden: Hidden, d: Tensor | None, first: Hidden, first_d: Tensor, plan: LayerPlan, soft: Tensor
+    grad: Tensor, hidden: Hidden, d: Tensor | None, first: Hidden, first_d: Tensor, plan: LayerPlan, share: Tensor
 ) -> tuple[Mixed, Tensor, Tensor]:
-    """From the gradient ``[G, B, H]`` of the mixed experts to D of the last hidden layer (written where there is a
-    ``d``) and of the gates (in ``first_d``, the first layer's); returns what rebuilds the former, and the pieces of the
-    sums of both."""
-    n_rows = len(hidden.z)
-    rows = configs.GEMM.rows(hidden.units, hidden.row_wise, hidden.dropped, plan.n_gates2, backward=True)
-    n_blocks = cdiv(hidden.units, rows.block_h)
-    n_gate_columns = first.pitch - plan.gate_start[0]
-    dg = torch.empty(n_blocks, n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
-    share = torch.empty(n_rows, n_gate_columns, dtype=torch.float32, device=grad.device)
-    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (first, plan, soft, dg, share), None)
+    """From the gradient ``[G, B, H]`` of the mixed experts and the gates' softmax ``share [B, columns of the gates]``
+    to D of the last hidden layer (written where there is a ``d [B, pitch]``: then dz is
+    ``scale * (d - shift - slope * (z - mean))`` with what batch_norm.add_up makes of the sums) and of the gates (in
+    ``first_d``, the first layer's); returns what rebuilds the former, and the pieces of the sums of both."""
+    n_rows, device = len(hidden.z), grad.device
+    n_blocks = cdiv(hidden.units, configs.GEMM.tail(hidden.units, hidden.row_wise, n_rows, plan.spec.n_experts).block_h)
+    dg = torch.empty(n_blocks, *share.shape, dtype=torch.float32, device=device)
+    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (plan, share, dg), None)
     block_c = power_of_two(plan.widest_gate)
-    config = configs.GEMM.softmax(block_c)
+    config = configs.GEMM.softmax(block_c, n_rows)
     n_runs = cdiv(n_rows, config.run)
-    gate_part = torch.empty(n_runs, SUMS, first.pitch, dtype=torch.float32, device=grad.device)
+    gate_part = torch.empty(n_runs, SUMS, first.pitch, dtype=torch.float32, device=device)
     launch(
         expert_gate_softmax_kernel,
         (n_runs * len(plan.spec.gates),),
         config.warps,
         Zg_ptr=first.z,
         Statg_ptr=first.stat,
-        Soft_ptr=soft,
+        Share_ptr=share,
         Spans_ptr=plan.gate_spans,
         Dg_ptr=dg,
         D_ptr=first_d,
@@ -336,11 +345,10 @@ def mix_bwd(
         run_rows=config.run,
         n_gates=len(plan.spec.gates),
         n_blocks=n_blocks,
-        n_gate_columns=n_gate_columns,
+        n_gate_columns=share.shape[1],
         first_gate_column=plan.gate_start[0],
         pitch_g=first.pitch,
         SUMS=SUMS,
-        GATES2=plan.n_gates2,
         BLOCK_B=config.block_b,
         BLOCK_C=block_c,
     )
