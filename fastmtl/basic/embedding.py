@@ -217,6 +217,10 @@ class EmbeddingLayer(BatchedModule):
             pieces = kept[place] = bags, others
         return pieces
 
+    def pieces_in_use(self) -> list[Any]:
+        """What holds the tensors that :meth:`inputs` reads beside batches; who replays its launches must keep it."""
+        return list(self._pieces.values())
+
     def _columns(self, x: Mapping[str, Tensor], ids: list[Tensor], group: _Group) -> tuple[int, ...] | None:
         """F + 1 offsets of the bags' id columns; None where a concatenated sequence must be padded first."""
         columns, at = [0], 0

@@ -93,14 +93,20 @@ class ColumnLoader(DataLoader):
         """Whether an epoch's order is known when it begins; a sampler of the user's may draw it row by row."""
         return type(self.sampler) is SequentialSampler or _is_plain(self.sampler)
 
-    def row_batches(self) -> Iterator[torch.Tensor | slice]:
-        """The rows of each batch of an epoch, as numbers ``[B]`` int64 in :attr:`source` or a slice of it.
+    def row_batches(self, dtype: torch.dtype = torch.int64) -> Iterator[torch.Tensor | slice]:
+        """The rows of each batch of an epoch, as numbers ``[B]`` in :attr:`source` or a slice of it.
 
         What is drawn from torch's random numbers, and when, is what an iteration over the batches draws.
+
+        Args:
+            dtype: of an order that is drawn here, int32 or int64: the same numbers, in half the time. Numbers that come
+                from elsewhere are int64.
         """
         # torch's iterator draws its workers' seed when it is made; ours must leave the same random state behind.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        rows = self._row_batches() if self._rows is None else map(self._rows.__getitem__, self._row_batches())
+        rows = self._row_batches(dtype)
+        if self._rows is not None:
+            rows = map(self._rows.__getitem__, rows)
         if self.num_workers > 0:
             # With workers torch asks for the first batches at once, and so draws the order here rather than at next().
             first = next(rows, None)
@@ -110,7 +116,7 @@ class ColumnLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self._source.take, self.row_batches())
 
-    def _row_batches(self) -> Iterator[torch.Tensor | slice]:
+    def _row_batches(self, dtype: torch.dtype) -> Iterator[torch.Tensor | slice]:
         """Row numbers of each batch within this loader's rows: a slice where they follow one another."""
         sampler, step = self.sampler, self._step
         n = len(self.dataset)  # type: ignore[arg-type]
@@ -120,7 +126,7 @@ class ColumnLoader(DataLoader):
                 yield slice(start, min(start + step, end))
         elif _is_plain(sampler):
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
             for start in range(0, end, step):
                 yield order[start : min(start + step, end)]
         else:

@@ -6,6 +6,7 @@ Either way they are narrowed first: ids to 32 bits, other numbers to float32, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,10 @@ from .schema import ColumnInfo, Schema
 BUDGET = 0.5
 #: Rows that are narrowed and sent at a time.
 _CHUNK = 1 << 20
+#: Row numbers that are sent at a time.
+_PIECE = 1 << 18
+#: Shape and dtype of each tensor of a batch.
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 class Part(NamedTuple):
@@ -95,6 +100,9 @@ class ResidentLoader:
             self._tensors = self._placed()
         del self._sources
         self._staging = _Staging(device)
+        #: That of row numbers on the device.
+        self.row_dtype = torch.int32 if self._n_rows < 2**31 else torch.int64
+        self._known_shapes: dict[int, Shapes] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -141,25 +149,32 @@ class ResidentLoader:
 
     def batches(self) -> Iterator[RowBatch]:
         """The batches of an epoch, not yet cut: each is written into buffers where they are wanted."""
-        cut: Iterator[Any] = self.loader.row_batches()
+        cut: Iterator[Any] = self.loader.row_batches(self.row_dtype)
         if self.is_resident:
             cut = self._numbers_on_device(cut)
         return (RowBatch(self, rows) for rows in cut)
 
     def _numbers_on_device(self, cut: Iterator[Tensor | slice]) -> Iterator[Tensor | slice]:
-        """Row numbers go to the device at once, where the epoch's order is known when it begins: a copy for each batch
-        would make the host wait for it."""
-        if not self.loader.draws_at_once:
-            for rows in cut:
-                yield rows if isinstance(rows, slice) else rows.to(self.device)
-            return
-        whole = list(cut)
-        if not whole or isinstance(whole[0], slice):
-            yield from whole
-            return
-        narrow = torch.int32 if self._n_rows < 2**31 else torch.int64
-        sizes = [len(rows) for rows in whole if isinstance(rows, Tensor)]
-        yield from torch.cat([rows for rows in whole if isinstance(rows, Tensor)]).to(self.device, narrow).split(sizes)
+        """Row numbers go to the device some batches at a time, where the epoch's order is known when it begins: a copy
+        for each batch costs the host more than the batch's step."""
+        at_once = _PIECE if self.loader.draws_at_once else 1
+        for first in cut:
+            if isinstance(first, slice):
+                yield first
+                continue
+            ahead = max(1, at_once // max(1, len(first))) - 1
+            pieces = [first, *(rows for rows in islice(cut, ahead) if isinstance(rows, Tensor))]
+            sizes = [len(rows) for rows in pieces]
+            sent = torch.empty(sum(sizes), dtype=self.row_dtype, pin_memory=self.device.type == "cuda")
+            yield from torch.cat(pieces, out=sent).to(self.device, non_blocking=True).split(sizes)
+
+    def shapes(self, n_rows: int) -> Shapes:
+        """Shape and dtype of each tensor of a batch: the layout's blocks, its wide columns, the labels."""
+        known = self._known_shapes.get(n_rows)
+        if known is None:
+            kinds = zip(self._shapes, self._dtypes, strict=True)
+            known = self._known_shapes[n_rows] = tuple(((n_rows, *shape), dtype) for shape, dtype in kinds)
+        return known
 
     def __iter__(self) -> Iterator[Any]:
         return (batch.make() for batch in self.batches())
@@ -196,10 +211,29 @@ class RowBatch:
         self.n_rows = len(range(*rows.indices(loader._n_rows))) if isinstance(rows, slice) else len(rows)
         self.layout, self.has_labels = loader.layout, loader.has_labels
 
-    def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor: the layout's blocks, its wide columns, the labels."""
-        kinds = zip(self.loader._shapes, self.loader._dtypes, strict=True)
-        return [((self.n_rows, *shape), dtype) for shape, dtype in kinds]
+    @property
+    def fixed(self) -> ResidentLoader | None:
+        """Whose columns it is cut from on the device: they stay where they are, so that :meth:`write` can be recorded;
+        None: they are cut on the host."""
+        return self.loader if self.loader.is_resident else None
+
+    def shapes(self) -> Shapes:
+        """See :meth:`ResidentLoader.shapes`."""
+        return self.loader.shapes(self.n_rows)
+
+    def numbered(self) -> RowBatch:
+        """A batch of as many rows whose numbers are yet to be written, by :meth:`number`."""
+        loader = self.loader
+        return RowBatch(loader, torch.empty(self.n_rows, dtype=loader.row_dtype, device=loader.device))
+
+    def number(self, other: RowBatch) -> None:
+        """Write the numbers of these rows into another batch's; nothing waits for it."""
+        assert isinstance(other.rows, Tensor)
+        if isinstance(self.rows, slice):
+            start, stop, step = self.rows.indices(self.loader._n_rows)
+            torch.arange(start, stop, step, out=other.rows)
+        else:
+            other.rows.copy_(self.rows, non_blocking=True)
 
     def write(self, out: Sequence[Tensor]) -> None:
         """Cut the batch into buffers of these shapes on the loader's device."""

@@ -22,10 +22,11 @@ from ..errors import BadDataError
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .evaluation import split_batch, unwrap
-from .graph_step import CudaGraphs, GraphStep, Recorder, Rerun, tell, why_plain
+from .graph_step import GraphStep, why_plain
 from .native_gradients import ChainGradients, is_unwatched
 from .optimizer import sparse_updates
 from .progress import Progress
+from .recorders import CudaGraphs, Recorder, Recordings, Rerun, tell
 from .slots import GivenBatch, Layouts, Slot, Slots
 from .streams import CudaStreams, Inline, Streams
 
@@ -42,7 +43,8 @@ class DeviceEpochs:
         autocast: makes the context of the forward.
         device: a GPU, or what stands in for one.
         progress: show a bar; None: where stderr is a terminal.
-        recorder, streams: stand-ins of tests; None: the device's.
+        recorder, fills, streams: stand-ins of tests; None: the device's. The first records steps, the second how
+            places are filled.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DeviceEpochs:
         device: torch.device,
         progress: bool | None = None,
         recorder: Recorder | None = None,
+        fills: Recorder | None = None,
         streams: Streams | None = None,
     ) -> None:
         self.model, self.inner, self.device = model, unwrap(model), device
@@ -63,9 +66,11 @@ class DeviceEpochs:
         self._update, self._autocast, self._progress = update, autocast, progress
         is_cuda = device.type == "cuda"
         self.streams: Streams = streams or (CudaStreams(device) if is_cuda else Inline())
-        if recorder is None:
-            recorder = CudaGraphs(self.streams.main) if isinstance(self.streams, CudaStreams) else Rerun()
-        self._recorder = recorder
+        if isinstance(self.streams, CudaStreams):  # they run at once: each has memory of its own
+            recorder = recorder or CudaGraphs(self.streams.main)
+            fills = fills or CudaGraphs(self.streams.side)
+        self._recorder = recorder or Rerun()
+        self._fills = Recordings(fills or Rerun(), "batches are cut", progress is False)
         n_task = self.inner.n_task
         self.watch = Watch(device, n_task)
         self._total = torch.zeros(n_task, device=device)
@@ -166,7 +171,7 @@ class DeviceEpochs:
         is_ready = self.model is self.inner and is_unwatched(self.model)
         if self._slots is None or is_ready != self._slots.is_ready:
             optimizer = self.optimizer if isinstance(self.optimizer, DeviceOptimizer) else None
-            self._slots = Slots(self.device, self.inner, optimizer, is_ready, self.streams)
+            self._slots = Slots(self.device, self.inner, optimizer, is_ready, self._fills, self.streams)
             self._graphs = None
         with self._autocast():
             self._chain = ChainGradients.of(self.model, self.strategy) if self.penalty.is_zero else None

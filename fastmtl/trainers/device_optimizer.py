@@ -79,7 +79,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------ a step
 
     def begin(self) -> None:
-        """Put the next step's learning rates, and what else its number decides, on the device."""
+        """Put the next step's learning rates, and what else its number decides, on the device, where they are not
+        there already."""
         if len(self._rates) != len(self.param_groups):
             self._rates = [
                 (0.0, torch.zeros((), device=next((p.device for p in group["params"]), None)))
@@ -114,6 +115,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
     def end(self) -> None:
         """The step that was begun has been taken by a graph."""
         self._has_begun = False
+        if self.updates is not None:
+            self.updates.end()
 
     def index(
         self,

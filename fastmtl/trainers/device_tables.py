@@ -17,16 +17,18 @@ from ..spec import EmbeddingSpec
 
 #: Steps that a row may miss before the sweep makes it current.
 MOST_MISSED = 32
-#: Steps whose numbers are kept on the device, more than a row may miss.
+#: Steps whose numbers are kept on the device: more than a row may miss, and those sent ahead.
 KEPT = 64
+#: Steps whose numbers are sent at once, as they will be if no setting changes; divides :data:`KEPT`.
+AHEAD = 16
 
 
 class DeviceTables:
     """The numbers of one of torch's optimizers on dense gradients, at the cost of the rows that a batch looks up.
 
     A step is: :meth:`advance`; a forward, which first makes the rows current that it reads; its backward, which moves
-    them; :meth:`sweep`. All but :meth:`advance` can be captured in a CUDA graph: which step it is, and its learning
-    rate, are read on the device. Nothing waits for the device but :meth:`flush`.
+    them; :meth:`sweep`. All but :meth:`advance` can be captured in a CUDA graph (:meth:`end` is called after a replay):
+    which step it is, and its learning rate, are read on the device. Nothing waits for the device but :meth:`flush`.
 
     Set as ``model.embedding.updater``. Each table may be looked up once a step.
 
@@ -91,7 +93,9 @@ class DeviceTables:
         self._step = torch.zeros(FIELDS, device=device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=device)
         self._now = torch.zeros(1, dtype=torch.int32, device=device)  # the clock, or -1 where no step is to be taken
+        self._sent: dict[int, list[float]] = {}  # the numbers of this step and later ones, as the ring has them
         self._was_looked_up = False
+        self._was_counted = True  # by the clock
         self._is_current = True
         self.now = 0
 
@@ -117,14 +121,40 @@ class DeviceTables:
             else:
                 self.flush()
             self._is_still = is_still
+        if not self._was_counted:  # a step that came to nothing
+            self._clock.fill_(self.now)
         self.now += 1
         numbers = step_numbers(self._rule, self._group, float(self.now), any(were_made))
-        self._module.advance(self._ring, self._step, self._clock, self.now, (self.now - 1) % KEPT, numbers, self._now)
-        self._was_looked_up = self._is_current = False
+        if self._sent.get(self.now) != numbers:
+            self._send(numbers)
+        self._was_looked_up = self._is_current = self._was_counted = False
+
+    def _send(self, numbers: list[float]) -> None:
+        """Write the numbers of this step into the ring, and with them those of some that follow: a copy for each would
+        cost the host as much as a replay."""
+        first = (self.now - 1) % KEPT
+        steps = [numbers]
+        for ahead in range(1, AHEAD - first % AHEAD):
+            steps.append(step_numbers(self._rule, self._group, float(self.now + ahead), False))
+        self._sent = {self.now + ahead: row for ahead, row in enumerate(steps)}
+        # torch keeps page-locked memory until the copy out of it was made
+        sent = torch.tensor(steps, dtype=torch.float32, pin_memory=self._ring.is_cuda)
+        self._ring[first : first + len(steps)].copy_(sent, non_blocking=True)
+
+    def _count(self) -> None:
+        """Let the device begin the step, before anything that depends on its number."""
+        if not self._was_counted:
+            self._module.advance(self._ring, self._step, self._clock, self._now)
+            self._was_counted = True
 
     def again(self) -> None:
         """The step that was begun is to be taken after all: recording it has failed half-way."""
-        self._was_looked_up = False
+        self._was_looked_up = self._was_counted = False
+        self._clock.fill_(self.now - 1)
+
+    def end(self) -> None:
+        """The step that was begun has been taken by a graph."""
+        self._was_counted = True
 
     def index(
         self,
@@ -172,6 +202,7 @@ class DeviceTables:
                 "train it with embedding_update='dense'"
             )
         self._was_looked_up = True
+        self._count()
         index = self.index(ids, columns, spec, weights) if index is None else index
         found: list[Update | None] = []
         for p, rows in zip(weights, index, strict=True):
@@ -190,11 +221,13 @@ class DeviceTables:
     def clock_and_step(self) -> tuple[Tensor, Tensor]:
         """``[1]`` int32 on the device each: the number of the step under way, and that of the step which the backward
         takes. Writing -1 there between forward and backward makes it move nothing."""
+        self._count()
         return self._clock, self._now
 
     @torch.no_grad()
     def take(self, p: nn.Parameter) -> None:
         """Take the step with a dense gradient, of all rows."""
+        self._count()
         assert p.grad is not None
         rows = torch.arange(len(p), device=p.device)
         self._module.table_step(
@@ -204,6 +237,7 @@ class DeviceTables:
 
     def sweep(self) -> None:
         """Make a 32nd of each table current: the rest of a step."""
+        self._count()
         if not self._is_still:
             for p in self.tables:
                 self._replay(p, -(-len(p) // MOST_MISSED), 0, self._clock)
@@ -229,7 +263,8 @@ class DeviceTables:
 
     def restart(self, now: int) -> None:
         """Every row is current at step ``now``."""
-        self.now = now
+        self.now, self._was_counted = now, True
+        self._sent.clear()
         self._clock.fill_(now)
         for last in self._last.values():
             last.fill_(now)

@@ -6,22 +6,19 @@ shorter batch has graphs of its own, and no row of padding exists that statistic
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import sys
 from collections.abc import Callable
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .. import backend
-from ..backends import triton
 from ..models.multi_task import MTLModel
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .native_gradients import is_unwatched
+from .recorders import Recorder, tell
 from .slots import MOST_SHAPES, Shape, Slot
 
 #: Steps that run unrecorded first: of a training, and of each shape of batches, and anew where what a step has fixed
@@ -30,88 +27,6 @@ from .slots import MOST_SHAPES, Shape, Slot
 WARM_UPS = (2, 1)
 #: Recordings of an epoch. Where shapes come and go, those of places that were given up are kept until its end.
 MOST_RECORDINGS = 4 * MOST_SHAPES
-
-
-class Recorder(Protocol):
-    """Turns work into something that does it again."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does ``work`` when called. Recording does not do it.
-
-        Raises:
-            RuntimeError: something in it can't be recorded.
-        """
-
-
-class Rerun:
-    """Stands in for a graph where there is no GPU: the work is run again, on the same places."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See :class:`Recorder`."""
-        return work
-
-
-class CudaGraphs:
-    """CUDA graphs that share their memory, since they are replayed one after the other.
-
-    torch registers its generator with each, so that dropout draws the numbers that unrecorded steps would draw.
-
-    Args:
-        stream: the one that steps run on.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-        self._live: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-        self._pool: Any = None
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See :class:`Recorder`."""
-        if not self._live:  # torch refuses memory whose graphs are all gone, where a gradient is left in it
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()  # an old trainer's events and page-locked memory can't be given up while this stream is recorded
-        try:
-            # thread_local: another thread may pin memory for its batches meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        except RuntimeError as error:
-            self._mend(graph)
-            raise RuntimeError(str(_first(error))) from error
-        finally:
-            if collects:
-                gc.enable()
-        self._live.add(graph)
-        kept = triton.plans_in_use()
-
-        def replay(graph: Any = graph, kept: Any = kept) -> None:
-            graph.replay()
-
-        return replay
-
-    def _mend(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Go on after a capture that was cut short: torch leaves its allocator and its generator recording, and would
-        refuse the next random number."""
-        _CUT_SHORT.append(graph)
-        with contextlib.suppress(RuntimeError):  # it is not where the capture itself came to its end
-            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
-            torch._C._cuda_releasePool(self._stream.device_index, self._pool)
-        place = torch.zeros(1, device=self._stream.device)
-        whole = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local")
-        with contextlib.suppress(RuntimeError), whole:  # one that comes to its end: the generator's state is whole
-            place.add_(1)
-
-
-#: Graphs whose capture was cut short. The allocators may ask them whose memory it is that is wanted.
-_CUT_SHORT: list[Any] = []
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that others followed: the end of a capture says only that there was one."""
-    while isinstance(error.__context__, RuntimeError):
-        error = error.__context__
-    return error
 
 
 class _Recording:
@@ -251,8 +166,3 @@ def why_plain(model: nn.Module, strategy: Strategy, optimizer: Any) -> str | Non
 
 
 KNOWN = ("Adam", "AdamW", "SGD", "Adagrad")
-
-
-def tell(reason: str) -> None:
-    """Say once why steps are not recorded."""
-    print(f"fastmtl: steps run without CUDA graphs: {reason}", file=sys.stderr)

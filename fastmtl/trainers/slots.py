@@ -1,13 +1,14 @@
 """Where batches lie on the device while they are trained on: two places for each shape, filled in turn.
 
 A captured step reads fixed addresses. While it reads one place, the next batch, its ids laid out for the lookup and the
-index of its rows are written into the other, on a stream of their own.
+index of its rows are written into the other, on a stream of their own. Where the batch is cut from columns that lie on
+the device, all of that is replayed from a CUDA graph as well, which reads the rows' numbers from the place.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..data.resident import RowBatch, as_batch
 from ..models.multi_task import MTLModel
 from .device_optimizer import DeviceOptimizer
 from .evaluation import labels_of
+from .recorders import Recordings
 from .streams import Streams
 
 #: Shapes of batches that keep their places: a full batch, an epoch's last one, those of a second loader.
@@ -33,6 +35,8 @@ class GivenBatch:
     """
 
     has_labels = True
+    #: It may lie anywhere: writing it is not recorded.
+    fixed = None
 
     def __init__(self, layout: Layout, tensors: list[Tensor]) -> None:
         self.layout, self._tensors = layout, tensors
@@ -40,9 +44,9 @@ class GivenBatch:
         #: Whether its tensors were made by work that was queued with the steps.
         self.is_on_device = any(t.is_cuda for t in tensors)
 
-    def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape and dtype of each tensor."""
-        return [(tuple(t.shape), t.dtype) for t in self._tensors]
+        return tuple((tuple(t.shape), t.dtype) for t in self._tensors)
 
     def write(self, out: list[Tensor]) -> None:
         """Copy the batch into buffers of these shapes."""
@@ -87,6 +91,7 @@ class Slot:
         model: who reads it.
         optimizer: who has its lookup indexed, or None.
         is_ready: whether the batch is laid out for the lookup, so that a step begins with it.
+        fills: how filling it is recorded.
         shape: shared with the other places of this shape.
     """
 
@@ -97,6 +102,7 @@ class Slot:
         model: MTLModel,
         optimizer: DeviceOptimizer | None,
         is_ready: bool,
+        fills: Recordings,
         shape: Shape,
     ) -> None:
         self._raw = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in batch.shapes()]
@@ -104,6 +110,9 @@ class Slot:
         self._model, self._is_ready = model, is_ready
         self._updates = None if optimizer is None or not is_ready else optimizer.updates
         self._index: list[Any] | None = None
+        self._fills = fills
+        self._numbered: RowBatch | None = None
+        self._replay: Callable[[], None] | None = None
         self.n_rows = batch.n_rows
         #: What the model is given: the columns, or, ready for its lookup, ids and dense values.
         self.x: Mapping[str, Tensor] = self._columns
@@ -120,14 +129,38 @@ class Slot:
         with streams.beside():
             streams.wait(self.used)
             streams.wait(given)
-            batch.write(self._raw)
-            assert self._labels is not None
-            labels = labels_of(self._labels, self._model)
-            is_first = not hasattr(self, "labels")
-            self.labels = _kept(None if is_first else self.labels, labels)
-            if self._is_ready:
-                self._lay_out()
-            self.filled = streams.mark()
+            if isinstance(batch, RowBatch) and batch.fixed is not None:
+                self._cut(batch)
+            else:
+                self._write(batch)
+            self.filled = streams.mark(self.filled)
+
+    def _cut(self, batch: RowBatch) -> None:
+        """Write a batch whose columns have fixed addresses: its numbers, and what is cut by them, recorded or not."""
+        numbered = self._numbered
+        if numbered is None or numbered.fixed is not batch.fixed:
+            numbered = self._numbered = batch.numbered()
+            self._replay = None
+            is_new = True
+        else:
+            is_new = False
+        batch.number(numbered)
+        if self._replay is None and not is_new:  # what is made once was made when it was filled first
+            self._reads = self._model.embedding.pieces_in_use()
+            self._replay = self._fills.record(lambda: self._write(numbered))
+        if self._replay is None:
+            self._write(numbered)
+        else:
+            self._replay()
+
+    def _write(self, batch: RowBatch | GivenBatch) -> None:
+        batch.write(self._raw)
+        assert self._labels is not None
+        labels = labels_of(self._labels, self._model)
+        is_first = not hasattr(self, "labels")
+        self.labels = _kept(None if is_first else self.labels, labels)
+        if self._is_ready:
+            self._lay_out()
 
     def _lay_out(self) -> None:
         embedding = self._model.embedding
@@ -153,7 +186,7 @@ class Slots:
     """The places of the last few shapes.
 
     Args:
-        device, model, optimizer, is_ready: see :class:`Slot`.
+        device, model, optimizer, is_ready, fills: see :class:`Slot`.
         streams: where work is queued.
     """
 
@@ -163,15 +196,16 @@ class Slots:
         model: MTLModel,
         optimizer: DeviceOptimizer | None,
         is_ready: bool,
+        fills: Recordings,
         streams: Streams,
     ) -> None:
-        self._made = (device, model, optimizer, is_ready)
+        self._made = (device, model, optimizer, is_ready, fills)
         self.is_ready, self.streams = is_ready, streams
         self._shapes: OrderedDict[tuple[Any, ...], Shape] = OrderedDict()
 
     def fill(self, batch: RowBatch | GivenBatch) -> Slot:
         """A slot that holds the batch; its last but one of this shape is overwritten."""
-        key = (batch.layout, *batch.shapes())
+        key = (batch.layout, batch.shapes())
         shape = self._shapes.get(key)
         if shape is None:
             if len(self._shapes) >= MOST_SHAPES:

@@ -18,8 +18,12 @@ class Streams(Protocol):
     def beside(self) -> contextlib.AbstractContextManager[None]:
         """While this lasts work is queued beside the steps."""
 
-    def mark(self) -> Any:
-        """A mark behind what has been queued where we are."""
+    def mark(self, kept: Any = None) -> Any:
+        """A mark behind what has been queued where we are.
+
+        Args:
+            kept: a mark that nobody will wait for any more, to be set anew instead of making one.
+        """
 
     def wait(self, mark: Any) -> None:
         """Work that is queued from here on begins when ``mark`` is reached; the host goes on."""
@@ -38,7 +42,7 @@ class Inline:
         """See :class:`Streams`."""
         yield
 
-    def mark(self) -> Any:
+    def mark(self, kept: Any = None) -> Any:
         """See :class:`Streams`."""
         return None
 
@@ -50,13 +54,20 @@ class CudaStreams:
     """A GPU's. Steps have a stream of their own too: a graph can't be captured on the default one, and what autograd
     keeps of a stream must be the same in captured steps and others.
 
+    All but :meth:`steps` is called within it. Which stream is current is remembered: to ask torch takes longer than to
+    queue a graph.
+
     Args:
         device: the GPU.
+
+    Attributes:
+        main, side: the streams of the steps and of what is beside them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.main, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.main, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._here = self.main
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:
@@ -64,23 +75,29 @@ class CudaStreams:
         outside = torch.cuda.current_stream(self.device)
         self.main.wait_stream(outside)
         with torch.cuda.stream(self.main):
+            self._here = self.main
             try:
                 yield
             finally:
-                outside.wait_stream(self._side)
+                outside.wait_stream(self.side)
                 outside.wait_stream(self.main)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """See :class:`Streams`."""
-        with torch.cuda.stream(self._side):
+        before, self._here = self._here, self.side
+        torch.cuda.set_stream(self.side)
+        try:
             yield
+        finally:
+            self._here = before
+            torch.cuda.set_stream(before)
 
-    def mark(self) -> Any:
+    def mark(self, kept: Any = None) -> Any:
         """See :class:`Streams`."""
-        return torch.cuda.current_stream(self.device).record_event()
+        return self._here.record_event(kept)
 
     def wait(self, mark: Any) -> None:
         """See :class:`Streams`."""
         if mark is not None:
-            torch.cuda.current_stream(self.device).wait_event(mark)
+            self._here.wait_event(mark)

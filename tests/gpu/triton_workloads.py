@@ -81,7 +81,7 @@ def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
     listed = torch.empty(touched, dtype=torch.int64, device="meta")
     grads = torch.empty(touched, dim, device="meta")
     clock = torch.empty(1, dtype=torch.int32, device="meta")
-    optimizer.advance(steps, steps[0], clock, 5, 5, [0.5] * FIELDS)
+    optimizer.advance(steps, steps[0], clock)
     losses, count = torch.empty(2, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
     backend.note_losses(losses, losses, losses, count, count, losses[:1], clock, clock)
     for name in rules:

@@ -17,7 +17,7 @@ from fastmtl.data.loader import ColumnLoader
 from fastmtl.models import MMOE
 from fastmtl.optim.dense import prepare_state
 from fastmtl.optim.rules import rule_of
-from fastmtl.trainers import MTLTrainer, device_optimizer, graph_step
+from fastmtl.trainers import MTLTrainer, device_optimizer, graph_step, recorders
 from fastmtl.trainers.device_epoch import DeviceEpochs
 
 
@@ -112,7 +112,7 @@ def test_gradients_are_shown_when_an_epoch_ends(noted):
 class FakeGraph:
     """torch.cuda.graph as it behaves: the end of a capture that was cut short has an error of its own."""
 
-    made, is_cut_short, pools = 0, False, []
+    made, is_open, is_cut_short, pools = 0, False, False, []
 
     def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
         assert capture_error_mode == "thread_local"
@@ -121,8 +121,10 @@ class FakeGraph:
     def __enter__(self):
         assert not gc.isenabled() or FakeGraph.is_cut_short
         FakeGraph.made += 1
+        FakeGraph.is_open = True
 
     def __exit__(self, kind, error, trace):
+        FakeGraph.is_open = False
         if error is not None:
             FakeGraph.is_cut_short = True
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
@@ -130,6 +132,9 @@ class FakeGraph:
 
 class FakeStream:
     device, device_index = torch.device("cpu"), 0
+
+    def synchronize(self):
+        assert not FakeGraph.is_open, "a stream that is recorded can't be waited for"
 
 
 @pytest.fixture
@@ -140,11 +145,11 @@ def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
-    monkeypatch.setattr(graph_step, "_CUT_SHORT", [])
+    monkeypatch.setattr(recorders, "_CUT_SHORT", [])
     monkeypatch.setattr(FakeGraph, "made", 0)
     monkeypatch.setattr(FakeGraph, "pools", [])
     monkeypatch.setattr(FakeGraph, "is_cut_short", False)
-    made = graph_step.CudaGraphs(FakeStream())
+    made = recorders.CudaGraphs(FakeStream())
     made.ended = ended
     return made
 
@@ -159,7 +164,7 @@ def test_a_capture_that_is_cut_short_is_cleared_away(recorder):
         recorder.record(work)
     assert recorder.ended == [("_cuda_endAllocateToPool", 0, 1), ("_cuda_releasePool", 0, 1)]
     assert FakeGraph.made == 2
-    assert len(graph_step._CUT_SHORT) == 1
+    assert len(recorders._CUT_SHORT) == 1
     assert gc.isenabled()
 
 

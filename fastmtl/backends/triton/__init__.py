@@ -167,19 +167,11 @@ def table_replay(*arguments: Any) -> None:
     run(*arguments)
 
 
-def advance(
-    ring: Tensor,
-    step: Tensor,
-    clock: Tensor,
-    now: int,
-    slot: int,
-    numbers: Sequence[float],
-    taken: Tensor | None = None,
-) -> None:
+def advance(ring: Tensor, step: Tensor, clock: Tensor, taken: Tensor | None = None) -> None:
     """See :func:`fastmtl.backends.triton.optimizer.advance`."""
     from .optimizer import advance as run
 
-    run(ring, step, clock, now, slot, numbers, taken)
+    run(ring, step, clock, taken)
 
 
 def note_losses(*arguments: Any) -> None:

@@ -183,10 +183,10 @@ def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) 
     if spec.output_layer:
         return layers.add_up_heads(head_bwd(grad, last, d, params))[0]
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    if kept.soft is None:
+    if kept.share is None:
         layers.add_up(at, experts_bwd(grad, last, d))
         return []
-    _mixed, part, gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.soft)
+    part, gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.share)
     layers.add_up(at, part)
     layers.add_up_gates(gate_part)
     return []

@@ -28,7 +28,7 @@ class Saved(NamedTuple):
         stat: each hidden layer's ``[4, pitch]``.
         weight: each hidden layer's weight as the products read it.
         h: the activations of each hidden layer but the last, ``[B, pitch]``.
-        soft: ``[2, n_gates2, B]``, each gate's largest logit and sum of exponentials.
+        share: ``[B, columns of the gates]`` fp32, their softmax.
         seed: of the dropout.
     """
 
@@ -36,12 +36,12 @@ class Saved(NamedTuple):
     stat: tuple[Tensor, ...]
     weight: tuple[Tensor, ...]
     h: tuple[Tensor, ...]
-    soft: Tensor | None
+    share: Tensor | None
     seed: Tensor | None
 
     def flatten(self) -> tuple[Tensor, ...]:
         """As the tensors that autograd keeps."""
-        extra = (self.soft, self.seed)
+        extra = (self.share, self.seed)
         return (*self.z, *self.stat, *self.weight, *self.h, *(tensor for tensor in extra if tensor is not None))
 
     @classmethod
@@ -49,8 +49,8 @@ class Saved(NamedTuple):
         """The inverse of :meth:`flatten`."""
         n, rest = len(spec.dims), iter(tensors)
         z, stat, weight, h = (tuple(itertools.islice(rest, many)) for many in (n, n, n, n - 1))
-        soft = next(rest) if spec.gates else None
-        return cls(z, stat, weight, h, soft, next(rest) if drops(spec, training) else None)
+        share = next(rest) if spec.gates else None
+        return cls(z, stat, weight, h, share, next(rest) if drops(spec, training) else None)
 
 
 def drops(spec: ExpertGateSpec, training: bool) -> bool:
@@ -85,8 +85,8 @@ def expert_gate_fwd(
     if spec.output_layer:
         out = head(last, params)
     elif spec.gates:
-        out, soft = mix(last, layers[0], layer_plan(spec, x.device))
-        saved = saved._replace(soft=soft)
+        out, share = mix(last, layers[0], layer_plan(spec, x.device))
+        saved = saved._replace(share=share)
     else:
         out = experts(last)
     return out, saved.flatten()

@@ -25,7 +25,6 @@ from .hidden import Hidden
 from .launch import cdiv, launch, power_of_two
 from .layer_plan import LayerPlan
 from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
-from .rebuilt import Mixed
 
 
 @triton.jit
@@ -316,8 +315,8 @@ def _tail(
 
 
 def mix_bwd(
-    grad: Tensor, hidden: Hidden, d: Tensor | None, first: Hidden, first_d: Tensor, plan: LayerPlan, share: Tensor
-) -> tuple[Mixed, Tensor, Tensor]:
+    grad: Tensor, hidden: Hidden, d: Tensor, first: Hidden, first_d: Tensor, plan: LayerPlan, share: Tensor
+) -> tuple[Tensor, Tensor]:
     """From the gradient ``[G, B, H]`` of the mixed experts and the gates' softmax ``share [B, columns of the gates]``
     to D of the last hidden layer (written where there is a ``d [B, pitch]``: then dz is
     ``scale * (d - shift - slope * (z - mean))`` with what batch_norm.add_up makes of the sums) and of the gates (in
@@ -352,7 +351,7 @@ def mix_bwd(
         BLOCK_B=config.block_b,
         BLOCK_C=block_c,
     )
-    return Mixed(grad, share, plan), part, gate_part
+    return part, gate_part
 
 
 def head_bwd(grad: Tensor, hidden: Hidden, d: Tensor, params: ExpertGateParams) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..updates import STEP_FIELDS, Update, behind_on, check_gradients, check_range, check_update
+from ..updates import Update, behind_on, check_gradients, check_range, check_update
 from . import configs
 from .embedding_index import Rows
 from .launch import cdiv, launch
@@ -89,28 +89,16 @@ def table_rows_kernel(
     tl.store(Last_ptr + row, tl.zeros_like(last) + now, mask=live)
 
 
-@triton.jit(do_not_specialize=["slot", "now"])
-def advance_kernel(
-    Ring_ptr, Step_ptr, Clock_ptr, Taken_ptr, now, slot, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr
-):
-    """The numbers of the step that begins, by value: nothing on the host has to live until the device reads it."""
+@triton.jit
+def advance_kernel(Ring_ptr, Step_ptr, Clock_ptr, Taken_ptr, n_kept):
+    """One program: the step that begins is the clock's next."""
+    now = tl.load(Clock_ptr) + 1
+    field = tl.arange(0, 16)
+    numbers = tl.load(Ring_ptr + (now - 1) % n_kept * 9 + field, mask=field < 9, other=0.0)
+    tl.debug_barrier()  # all threads have read the clock
+    tl.store(Step_ptr + field, numbers, mask=field < 9)
     tl.store(Clock_ptr, now)
     tl.store(Taken_ptr, now)
-    _store_step(Ring_ptr + slot * 9, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
-    _store_step(Step_ptr, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr)
-
-
-@triton.jit
-def _store_step(to, l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr):
-    tl.store(to, l2)
-    tl.store(to + 1, shrink)
-    tl.store(to + 2, keep)
-    tl.store(to + 3, fresh)
-    tl.store(to + 4, fresh_square)
-    tl.store(to + 5, ahead)
-    tl.store(to + 6, root)
-    tl.store(to + 7, eps)
-    tl.store(to + 8, neg_lr)
 
 
 @triton.jit
@@ -284,27 +272,16 @@ def update_arguments(update: Update | None, other: Tensor) -> dict[str, Any]:
     }
 
 
-def advance(
-    ring: Tensor,
-    step: Tensor,
-    clock: Tensor,
-    now: int,
-    slot: int,
-    numbers: Sequence[float],
-    taken: Tensor | None = None,
-) -> None:
-    """Write a step's numbers into ``ring[slot]`` and ``step``, its number into the clock.
+def advance(ring: Tensor, step: Tensor, clock: Tensor, taken: Tensor | None = None) -> None:
+    """Begin the step behind the clock's: its number into the clock, its numbers into ``step``. Which it is is read
+    on the device, so that this can be part of a CUDA graph.
 
     Args:
-        ring: ``[n_kept, 9]`` float32.
+        ring: ``[n_kept, 9]`` float32, contiguous; step s, from 1, is in row ``(s - 1) % n_kept``.
         step: ``[9]`` float32.
         clock: ``[1]`` int32.
-        now: the step's number.
-        slot: a row of the ring.
-        numbers: as many as there are fields.
         taken: ``[1]`` int32, becomes the number too: that of the step which the backward takes.
     """
-    named = dict(zip(STEP_FIELDS, map(float, numbers), strict=True))
     launch(
         advance_kernel,
         (1,),
@@ -313,7 +290,5 @@ def advance(
         Step_ptr=step,
         Clock_ptr=clock,
         Taken_ptr=clock if taken is None else taken,
-        now=now,
-        slot=slot,
-        **named,
+        n_kept=len(ring),
     )

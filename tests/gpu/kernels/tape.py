@@ -14,7 +14,7 @@ from fastmtl.backends.triton import launch as launching
 
 
 class Tape(TorchDispatchMode):
-    """A :class:`fastmtl.trainers.graph_step.Recorder`: numbers that come from Python stay what they were when recorded,
+    """A :class:`fastmtl.trainers.recorders.Recorder`: numbers that come from Python stay what they were when recorded,
     results go where they went then, and a number that is read from a tensor, or made into one, can't be recorded.
 
     Recording runs the work once; the first replay then is that run.

@@ -7,7 +7,7 @@ import torch
 from trainer_cases import make_loader, train
 
 from fastmtl import backend as backends
-from fastmtl.trainers import device_epoch, graph_step
+from fastmtl.trainers import device_epoch, graph_step, recorders
 from fastmtl.trainers.device_epoch import DeviceEpochs
 from fastmtl.trainers.slots import Slots
 from fastmtl.trainers.streams import CudaStreams
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 def test_a_refused_capture_leaves_torch_whole(device):
     """Its allocator, its random numbers, and the next capture."""
     streams = CudaStreams(device)
-    graphs = graph_step.CudaGraphs(streams.main)
+    graphs = recorders.CudaGraphs(streams.main)
     place = torch.zeros(4, device=device)
 
     def refused():

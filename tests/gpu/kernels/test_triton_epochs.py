@@ -12,9 +12,12 @@ from trainer_cases import SETTINGS, train
 def test_replayed_epochs_train_what_plain_steps_train(optimizer, seed, device, tmp_path, monkeypatch):
     losses, weights, trainer = train(seed, "triton", device, tmp_path, "exact", optimizer)
     assert trainer._epochs._graphs.n_recorded == 3  # two places for whole batches, one for the last
+    whole, _ = trainer._epochs._slots._shapes.values()
+    assert all(slot._replay is not None for slot in whole.slots)
     assert type(trainer.optimizer).__name__ == SETTINGS[optimizer][0].__name__
     with monkeypatch.context() as patch:
         patch.setattr("fastmtl.trainers.graph_step.WARM_UPS", (10**9, 1))
+        patch.setattr("fastmtl.trainers.recorders.Recordings.record", lambda *_: None)
         plain, same, unrecorded = train(seed, "triton", device, tmp_path, "exact", optimizer)
     assert unrecorded._epochs._graphs.n_recorded == 0
     assert torch.equal(losses, plain)
