@@ -88,6 +88,16 @@ EMBEDDING = EmbeddingConfig()
 
 
 @dataclass(frozen=True)
+class Gemm:
+    """A tile of a product: ``block_m`` by ``block_n``, ``block_k`` of the summed axis at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class Rows:
     """A block of batch rows times units; ``run`` rows a program where it leaves sums behind."""
 
@@ -140,13 +150,25 @@ class GemmConfig:
 
     cap: int = 1 << 30
 
-    def columns(self, n_rows: int, pitch: int, units: int) -> Rows:
-        """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns: runs long enough
-        to leave few pieces, short enough for every multiprocessor to have several."""
+    def columns(self, n_rows: int, pitch: int, units: int, elements: int) -> Rows:
+        """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns and about so many
+        elements: runs long enough to leave few pieces, short enough for every multiprocessor to have several."""
         block_h = min(power_of_two(units, 16), 128)
-        block_b = min(4096 // block_h, self.cap)
+        block_b = min(elements // block_h, self.cap)
         run = n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS)
-        return Rows(block_b, block_h, min(max(power_of_two(run), 2 * block_b), 16 * block_b), Warps(4))
+        return Rows(block_b, block_h, min(max(power_of_two(run), 2 * block_b), max(512, 2 * block_b)), Warps(4))
+
+    def wgrad(self, width: int, n_in: int) -> Gemm:
+        """Of a split product for weights ``[width, n_in]``."""
+        m, n = (min(power_of_two(side, 16), 128, max(self.cap, 16)) for side in (width, n_in))
+        return Gemm(m, n, min(64, max(self.cap, 16)), Warps(8 if m * n >= 128 * 128 else 4, 3))
+
+    def split_rows(self, n_rows: int, n_tiles: int, block_k: int, pitch: int) -> int:
+        """Batch rows of one split, so that ``n_tiles`` fill the machine about twice, and rows ``pitch`` elements apart
+        are found by offsets of 32 bits."""
+        splits = min(max(2 * PROGRAMS // n_tiles, 1), cdiv(n_rows, 4 * block_k))
+        splits = max(splits, cdiv(n_rows * pitch, 2**30))
+        return round_up(cdiv(n_rows, splits), block_k)
 
     def reduction(self) -> Reduction:
         """Of the pieces that the row tiles leave."""

@@ -71,8 +71,10 @@ class LayerPlan:
         return make(rows, self.pitch[layer], dtype=torch.float32, device=self.device)
 
     def like(self, z: Tensor, layer: int) -> Tensor:
-        """A buffer of a layer's shape, all columns but those that pad gates to be written: those are 0."""
-        return (torch.zeros_like if self._is_padded(layer) else torch.empty_like)(z)
+        """A buffer of a layer's shape for D: what pads a gate is written with it, what lies between experts and gates
+        by nobody, and is 0."""
+        has_gap = layer == 0 and bool(self.spec.gates) and self.gate_start[0] != self.columns[0]
+        return (torch.zeros_like if has_gap else torch.empty_like)(z)
 
     def _is_padded(self, layer: int) -> bool:
         gates = self.spec.gate_rows if layer == 0 else 0

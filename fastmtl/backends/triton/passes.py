@@ -1,7 +1,7 @@
 """Passes over a hidden layer's buffers between its products: the pieces of z's statistics, and dz.
 
-expert_gate_pieces_kernel: mean and M2 (sum of squared distances from it) of each column over a run of rows, by
-Welford's update in each of a block's rows and one merge at the end; batch_norm.py merges the runs.
+expert_gate_pieces_kernel: mean and M2 (sum of squared distances from it) of each column over a run of rows;
+batch_norm.py merges the runs.
 expert_gate_dz_kernel: the gradient of z from z and D, that of the BatchNorm's output, or from the gradient of the
 activations, which is turned into D on the way.
 
@@ -40,17 +40,27 @@ def expert_gate_pieces_kernel(
     inside = c < aligned(pitch, ALIGN)
     first_row = run.to(tl.int64) * run_rows
     n_live = tl.minimum(n_rows - first_row, run_rows).to(tl.int32)
-    z_rows = Z_ptr + first_row * aligned(pitch, ALIGN)
-    mean = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    m2 = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    for start in range(0, n_live, BLOCK_B):
-        live = start + m < n_live
-        at = z_rows + (start + m)[:, None] * aligned(pitch, ALIGN) + c[None, :]
-        z = tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        apart = tl.where(live[:, None], z - mean, 0.0)
-        mean += apart * (1.0 / (start // BLOCK_B + 1))
-        m2 += apart * tl.where(live[:, None], z - mean, 0.0)
+    at = Z_ptr + first_row * aligned(pitch, ALIGN) + m[:, None] * aligned(pitch, ALIGN) + c[None, :]
+    step = BLOCK_B * aligned(pitch, ALIGN)
+    # about each block row's first number, which is one of those that are added: at most as much cancels as there are
+    about = tl.load(at, mask=(m < n_live)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    square = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    n_whole = n_live // BLOCK_B
+    for _ in range(n_whole):
+        apart = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) - about
+        total += apart
+        square += apart * apart
+        at += step
+    if n_whole * BLOCK_B < n_live:
+        left = (m < n_live - n_whole * BLOCK_B)[:, None]
+        z = tl.load(at, mask=left & inside[None, :], other=0.0).to(tl.float32)
+        apart = tl.where(left, z - about, 0.0)
+        total += apart
+        square += apart * apart
     count = tl.maximum((n_live - m + BLOCK_B - 1) // BLOCK_B, 0).to(tl.float32)[:, None]
+    mean = about + total / tl.maximum(count, 1.0)
+    m2 = square - total * (total / tl.maximum(count, 1.0))
     whole = tl.sum(mean * count, axis=0) / n_live.to(tl.float32)
     apart = tl.where(count > 0, mean - whole[None, :], 0.0)
     part = Part_ptr + run.to(tl.int64) * 2 * pitch + c
@@ -124,7 +134,7 @@ def expert_gate_dz_kernel(
 def pieces(z: Tensor) -> tuple[Tensor, int]:
     """Mean and M2 of each column over runs of the batch, ``[runs, 2, pitch]``, and the rows of a run."""
     n_rows, pitch = z.shape
-    config = configs.GEMM.columns(n_rows, pitch, pitch)
+    config = configs.GEMM.columns(n_rows, pitch, pitch, 2048)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, 2, pitch, dtype=torch.float32, device=z.device)
     launch(
@@ -153,7 +163,7 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
     """
     n_rows, pitch = d.shape
     n_experts, units = hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.columns(n_rows, pitch, units)
+    config = configs.GEMM.columns(n_rows, pitch, units, 4096)
     n_blocks = n_experts * cdiv(units, config.block_h) + cdiv(pitch - n_experts * units, config.block_h)
     out = torch.empty_like(d)
     nothing = {"ACT": "linear", "DROPOUT": False}

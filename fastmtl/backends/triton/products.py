@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...spec import ExpertGateParams
+from . import wgrad
 from .launch import round_up
 from .layer_plan import Block, LayerPlan
 from .precision import Precision
@@ -65,7 +66,11 @@ def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int) -> Tenso
     """dW ``[columns, I]`` fp32, its rows as :func:`first_weight` has them; rows that pad are not all written."""
     dw = torch.empty(plan.pitch[layer], h.shape[2], dtype=torch.float32, device=h.device)
     for block in plan.blocks(layer):
-        product(_columns(dz, block).transpose(1, 2), _sources(h, block), _rows(dw, block))
+        columns, sources, rows = _columns(dz, block), _sources(h, block), _rows(dw, block)
+        if wgrad.is_for(columns):
+            wgrad.wgrad(columns, sources, rows)
+        else:
+            product(columns.transpose(1, 2), sources, rows)
     return dw
 
 
