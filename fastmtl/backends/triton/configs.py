@@ -236,8 +236,8 @@ class GemmConfig:
         """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
         expert; ``dropped``: some are dropped, which takes registers, too."""
         block_h = self._units(units, whole)
-        elements = max(8192 // max(power_of_two(gates), 4) // (1 + (whole or dropped)), 256)
-        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4))
+        elements = max(16384 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(8))
 
     def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
         """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold

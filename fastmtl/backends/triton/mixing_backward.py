@@ -29,6 +29,20 @@ from .rebuilt import Mixed
 
 
 @triton.jit
+def _rows(
+    z_run, dy_runs, members, at_z, at_dy, m, inside, start, n_here, pitch, stride_db, GATES: tl.constexpr
+):  # fmt: skip
+    """Rows ``start + m`` of a run: z, and dy of each gate that mixes the expert."""
+    live = m < n_here - start
+    z = tl.load(z_run + (start * pitch + at_z), mask=live[:, None] & inside[None, :], other=0.0)
+    dys = ()
+    for g in tl.static_range(GATES):
+        there = (live & (members[g] >= 0))[:, None] & inside[None, :]
+        dys += (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
+    return z, dys
+
+
+@triton.jit
 def expert_gate_tail_kernel(
     Dy_ptr,  # by expert (gate where MIX), row, unit; [B, E] where HEAD
     Z_ptr,  # [B, pitch]
@@ -119,21 +133,20 @@ def expert_gate_tail_kernel(
     dy_runs = ()
     if MIX:
         for g in tl.static_range(GATES):
-            members = members + (tl.load(Members_ptr + e * GATES2 + g),)
-            dy_runs = dy_runs + (dy_run + g * tl.cast(stride_de, tl.int64),)
+            members += (tl.load(Members_ptr + e * GATES2 + g),)
+            dy_runs += (dy_run + g * tl.cast(stride_de, tl.int64),)
+    next_z, next_dys = _rows(z_run, dy_runs, members, at_z, at_dy, m, inside, 0, n_here, pitch, stride_db, GATES)
     for start in range(0, n_here, BLOCK_B):
         live = m < n_here - start
         mask = live[:, None] & inside[None, :]
-        z = tl.load(z_run + (start * pitch + at_z), mask=mask, other=0.0)
-        dys = ()
+        z, dys = next_z, next_dys
+        next_z, next_dys = _rows(
+            z_run, dy_runs, members, at_z, at_dy, m, inside, start + BLOCK_B, n_here, pitch, stride_db, GATES
+        )  # on their way while these are worked on
         shares = ()
-        if MIX:  # all that is read is asked for first
-            for g in tl.static_range(GATES):
-                mixes = live & (members[g] >= 0)
-                at_gate = (start + m) * n_gate_columns + members[g]
-                there = mixes[:, None] & inside[None, :]
-                shares = shares + (tl.load(share_run + at_gate, mask=mixes, other=0.0),)
-                dys = dys + (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
+        for g in tl.static_range(GATES):
+            at_gate = (start + m) * n_gate_columns + members[g]
+            shares += (tl.load(share_run + at_gate, mask=live & (members[g] >= 0), other=0.0),)
         centred = z.to(tl.float32) - mean
         y = centred * scale + beta
         if DROPOUT:
