@@ -154,7 +154,7 @@ class GemmConfig:
 
     def softmax(self, columns: int, n_rows: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts and ``n_rows`` of the batch."""
-        block_b = min(max(1024 // columns, 1), 128, self.cap)
+        block_b = min(max(512 // columns, 1), 64, self.cap)
         return Rows(block_b, columns, self._run(n_rows, 1, block_b), Warps(4))
 
     def _run(self, n_rows: int, programs: int, block_b: int) -> int:

@@ -75,7 +75,7 @@ def expert_gate_mix_kernel(
         at_share = m[:, None] * n_gate_columns + (column - first_gate_column)[None, :]
         tl.store(of_rows + at_share, share, mask=there)
     tl.debug_barrier()  # what other threads of the program have written of the softmax
-    sums = ()
+    sums: tl.tuple = ()
     for _g in tl.static_range(GATES):
         sums += (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
     z_rows = Z_ptr + first_row * pitch
@@ -93,7 +93,7 @@ def expert_gate_mix_kernel(
         if DROPOUT:
             keep = kept(Seed_ptr, first_row + m, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
             a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
-        mixed = ()
+        mixed: tl.tuple = ()
         for g in tl.static_range(GATES):
             member = tl.load(Members_ptr + e * GATES2 + g)
             at = m * n_gate_columns + (member - first_gate_column)

@@ -35,7 +35,7 @@ def _rows(
     """Rows ``start + m`` of a run: z, and the READ blocks of dy, those of gates that mix the expert."""
     live = m < n_here - start
     z = tl.load(z_run + (start * pitch + at_z), mask=live[:, None] & inside[None, :], other=0.0)
-    dys = ()
+    dys: tl.tuple = ()
     for g in tl.static_range(READ):
         there = (live & (members[g] >= 0))[:, None] & inside[None, :]
         dys += (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
@@ -128,8 +128,8 @@ def expert_gate_tail_kernel(
     share_run = Share_ptr + run_row * n_gate_columns - first_gate_column
     dg_run = Dg_ptr + (tl.cast(n_rows, tl.int64) * block + run_row) * n_gate_columns - first_gate_column
     READ: tl.constexpr = GATES if MIX else (0 if HEAD else 1)
-    members = ()
-    dy_runs = ()
+    members: tl.tuple = ()
+    dy_runs: tl.tuple = ()
     for g in tl.static_range(READ):
         members += (tl.load(Members_ptr + e * GATES2 + g) if MIX else e,)
         dy_runs += (dy_run + (g if MIX else e) * tl.cast(stride_de, tl.int64),)
@@ -141,7 +141,7 @@ def expert_gate_tail_kernel(
         next_z, next_dys = _rows(
             z_run, dy_runs, members, at_z, at_dy, m, inside, start + BLOCK_B, n_here, pitch, stride_db, READ
         )  # on their way while these are worked on
-        shares = ()
+        shares: tl.tuple = ()
         for g in tl.static_range(GATES):
             at_gate = (start + m) * n_gate_columns + members[g]
             shares += (tl.load(share_run + at_gate, mask=live & (members[g] >= 0), other=0.0),)
