@@ -176,7 +176,7 @@ class GemmConfig:
 
     def softmax(self, columns: int, n_rows: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts and ``n_rows`` of the batch."""
-        block_b = min(max(1024 // columns, 1), 128, self.cap)
+        block_b = min(max(512 // columns, 1), 64, self.cap)
         return Rows(block_b, columns, self._run(n_rows, 1, block_b), Warps(4))
 
     def _run(self, n_rows: int, programs: int, block_b: int) -> int:
@@ -223,8 +223,8 @@ class GemmConfig:
         """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
         expert; ``dropped``: some are dropped, which takes registers, too."""
         block_h = self._units(units, whole)
-        elements = max(8192 // max(power_of_two(gates), 4) // (1 + (whole or dropped)), 256)
-        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4))
+        elements = max(16384 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(8))
 
     def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
         """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold

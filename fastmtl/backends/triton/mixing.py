@@ -75,22 +75,30 @@ def expert_gate_mix_kernel(
         at_share = m[:, None] * n_gate_columns + (column - first_gate_column)[None, :]
         tl.store(of_rows + at_share, share, mask=there)
     tl.debug_barrier()  # what other threads of the program have written of the softmax
-    sums = ()
+    sums: tl.tuple = ()
     for _g in tl.static_range(GATES):
-        sums = sums + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
+        sums += (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
+    z_rows = Z_ptr + first_row * pitch
+    at_z = m[:, None] * pitch + h[None, :]
+    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
     for e in range(n_experts):
+        z = following  # the next expert's is on its way meanwhile
+        following = tl.load(z_rows + (at_z + (e + 1) * n_units), mask=mask & (e + 1 < n_experts), other=0.0)
         c = e * n_units + h
-        _centred, y = normalise(Z_ptr, Stat_ptr, first_row, m, live, c, inside, pitch)
+        mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
+        scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
+        beta = tl.load(Stat_ptr + 3 * pitch + c, mask=inside, other=0.0)[None, :]
+        y = (z.to(tl.float32) - mean) * scale + beta
         a = activate(y, learned_scalar(Alpha_ptr, e, ACT), inside[None, :], n_units, ACT)
         if DROPOUT:
             keep = kept(Seed_ptr, first_row + m, e, block * BLOCK_H, drop, LAYER, BLOCK_H)
             a = tl.where(keep, a * (1.0 / (1.0 - drop)), 0.0)
-        mixed = ()
+        mixed: tl.tuple = ()
         for g in tl.static_range(GATES):
             member = tl.load(Members_ptr + e * GATES2 + g)
             at = m * n_gate_columns + (member - first_gate_column)
             weight = tl.load(of_rows + at, mask=live & (member >= 0), other=0.0)
-            mixed = mixed + (sums[g] + weight[:, None] * a,)
+            mixed += (sums[g] + weight[:, None] * a,)
         sums = mixed
     at_y = m[:, None] * n_units + h[None, :]
     for g in tl.static_range(GATES):

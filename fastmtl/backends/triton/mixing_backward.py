@@ -28,6 +28,20 @@ from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
 
 
 @triton.jit
+def _rows(
+    z_run, dy_runs, members, at_z, at_dy, m, inside, start, n_here, pitch, stride_db, READ: tl.constexpr
+):  # fmt: skip
+    """Rows ``start + m`` of a run: z, and the READ blocks of dy, those of gates that mix the expert."""
+    live = m < n_here - start
+    z = tl.load(z_run + (start * pitch + at_z), mask=live[:, None] & inside[None, :], other=0.0)
+    dys: tl.tuple = ()
+    for g in tl.static_range(READ):
+        there = (live & (members[g] >= 0))[:, None] & inside[None, :]
+        dys += (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
+    return z, dys
+
+
+@triton.jit
 def expert_gate_tail_kernel(
     Dy_ptr,  # by expert (gate where MIX), row, unit; [B, E] where HEAD
     Z_ptr,  # [B, pitch]
@@ -110,29 +124,26 @@ def expert_gate_tail_kernel(
     z_run = Z_ptr + run_row * pitch
     d_run = D_ptr + run_row * pitch
     dy_run = Dy_ptr + run_row * stride_db
-    if not (HEAD or MIX):
-        dy_run += e.to(tl.int64) * stride_de
     share_run = Share_ptr + run_row * n_gate_columns - first_gate_column
     dg_run = Dg_ptr + (tl.cast(n_rows, tl.int64) * block + run_row) * n_gate_columns - first_gate_column
-    members = ()
-    dy_runs = ()
-    if MIX:
-        for g in tl.static_range(GATES):
-            members = members + (tl.load(Members_ptr + e * GATES2 + g),)
-            dy_runs = dy_runs + (dy_run + g * tl.cast(stride_de, tl.int64),)
+    READ: tl.constexpr = GATES if MIX else (0 if HEAD else 1)
+    members: tl.tuple = ()
+    dy_runs: tl.tuple = ()
+    for g in tl.static_range(READ):
+        members += (tl.load(Members_ptr + e * GATES2 + g) if MIX else e,)
+        dy_runs += (dy_run + (g if MIX else e) * tl.cast(stride_de, tl.int64),)
+    next_z, next_dys = _rows(z_run, dy_runs, members, at_z, at_dy, m, inside, 0, n_here, pitch, stride_db, READ)
     for start in range(0, n_here, BLOCK_B):
         live = m < n_here - start
         mask = live[:, None] & inside[None, :]
-        z = tl.load(z_run + (start * pitch + at_z), mask=mask, other=0.0)
-        dys = ()
-        shares = ()
-        if MIX:  # all that is read is asked for first
-            for g in tl.static_range(GATES):
-                mixes = live & (members[g] >= 0)
-                at_gate = (start + m) * n_gate_columns + members[g]
-                there = mixes[:, None] & inside[None, :]
-                shares = shares + (tl.load(share_run + at_gate, mask=mixes, other=0.0),)
-                dys = dys + (tl.load(dy_runs[g] + (start * stride_db + at_dy), mask=there, other=0.0),)
+        z, dys = next_z, next_dys
+        next_z, next_dys = _rows(
+            z_run, dy_runs, members, at_z, at_dy, m, inside, start + BLOCK_B, n_here, pitch, stride_db, READ
+        )  # on their way while these are worked on
+        shares: tl.tuple = ()
+        for g in tl.static_range(GATES):
+            at_gate = (start + m) * n_gate_columns + members[g]
+            shares += (tl.load(share_run + at_gate, mask=live & (members[g] >= 0), other=0.0),)
         centred = z.to(tl.float32) - mean
         y = centred * scale + beta
         if DROPOUT:
@@ -168,7 +179,7 @@ def expert_gate_tail_kernel(
             dh = dy[:, None] * head
             sum_weight += dy[:, None] * a
         else:
-            dh = tl.load(dy_run + (start * stride_db + at_dy), mask=mask, other=0.0).to(tl.float32)
+            dh = dys[0].to(tl.float32)
         if DROPOUT:
             dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
