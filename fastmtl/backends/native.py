@@ -310,3 +310,14 @@ def expert_gate_bwd(
         spec.dropout if dropped else 0.0, seed, needs_x,
     )  # fmt: skip
     return (grads.pop() if needs_x else None), grads
+
+
+def shuffle_ahead(order: Tensor, begin: int, draws: Tensor) -> None:
+    """Take some steps of a shuffle; entries before the last of them do not change any more.
+
+    Args:
+        order: ``[n]`` int32 or int64, 0 to n - 1 before the first step.
+        begin: steps taken so far.
+        draws: ``[steps]`` int64, 32 random bits each.
+    """
+    _ops.shuffle_ahead.default(order, begin, draws)

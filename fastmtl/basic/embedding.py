@@ -203,6 +203,10 @@ class EmbeddingLayer(BatchedModule):
             self._check_dense(dense_values, x, group)
         return _join(ids), columns, dense_values
 
+    def pieces_in_use(self) -> list[Any]:
+        """What holds the tensors that :meth:`inputs` reads beside batches; who replays its launches must keep it."""
+        return list(self._pieces.values())
+
     def _pieces_of(self, x: ColumnBatch, key: tuple[str, ...], group: _Group) -> tuple[list[_Piece], list[_Piece]]:
         """How the columns of ids and of dense values are taken from batches of ``x``'s layout; kept for the next."""
         device = x.blocks[0].device if x.blocks else None
@@ -216,10 +220,6 @@ class EmbeddingLayer(BatchedModule):
             bags, others = (_plan_pieces(x.layout, features, device) for features in (group.bags, group.dense))
             pieces = kept[place] = bags, others
         return pieces
-
-    def pieces_in_use(self) -> list[Any]:
-        """What holds the tensors that :meth:`inputs` reads beside batches; who replays its launches must keep it."""
-        return list(self._pieces.values())
 
     def _columns(self, x: Mapping[str, Tensor], ids: list[Tensor], group: _Group) -> tuple[int, ...] | None:
         """F + 1 offsets of the bags' id columns; None where a concatenated sequence must be padded first."""

@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from ..errors import BadDataError, ConfigError
 from .datasets import PredictDataset, TorchDataset
 from .schema import Schema
+from .shuffle import Shuffle
 
 __all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
 
@@ -99,8 +100,7 @@ class ColumnLoader(DataLoader):
         What is drawn from torch's random numbers, and when, is what an iteration over the batches draws.
 
         Args:
-            dtype: of an order that is drawn here, int32 or int64: the same numbers, in half the time. Numbers that come
-                from elsewhere are int64.
+            dtype: of an order that is drawn here, int32 or int64. Numbers that come from elsewhere are int64.
         """
         # torch's iterator draws its workers' seed when it is made; ours must leave the same random state behind.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
@@ -126,9 +126,9 @@ class ColumnLoader(DataLoader):
                 yield slice(start, min(start + step, end))
         elif _is_plain(sampler):
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+            order = Shuffle(n, seed, dtype)
             for start in range(0, end, step):
-                yield order[start : min(start + step, end)]
+                yield order.rows(start, min(start + step, end))
         else:
             for indices in BatchSampler(sampler, step, self.drop_last):
                 yield torch.as_tensor(indices, dtype=torch.int64)

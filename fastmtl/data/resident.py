@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..basic.batch import ColumnBatch, Layout
 from ..errors import ConfigError
+from . import shuffle
 from .columns import to_tensor
 from .datasets import PredictDataset, TorchDataset
 from .loader import ColumnLoader
@@ -24,8 +25,8 @@ from .schema import ColumnInfo, Schema
 BUDGET = 0.5
 #: Rows that are narrowed and sent at a time.
 _CHUNK = 1 << 20
-#: Row numbers that are sent at a time.
-_PIECE = 1 << 18
+#: Row numbers that are sent at a time: as many as are drawn.
+PIECE = shuffle.PIECE
 #: Shape and dtype of each tensor of a batch.
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
@@ -157,7 +158,7 @@ class ResidentLoader:
     def _numbers_on_device(self, cut: Iterator[Tensor | slice]) -> Iterator[Tensor | slice]:
         """Row numbers go to the device some batches at a time, where the epoch's order is known when it begins: a copy
         for each batch costs the host more than the batch's step."""
-        at_once = _PIECE if self.loader.draws_at_once else 1
+        at_once = PIECE if self.loader.draws_at_once else 1
         for first in cut:
             if isinstance(first, slice):
                 yield first

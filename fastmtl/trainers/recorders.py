@@ -58,7 +58,7 @@ class CudaGraphs:
             # thread_local: another thread may pin memory for its batches meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
-            self._stream.synchronize()  # torch has written its generator's place here, which other streams' graphs read
+            torch.cuda.synchronize()  # torch has written its generator's place, which graphs on other streams read
         except RuntimeError as error:
             self._mend(graph)
             raise RuntimeError(str(_first(error))) from error

@@ -129,12 +129,13 @@ class FakeGraph:
             FakeGraph.is_cut_short = True
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
 
+    @staticmethod
+    def wait():
+        assert not FakeGraph.is_open, "a stream that is recorded can't be waited for"
+
 
 class FakeStream:
     device, device_index = torch.device("cpu"), 0
-
-    def synchronize(self):
-        assert not FakeGraph.is_open, "a stream that is recorded can't be waited for"
 
 
 @pytest.fixture
@@ -143,6 +144,7 @@ def recorder(monkeypatch):
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *a, name=name: ended.append((name, *a)), raising=False)
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", FakeGraph.wait)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
     monkeypatch.setattr(recorders, "_CUT_SHORT", [])

@@ -150,7 +150,7 @@ def test_where_recording_is_refused_batches_are_cut_as_they_are(is_quiet, seed, 
 @pytest.mark.parametrize("piece", [1, 40, 10**6])
 def test_numbers_are_sent_in_pieces(piece, seed, monkeypatch):
     """A batch's lie next to each other whatever the pieces are."""
-    monkeypatch.setattr("fastmtl.data.resident._PIECE", piece)
+    monkeypatch.setattr("fastmtl.data.resident.PIECE", piece)
     loader = ColumnLoader(dataset(seed), 16, shuffle=True)
     torch.manual_seed(seed)
     right = list(loader.row_batches())

@@ -1,5 +1,6 @@
 """What only a GPU shows of the trainer's step: captures, the waits that there are not, and the host's share."""
 
+import contextlib
 import os
 
 import pytest
@@ -97,10 +98,35 @@ def test_steps_wait_for_nothing(kind, update, seed, device, tmp_path, monkeypatc
     monkeypatch.setattr(DeviceEpochs, "step", watched(step))
     monkeypatch.setattr(Slots, "fill", watched(fill))
     with backends.use_backend("triton"):
-        for _ in range(4):
+        for _ in range(5):
             trainer.train_one_epoch(loader)
+        slots = [slot for shape in trainer._epochs._slots._shapes.values() for slot in shape.slots]
+        assert all(slot._replay is not None for slot in slots)
+        for slot in slots:
+            slot._replay = None
+        monkeypatch.setattr(recorders.Recordings, "record", lambda *_: None)
         monkeypatch.setattr(graph_step, "WARM_UPS", (10**9, 1))
         trainer._epochs._graphs._recordings.clear()
         monkeypatch.setattr(type(trainer._epochs._graphs), "n_recorded", 4)
         trainer.train_one_epoch(loader)
-    assert taken.count(4) == 8 + 8
+    assert taken.count(4) == 16 + 8
+
+
+@pytest.mark.parametrize("late", ["steps", "fills"])
+def test_streams_wait_for_each_other(late, seed, device, tmp_path, monkeypatch):
+    """One of them is held up before each piece of its work, so that the other would overtake it."""
+    right, weights, _ = train(seed, "triton", device, tmp_path, "exact", epochs=4)
+    owner, name = (DeviceEpochs, "step") if late == "steps" else (Slots, "fill")
+    inner = getattr(owner, name)
+
+    def held_up(self, given):
+        with self.streams.beside() if late == "fills" else contextlib.nullcontext():
+            torch.cuda._sleep(5_000_000)
+        return inner(self, given)
+
+    monkeypatch.setattr(owner, name, held_up)
+    losses, same, trainer = train(seed, "triton", device, tmp_path, "exact", epochs=4)
+    assert trainer._epochs._graphs.n_recorded == 4
+    assert torch.equal(losses, right)
+    for key, value in weights.items():
+        assert torch.equal(value, same[key]), key
