@@ -53,7 +53,7 @@ def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
     kernel = {(2,): lambda **arguments: events.append(arguments["X_ptr"])}
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     launching.launch(kernel, (2,), launching.Warps(), n=3, X_ptr=tensor)
-    monkeypatch.setattr(launching, "_several_gpus", lambda: True)
+    monkeypatch.setattr(launching, "several_gpus", lambda: True)
     launching.launch(kernel, (2,), launching.Warps(), n=3, X_ptr=tensor)
     assert [event if isinstance(event, str) else type(event) for event in events] == [
         torch.Tensor, tuple, torch.Tensor, "off",

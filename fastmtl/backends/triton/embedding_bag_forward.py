@@ -111,24 +111,28 @@ def embedding_bag_fwd(
     dense: Tensor | None,
     spec: EmbeddingSpec,
     dtype: torch.dtype | None = None,
+    bad: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes; ``dtype``: its own,
-    where it is not the one that autocast says."""
+    """See :func:`fastmtl.ops.embedding_bag`. The rows of the output begin at multiples of 16 bytes.
+
+    ``dtype``: the output's, where it is not the one that autocast says. ``bad``: ``[1]`` int64 where refused ids are
+    noted, for the caller to :func:`check`; None: they raise here, or are told to who is watching.
+    """
     width, n_rows = spec.width(columns), len(ids)
     sample = weights[0] if dense is None else dense
     dtype = autocast_dtype(sample) if dtype is None else dtype
     out = torch.empty(n_rows, round_up(width, 16 // dtype.itemsize), dtype=dtype, device=sample.device)[:, :width]
     if not spec.bags:
         return out if dense is None else out.copy_(dense)
-    bad, watch = None, deferred.active()
-    if any(bag.oov == "raise" for bag in spec.bags):
+    given, watch = bad, deferred.active() if bad is None else None
+    if bad is None and any(bag.oov == "raise" for bag in spec.bags):
         bad = torch.full((1,), NO_POSITION, dtype=torch.int64, device=ids.device) if watch is None else watch.bad
     tables = plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device)
     for t, (weight, table) in enumerate(zip(weights, tables, strict=True)):
         _look_up(weight.contiguous(), ids, dense if t == 0 else None, out, width - spec.n_dense, bad, table)
     if bad is not None and watch is not None:
         _note(watch, ids, columns, spec)
-    elif bad is not None:
+    elif bad is not None and given is None:
         check(bad, ids, columns, spec)
     return out
 

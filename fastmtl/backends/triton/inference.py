@@ -9,19 +9,23 @@ statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
 from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
-from .embedding_bag_forward import embedding_bag_fwd
+from .. import deferred
+from . import configs
+from .embedding_bag_forward import check, embedding_bag_fwd
+from .embedding_plan import plans
 from .expert_gate_forward import expert_gate_fwd
 from .folded import run_folded
-from .launch import generation
+from .launch import generation, noting, repeatable
 from .packing import PackedLayer, PackedTowers, why_not
 from .precision import of_dtype
+from .replay import Replay
 
 
 class _Stage(NamedTuple):
@@ -70,13 +74,53 @@ class Program:
         return PackedProgram(self, torch.bfloat16 if bf16 else torch.float32)
 
 
+class _Refusals:
+    """Refused ids of one lookup. Who asks for them waits for the lookup alone: what was queued behind it goes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bad = torch.full((1,), deferred.NO_POSITION, dtype=torch.int64, device=device)
+        self._seen, self._arrived = self.bad, None
+
+    def post(self) -> None:
+        """The lookup is queued."""
+        if self.bad.is_cuda:
+            self._seen = self.bad.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.current_stream(self.bad.device).record_event()
+
+    def check(self, ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec) -> None:
+        """Raise :class:`BadIdError` for the first, if there is one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        check(self._seen, ids, columns, spec)
+
+
+class _Kept(NamedTuple):
+    """What calls with the same key do: the launches, how many of them are the lookup's, whether refused ids raise,
+    the shape of the result; and whose ids the key has."""
+
+    replay: Replay
+    n_lookups: int
+    raises: bool
+    shape: torch.Size
+    owners: tuple[Any, ...]
+
+
+#: Kinds of calls (batch sizes, mostly) that are kept, and marks for a kind that was seen once, or can't be kept.
+_MOST_KEPT, _ONCE, _NEVER = 256, 1, 2
+
+
 class PackedProgram:
-    """A packed model: constant, and safe to run from many threads at once. Made by :meth:`Program.pack`."""
+    """A packed model: constant, and safe to run from many threads at once. Made by :meth:`Program.pack`.
+
+    From its second call with batches of one size on, a call repeats the launches of the one before (replay.py).
+    """
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.dtype, self._outputs = dtype, program.outputs
         self._n_logits = sum(stage.spec.n_experts for stage in program.stages if stage.spec.output_layer)
         self._runs: list[Callable[[dict[int, Tensor], dict[int, Tensor]], None]] = []
+        self._constants: list[Tensor] = []
+        self._kept: dict[tuple[Any, ...], _Kept | int] = {}
         stages = program.stages
         heads = [stage for stage in stages if stage.spec.output_layer]
         #: Whether the last kernel writes predictions, not logits: all come from one stage, each from one logit.
@@ -90,12 +134,15 @@ class PackedProgram:
         if self._in_kernel:
             is_probability = [kind == "probability" for kind, _, _ in program.outputs]
             self._is_probability = torch.tensor(is_probability, device=heads[0].params.bias[0].device)
+        #: Whether a call is nothing but launches of kernels.
+        self._is_launches_alone = self._in_kernel
         skipped = False
         for stage, follows in zip(stages, [*stages[1:], None], strict=True):
             if skipped:
                 skipped = False
             elif why_not(stage.spec):
                 self._runs.append(self._as_in_training(stage))
+                self._is_launches_alone = False
             else:
                 skipped = (
                     self._can_fuse_towers(stage) and follows is not None and _reads_one_by_one(follows, stage, stages)
@@ -123,6 +170,8 @@ class PackedProgram:
         packed_towers = None
         if towers is not None:
             packed_towers = PackedTowers(towers.spec, towers.params, layer.h2, is_probability, self.dtype)
+        arguments = {**layer.arguments(), **(packed_towers or layer).tower_arguments()}
+        self._constants += [value for value in arguments.values() if isinstance(value, Tensor)]
 
         def run(matrices: dict[int, Tensor], logits: dict[int, Tensor]) -> None:
             x, out = _gathered(stage, matrices), None
@@ -154,8 +203,63 @@ class PackedProgram:
         Raises:
             BadIdError: an id outside its vocabulary whose bag says ``oov="raise"``.
         """
+        if ids is None or len(ids) == 0 or not self._is_launches_alone or not repeatable():
+            return self._run(tables, ids, columns, dense, spec, None)
+        watch = deferred.active()
+        precision = torch.get_float32_matmul_precision() if self.dtype is torch.float32 else ""
+        key = (_kind(ids), columns, dense is not None and _kind(dense), id(spec), id(watch), precision,
+               *map(Tensor.data_ptr, tables))  # fmt: skip
+        kept = self._kept.get(key)
+        if isinstance(kept, _Kept):
+            return self._repeat(kept, ids, columns, dense, spec)
+        if kept is not _ONCE:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept.setdefault(key, _ONCE)
+            return self._run(tables, ids, columns, dense, spec, None)
+        raises = watch is None and any(bag.oov == "raise" for bag in spec.bags)
+        refusals = _Refusals(ids.device) if raises else None
+        with noting() as launches:
+            out = self._run(tables, ids, columns, dense, spec, refusals)
+        given = {"ids": ids, "out": out}
+        given |= {} if dense is None else {"dense": dense}
+        given |= {} if refusals is None else {"bad": refusals.bad}
+        read = plans(spec, columns, configs.EMBEDDING.tiny_vocab, ids.device)
+        constants = [*self._constants, *tables, *(table.slots for table in read)]
+        constants += [] if watch is None else [watch.bad, watch.found]
+        try:
+            made = Replay(launches, given, constants)
+        except ValueError:
+            self._kept[key] = _NEVER
+        else:
+            self._kept[key] = _Kept(made, len(read), raises, out.shape, (spec, watch))
+        return out
+
+    def _repeat(
+        self, kept: _Kept, ids: Tensor, columns: tuple[int, ...], dense: Tensor | None, spec: EmbeddingSpec
+    ) -> Tensor:
+        out = torch.empty(kept.shape, dtype=torch.float32, device=ids.device)
+        given = {"ids": ids, "out": out}
+        if dense is not None:
+            given["dense"] = dense
+        if not kept.raises:
+            kept.replay(given)
+            return out
+        refusals = _Refusals(ids.device)
+        kept.replay({**given, "bad": refusals.bad}, {kept.n_lookups - 1: refusals.post})
+        refusals.check(ids, columns, spec)
+        return out
+
+    def _run(
+        self, tables: list[Tensor], ids: Tensor | None, columns: tuple[int, ...], dense: Tensor | None,
+        spec: EmbeddingSpec, refusals: _Refusals | None,
+    ) -> Tensor:  # fmt: skip
+        """:meth:`run`, described anew."""
         if ids is not None:
-            row = embedding_bag_fwd(tables, ids, columns, dense, spec, self.dtype)
+            bad = None if refusals is None else refusals.bad
+            row = embedding_bag_fwd(tables, ids, columns, dense, spec, self.dtype, bad)
+            if refusals is not None:
+                refusals.post()
         else:
             assert dense is not None
             row = dense.to(self.dtype)
@@ -164,6 +268,8 @@ class PackedProgram:
         matrices, logits = {0: row}, dict[int, Tensor]()
         for stage in self._runs:
             stage(matrices, logits)
+        if refusals is not None and ids is not None:
+            refusals.check(ids, columns, spec)
         if self._in_kernel:
             return logits[-1]
         made = []
@@ -173,6 +279,11 @@ class PackedProgram:
                 one = torch.sigmoid(one)
             made.append(one * torch.sigmoid(logits[b].float()) if kind == "product" else one)
         return torch.stack(made, dim=1)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for tensors that a kernel is compiled and launched for alike."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
 
 
 def _gathered(stage: _Stage, matrices: dict[int, Tensor]) -> Tensor:

@@ -6,10 +6,12 @@ for GPUs that are not there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -56,21 +58,66 @@ class Warps:
         }
 
 
+class Launched(NamedTuple):
+    """A launch that was made, and the kernel that Triton compiled for it (None: the interpreter made it)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: Warps
+    arguments: dict[str, Any]
+    compiled: Any
+
+    def again(self) -> Callable[..., Any]:
+        """What makes such a launch of the kernel's arguments in their order; they must be such as Triton compiles the
+        same kernel for."""
+        if self.compiled is None:
+            return functools.partial(self.kernel[self.grid], **self.warps.options())
+        return self.compiled[(*self.grid, 1, 1)[:3]]
+
+
+class _Notes(threading.local):
+    """What a thread is noting."""
+
+    launches: list[Launched] | None = None
+
+
+_notes = _Notes()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launched]]:
+    """While this lasts the launches that this thread makes are written down."""
+    before, made = _notes.launches, list[Launched]()
+    _notes.launches = made
+    try:
+        yield made
+    finally:
+        _notes.launches = before
+
+
+def repeatable() -> bool:
+    """Whether launches can be noted: they are made at once, on the one GPU."""
+    return recorder is None and not several_gpus()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -> None:
     """Run ``kernel`` on ``grid`` programs, on the GPU of its tensors; an empty grid runs nothing."""
     if 0 in grid:
         return
     if recorder is not None:
         recorder(kernel, grid, warps, arguments)
-    elif _several_gpus():  # Triton launches on the current one, wherever the tensors lie
+    elif several_gpus():  # Triton launches on the current one, wherever the tensors lie
         with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
             kernel[grid](**arguments, **warps.options())
     else:
-        kernel[grid](**arguments, **warps.options())
+        compiled = kernel[grid](**arguments, **warps.options())
+        if _notes.launches is not None:
+            _notes.launches.append(Launched(kernel, grid, warps, arguments, compiled))
 
 
 @functools.cache
-def _several_gpus() -> bool:
+def several_gpus() -> bool:
+    """Whether the current GPU need not be that of a tensor."""
     return torch.cuda.device_count() > 1
 
 
