@@ -16,7 +16,6 @@
 
 #include <cfloat>
 #include <cmath>
-#include <limits>
 
 #include "cuda/rules.h"
 
@@ -49,6 +48,7 @@ struct alignas(16) QuickStep {
 };
 
 constexpr float kFar = 0x1p48f, kNear = 0x1p-48f, kNearRoot = 0x1p-24f;
+constexpr float kNan = __builtin_nanf("");
 
 FASTMTL_BOTH QuickStep quick_step(const Step& s) {
   const bool ordinary = s.eps >= 0x1p-34f && s.eps <= 0x1p40f && s.root >= 0x1p-10f && s.root <= 1.0f &&
@@ -60,7 +60,7 @@ FASTMTL_BOTH QuickStep quick_step(const Step& s) {
           s.root,
           divide(1.0f, s.root),
           s.eps,
-          ordinary ? s.neg_lr : std::numeric_limits<float>::quiet_NaN(),
+          ordinary ? s.neg_lr : kNan,
           s.shrink,
           {}};
 }
@@ -68,7 +68,7 @@ FASTMTL_BOTH QuickStep quick_step(const Step& s) {
 // v, 2^48 times as large. 0 is taken for something too small to be seen beside eps, which is 0 again at the way back.
 FASTMTL_BOTH float far_second(float v) {
   const float far = mul(v, kFar);
-  return far >= 0x1p-110f ? far : v >= 0.0f ? 0x1p-110f : std::numeric_limits<float>::quiet_NaN();
+  return far >= 0x1p-110f ? far : v >= 0.0f ? 0x1p-110f : kNan;
 }
 
 // One step of one number; `far` is its far_second.
