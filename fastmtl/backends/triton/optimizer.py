@@ -83,7 +83,7 @@ def table_rows_kernel(
     n_blocks = cdiv_(tl.sum(live.to(tl.int32), axis=0), BLOCK_R)
     if GATHERED == BLOCK_R:
         n_blocks = tl.minimum(tl.sum(live.to(tl.int32), axis=0), 1)
-    for block in range(0, n_blocks):
+    for block in range(n_blocks):
         key = tl.sum(tl.where((tl.arange(0, GATHERED // BLOCK_R) == block)[:, None], blocks, 0), axis=0)
         at = own + key % GATHERED
         wait = (key // GATHERED).to(tl.int32) - 1
@@ -129,7 +129,7 @@ def replay(
     slot = (until - most + 1 - first_step) % n_kept
     if RULE >= ADAM and RULE <= ADAMW:
         far = far_second(second)
-        for left in range(0, most):
+        for left in range(most):
             step = quick_step(load_step(Steps_ptr + slot * 9))
             q, one, two = quick_move(step, p, first, far, RULE == ADAMW)
             due = (wait >= most - left)[:, None]
@@ -150,7 +150,7 @@ def replay(
 
 @triton.jit
 def replay_exactly(Steps_ptr, slot, n_kept, wait, most, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
-    for left in range(0, most):
+    for left in range(most):
         q, one, two = move(load_step(Steps_ptr + slot * 9), tl.zeros_like(p), p, first, second, DIM, RULE)
         due = wait >= most - left
         p = tl.where(due[:, None], q, p)
