@@ -145,19 +145,16 @@ def time_calls(
 # ------------------------------------------------------------------------------------------- kernels of a step
 
 
-class Launch(NamedTuple):
-    """One launch of a step: the kernel's name, how to repeat it, its arguments."""
+def launches(runner: Runner, batch: Batch, rows: int, touched: int) -> list[Call]:
+    """Every launch of a Triton kernel and every product of layers in one training step, which is taken.
 
-    name: str
-    work: Callable[[], object]
-    arguments: dict[str, Any]
+    Args:
+        rows, touched: see :func:`bench.gpu_work.launch_bytes`.
+    """
+    from fastmtl.backends.triton import launch, products
 
-
-def launches(runner: Runner, batch: Batch) -> list[Launch]:
-    """Every launch of a Triton kernel in one training step, which is taken."""
-    from fastmtl.backends.triton import launch
-
-    found: list[Launch] = []
+    found: list[Call] = []
+    multiply = products.product
 
     def note(kernel: Any, grid: tuple[int, ...], warps: Any, arguments: dict[str, Any]) -> None:
         def again() -> None:
@@ -165,13 +162,20 @@ def launches(runner: Runner, batch: Batch) -> list[Launch]:
 
         again()
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
-        found.append(Launch(name.removesuffix("_kernel"), again, arguments))
+        found.append(Call(name.removesuffix("_kernel"), again, gpu_work.launch_bytes(arguments, rows, touched)))
 
-    launch.recorder = note
+    def product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
+        multiply(a, b, out, adds)
+        n, m, k = a.shape
+        name = f"product {n} x {m} x {k} x {b.shape[2]}"
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (a, b, out))
+        found.append(Call(name, lambda: multiply(a, b, out, adds), moved, 2.0 * n * m * k * b.shape[2]))
+
+    launch.recorder, products.product = note, product
     try:
         runner.step(batch)
     finally:
-        launch.recorder = None
+        launch.recorder, products.product = None, multiply
     return found
 
 
@@ -184,22 +188,17 @@ def time_kernels(
     state: dict[str, Tensor],
     reached: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """The rows of every Triton kernel of a training step."""
+    """The rows of every Triton kernel and product of a training step."""
     runner = Runner(Contender("fastmtl", "triton", by_rows=True), shape, kind, state, precision, device)
     runner.step(batch)
-    found = [one for one in launches(runner, batch) if one.name not in ONCE]
-    n_table, touched = (
-        sum(shape.vocabs),
-        gpu_work.touched_rows([batch.columns[f"s{i}"] for i in range(len(shape.vocabs))]),
-    )
-    flops = gpu_work.launch_flops([one.name for one in found], shape, kind, len(batch.labels))
+    n_table = sum(shape.vocabs)
+    touched = gpu_work.touched_rows([batch.columns[f"s{i}"] for i in range(len(shape.vocabs))])
+    found = [one for one in launches(runner, batch, n_table, touched) if one.name not in ONCE]
     times = Cold(device).alternated([one.work for one in found], *((3, 3) if device.type == "cuda" else (1, 1)))
-    rows = []
-    for one, (layer, operations), seconds in zip(found, flops, times, strict=True):
-        name = f"{one.name} ({layer})" if layer else one.name
-        call = Call(name, one.work, gpu_work.launch_bytes(one.arguments, n_table, touched), operations)
-        rows.append(_row(call, seconds, "in a step", reached, precision) | {"model": kind})
-    return rows
+    return [
+        _row(one, seconds, "in a step", reached, precision) | {"model": kind}
+        for one, seconds in zip(found, times, strict=True)
+    ]
 
 
 def _row(call: Call, seconds: float, how: str, reached: dict[str, float], precision: str) -> dict[str, Any]:

@@ -37,8 +37,11 @@ BUDGET, BENCH = 525, 200
 #: What `--only` chooses from.
 GROUPS = ("install", "reliability", "caches", "tests", "benchmarks")
 #: Processes that the test-suite is dealt out to, and those that compile what the benchmarks will run.
-SHARDS, WARM = 10, 3
-#: The folders of tests/, the most telling first: the time may be up before the last.
+SHARDS, WARM = 13, 3
+#: Random models that are held to torch-rechub's: each is half a minute's worth of new kernels to compile.
+MODELS = 15
+#: The folders of tests/, the most telling first. A process goes through all of them three times, with a third of its
+#: tests each time, since its time may be up before the last.
 FOLDERS = (
     "gpu/kernels", "ops", "trainers", "basic", "behaviour", "parity", "reliability", "optim", "serving", "native",
     "data", "utils", "export", "cli",
@@ -46,7 +49,7 @@ FOLDERS = (
 #: Not run here: compilers and emulators, which need no GPU (`make gpu-check`), and what looks at the project's files.
 ELSEWHERE = ("gpu", "project")
 #: RELIABILITY's rows, and the cases of each that its time allows.
-ROWS = {1: 40, 2: 10, 4: 3, 9: 1, 10: 60, 11: 1}
+ROWS = {1: 40, 2: 10, 4: 2, 9: 1, 10: 60, 11: 1}
 #: Exit statuses of a pytest that came to its end: all passed, some failed, no test was left.
 COMPLETE = (0, 1, 5)
 #: Processes that a part may lose before it is given up.
@@ -107,8 +110,10 @@ def install(architecture: str, cuda: str = "AUTO") -> Part:
 
 def checks(groups: Sequence[str] = GROUPS) -> list[Part]:
     """Side by side, the longest first."""
-    python, variables = sys.executable, (("PYTHONPATH", "tests"), ("FASTMTL_TEST_DEVICE", "cuda"))
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
+    python = sys.executable
+    variables = (("PYTHONPATH", "tests"), ("FASTMTL_TEST_DEVICE", "cuda"), ("FASTMTL_TEST_MODELS", str(MODELS)))
+    # each failure is told when it happens (tests/conftest.py): a part that is stopped comes to no summary
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "-rN"]
     pytest += [f"tests/{folder}" for folder in FOLDERS]
     soak = [python, "-m", "reliability.soak", "--device", "cuda"]
     rows = [

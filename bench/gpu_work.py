@@ -13,12 +13,11 @@ m, v.
 
     bytes of a kernel     each tensor that it is given, once; of a table, and of what has a number for each of its rows,
                           the rows that the batch looks up; what an optimizer moves, twice
-    operations of a kernel   of the products it makes, which are those of the model in their order, backward reversed
+    bytes of a product    both operands and what is written, once
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -136,27 +135,6 @@ def launch_bytes(arguments: Mapping[str, Any], rows: int, touched: int) -> float
         seen.add((tensor.data_ptr(), tensor.numel()))
         share = touched / rows if tensor.ndim and len(tensor) == rows else 1.0
         found += share * tensor.numel() * tensor.element_size() * (2 if name in MOVED else 1)
-    return found
-
-
-def launch_flops(names: Sequence[str], shape: Shape, model: str, batch: int) -> list[tuple[str, float]]:
-    """``(which layer, operations)`` of each launch of a training step, by the kernels' names in their order.
-
-    Kernels that make no products have none; nor have those whose number is not the model's number of layers, since then
-    it is not known which is which.
-    """
-    order = {"linear": layers(shape, model), "dgrad": layers(shape, model)[::-1], "wgrad": layers(shape, model)[::-1]}
-    kinds = [next((kind for kind in order if kind in name), None) for name in names]
-    counted, met, found = Counter(kinds), Counter[str | None](), []
-    for kind in kinds:
-        at, met[kind] = met[kind], met[kind] + 1
-        if kind is None or counted[kind] not in (len(order[kind]), len(order[kind]) - 1):
-            found.append(("", 0.0))
-            continue
-        layer = order[kind][
-            at
-        ]  # no gradient of the input is taken where it is not needed: the last of them is left out
-        found.append((layer.name, layer.flops * batch))
     return found
 
 

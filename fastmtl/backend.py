@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends import cuda, eager, native, triton
+from .backends.watched import watched
 from .errors import BackendError
 
 #: op -> backend -> module with the op's functions. The one place that knows.
@@ -104,7 +105,7 @@ def resolve(op: str, *tensors: Tensor) -> ModuleType:
     Raises:
         BackendError: the forced backend can't run here, or not on these tensors.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if watched():
         return eager
     name = forced()
     if name is not None:

@@ -5,6 +5,7 @@ import os
 import zlib
 from pathlib import Path
 
+import dealing
 import devices
 import pytest
 import torch
@@ -24,13 +25,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every N-th test: neighbours, which take about as long, go to different parts."""
+    """The tests of ``--part``; those of a process that may be stopped (``--begun``) so that no file is left out."""
     part, n = map(int, config.getoption("--part").split("/"))
     if not 1 <= part <= n:
         raise pytest.UsageError(f"--part {part}/{n}: there is no such part")
+    chosen = dealing.deal(items, part, n)
     begun = config.getoption("--begun")
-    known = set(begun.read_text().splitlines()) if begun and begun.exists() else set()
-    chosen = [item for item in items[part - 1 :: n] if item.nodeid not in known]
+    if begun is not None:
+        known = set(begun.read_text().splitlines()) if begun.exists() else set()
+        chosen = [item for item in dealing.in_rounds(chosen) if item.nodeid not in known]
     config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
     items[:] = chosen
 
@@ -66,6 +69,36 @@ STDERR = pytest.StashKey[int]()
 def pytest_configure(config):
     """Keep the real stderr."""
     config.stash[STDERR] = os.dup(2)
+    if config.getoption("--begun") is not None:
+        config.pluginmanager.register(AtOnce(config))
+
+
+class AtOnce:
+    """With ``--begun``: failures are told when they happen, since a process that is stopped tells no summary."""
+
+    def __init__(self, config):
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        """The line of pytest's summary, its traceback (``--tb``) and the seed."""
+        if report.failed:
+            self._tell(report, "FAILED" if report.when == "call" else "ERROR")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collectreport(self, report):
+        """The same of a file that can't be read."""
+        if report.failed:
+            self._tell(report, "ERROR")
+
+    def _tell(self, report, what):
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = (crash.message if crash else str(report.longrepr)).partition("\n")[0]
+        terminal.write_line(f"\n{what} {report.nodeid} - {why}")
+        report.toterminal(terminal._tw)
+        seeds = [line for line in report.capstdout.splitlines() if line.startswith("seed ")]
+        terminal.write_line(" ".join([*seeds, f"FASTMTL_TEST_SEED={BASE_SEED}"]))
 
 
 def pytest_report_header():

@@ -13,6 +13,7 @@
 // number.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <vector>
 
@@ -117,7 +118,7 @@ inline void general_fwd(const GeneralIds& from, const AnyTable* tables, int64_t 
       const int64_t length = from.length(f, b);
       float* to = is_max ? best.data() : out + b * width + bag.out;
       int32_t* winner = winners && winners[f] ? winners[f] + b * bag.dim : nullptr;
-      std::memset(to, 0, sizeof(float) * static_cast<size_t>(bag.dim * (bag.pooling == kConcat ? length : 1)));
+      std::fill_n(to, bag.dim * (bag.pooling == kConcat ? length : 1), 0.0f);
       if (winner) std::fill_n(winner, bag.dim, -1);
       if (b + 2 < end) {  // near rows of the batch are asked for while this one is pooled
         const int64_t ahead = std::min<int64_t>(from.length(f, b + 2), kPrefetch);
@@ -210,7 +211,7 @@ inline void general_values(const GeneralGrad& g, int64_t dim, const int64_t* sta
                            int64_t begin, int64_t end, float* values) {
   for (int64_t i = begin; i < end; ++i) {
     float* to = values + i * dim;
-    std::memset(to, 0, sizeof(float) * static_cast<size_t>(dim));
+    std::fill_n(to, dim, 0.0f);  // dim may be 0, and to a null pointer then
     for (int64_t k = starts[i]; k < starts[i + 1]; ++k) {
       const Place place = g.place(entries[k]);
       if (place.bag < 0 || g.from.bags[place.bag].dim != dim) continue;

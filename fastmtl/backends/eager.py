@@ -25,6 +25,7 @@ from ..spec import (
     Ragged,
     Span,
 )
+from .watched import exporting
 
 #: Whether autograd sees through the functions of this backend (the others come as <op>_fwd and <op>_bwd).
 DIFFERENTIABLE = True
@@ -183,7 +184,8 @@ def raise_bad_id(ids: Tensor, columns: tuple[int, ...], spec: EmbeddingSpec, rag
             padded(ragged, r, bag)
 
 
-@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=())
+# the check reads its answer on the host, which a CUDA graph can't do: mode="reduce-overhead" then goes without
+@torch.library.custom_op("fastmtl::embedding_rows", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _checked_rows(
     ids: Tensor, vocab: Tensor, offset: Tensor, padding: Tensor | None, has_padding: Tensor | None,
     replacement: Tensor | None, columns: list[int], names: str
@@ -220,7 +222,7 @@ def embedding_bag(
     ragged: Ragged | None = None,
 ) -> Tensor:
     """See :func:`fastmtl.ops.embedding_bag`."""
-    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and scales is None and ragged is None:
+    if exporting() and scales is None and ragged is None:
         return _embedding_bag_exported(weights, ids, columns, dense, spec)
     if weights and weights[0].is_cpu and weights[0].dtype in (torch.float16, torch.bfloat16):
         weights, dense = [weight.float() for weight in weights], None if dense is None else dense.float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.watched import exporting, watched
 from ..errors import BadDataError, ConfigError
 from ..spec import Bag, EmbeddingSpec
 from .batch import ColumnBatch, Layout, ReadyBatch
@@ -185,21 +186,14 @@ class EmbeddingLayer(BatchedModule):
         if isinstance(x, ReadyBatch) and x.names == key:
             return x.ids, x.columns, x.dense
         if isinstance(x, ColumnBatch):
-            device = x.blocks[0].device if x.blocks else None
-            place = (x.layout, key, device)
-            pieces = self._pieces.get(place)
-            if pieces is None:
-                if len(self._pieces) >= 64:
-                    self._pieces.clear()
-                bags, others = (_plan_pieces(x.layout, features, device) for features in (group.bags, group.dense))
-                pieces = self._pieces[place] = bags, others
-            ids = [_take(x, piece) for piece in pieces[0]]
-            dense = [_take(x, piece) for piece in pieces[1]]
+            bags, others = self._pieces_of(x, key, group)
+            ids = [_take(x, piece) for piece in bags]
+            dense = [_take(x, piece) for piece in others]
         else:
             ids = [_column(x, feature.name) for feature in group.bags]
             dense = [_column(x, feature.name) for feature in group.dense]
         # the backends read both; an exported graph computes in the one that other runtimes know best
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or any(p.dtype != torch.int32 for p in ids):
+        if exporting() or any(p.dtype != torch.int32 for p in ids):
             ids = [part if part.dtype == torch.int64 else part.long() for part in ids]
         columns = self._columns(x, ids, group)
         if columns is None:  # a concatenated sequence shorter than the model's
@@ -208,6 +202,20 @@ class EmbeddingLayer(BatchedModule):
         if dense_values is not None:
             self._check_dense(dense_values, x, group)
         return _join(ids), columns, dense_values
+
+    def _pieces_of(self, x: ColumnBatch, key: tuple[str, ...], group: _Group) -> tuple[list[_Piece], list[_Piece]]:
+        """How the columns of ids and of dense values are taken from batches of ``x``'s layout; kept for the next."""
+        device = x.blocks[0].device if x.blocks else None
+        place = (x.layout, key, device)
+        # a graph makes its own: torch 2.11's compiler can't write down for later what it made of named tuples
+        kept = {} if watched() else self._pieces
+        pieces = kept.get(place)
+        if pieces is None:
+            if len(kept) >= 64:
+                kept.clear()
+            bags, others = (_plan_pieces(x.layout, features, device) for features in (group.bags, group.dense))
+            pieces = kept[place] = bags, others
+        return pieces
 
     def _columns(self, x: Mapping[str, Tensor], ids: list[Tensor], group: _Group) -> tuple[int, ...] | None:
         """F + 1 offsets of the bags' id columns; None where a concatenated sequence must be padded first."""

@@ -73,6 +73,9 @@ def _holds_updates(index: list[Any] | None) -> bool:
 
 def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     # rows come from the backend, which has compared each with its table
+    checks = torch.sparse.check_sparse_tensor_invariants
+    if not checks.is_enabled():
+        checks.disable()  # said aloud: torch 2.11 warns of what is off by default, even where check_invariants=False
     return torch.sparse_coo_tensor(rows.unsqueeze(0), values, shape, check_invariants=False, is_coalesced=True)
 
 

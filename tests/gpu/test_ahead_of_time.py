@@ -25,15 +25,14 @@ LIMITS = {
     "table_rows_kernel": (128, 3),
     "advance_kernel": (64, 1),
     "note_losses_kernel": (48, 1),
-    "expert_gate_linear_kernel": (255, 99),
+    "expert_gate_pieces_kernel": (128, 4),
+    "expert_gate_dz_kernel": (128, 8),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (255, 17),
     "expert_gate_rows_kernel": (255, 1),
     "expert_gate_tail_kernel": (255, 5),
     "expert_gate_softmax_kernel": (144, 1),
     "expert_gate_sums_kernel": (64, 1),
-    "expert_gate_dgrad_kernel": (248, 68),
-    "expert_gate_wgrad_kernel": (255, 99),
     "expert_gate_folded_kernel": (255, 225),
     "linear_heads_fwd_kernel": (255, 1),
     "linear_heads_dx_kernel": (128, 8),
@@ -42,12 +41,8 @@ LIMITS = {
     "task_losses_kernel": (64, 1),
     "task_losses_sum_kernel": (32, 1),
 }
-PRODUCTS = (
-    "expert_gate_linear_kernel",
-    "expert_gate_dgrad_kernel",
-    "expert_gate_wgrad_kernel",
-    "expert_gate_folded_kernel",
-)
+#: Kernels that multiply: those of inference. The products of training are the library's.
+PRODUCTS = ("expert_gate_folded_kernel",)
 #: The instruction of the architecture's fastest path.
 BEST = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

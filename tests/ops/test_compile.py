@@ -71,3 +71,45 @@ def test_the_first_call_of_a_new_model_is_one_graph(dtype, seed):
         found = compiled(batch)
         with backends.use_backend("eager"):
             torch.testing.assert_close(found, model(batch), rtol=1e-5, atol=1e-6)
+
+
+def test_one_graph_serves_ordinary_calls_between(seed):
+    """What the layer keeps of a batch's layout when nobody watches is nothing that a graph depends on."""
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    features = [SparseFeature("a", 10, 4), SparseFeature("b", 5, 4), DenseFeature("d")]
+    model = MMOE(features, ["classification"] * 2, 2, {"dims": [6]}, [{"dims": [4]}] * 2)
+    columns = {"b": torch.randint(0, 5, (16,)), "c": torch.randint(0, 3, (16,)), "a": torch.randint(0, 10, (16,))}
+    batch = ColumnBatch.from_columns({**columns, "d": torch.randn(16)})  # b and a by number, not in the data's order
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = [compiled(batch)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        expected = model(batch)
+        found.append(compiled(batch))
+    assert len(model.embedding._pieces) == 1
+    for predictions in found:
+        torch.testing.assert_close(predictions, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_graph_is_no_exported_one(seed):
+    """An exported graph leaves ids outside their tables to its runtime: a GPU would be lost to the process."""
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    features = [SparseFeature("a", 10, 4), SparseFeature("b", 5, 4)]
+    model = MMOE(features, ["classification"], 2, {"dims": [6]}, [{"dims": [4]}])
+    x = {"a": torch.randint(0, 10, (16,)), "b": torch.randint(0, 5, (16,))}
+    seen = []
+
+    def note(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(model, fullgraph=True, backend=note)(x)
+    assert any("embedding_rows" in name for name in seen), seen
+    exported = [str(node.target) for node in torch.export.export(model.eval(), (x,)).graph.nodes]
+    assert not any("embedding_rows" in name for name in exported), exported
+
+
+def test_no_cuda_graph_is_made_of_the_check():
+    """torch.compile(mode="reduce-overhead") leaves out what has this mark; it would fail otherwise."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.fastmtl.embedding_rows.default.tags

@@ -13,6 +13,12 @@ def _needs_the_library():
         pytest.skip(f"native backend: {native.unavailable()}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _sparse_gradients_are_not_checked():
+    """Said aloud: torch 2.11 warns of every sparse tensor otherwise, even of those made with check_invariants=False."""
+    torch.sparse.check_sparse_tensor_invariants.disable()
+
+
 @pytest.fixture
 def threads():
     """A setter for torch's number of threads; the old number comes back after the test."""

@@ -1,5 +1,7 @@
 """Hundreds of random models: same weights for a seed, strict state dicts both ways, same outputs and gradients."""
 
+import os
+
 import pytest
 import torch
 from devices import DEVICE
@@ -7,8 +9,8 @@ from devices import DEVICE
 from parity.cases import OURS, THEIRS, build, random_case
 from parity.compare import Reference, assert_same_state, eval_numbers, gradient_complaints, train_numbers, verdict
 
-#: On a GPU each has kernels of its own to be compiled.
-N_CASES = 300 if DEVICE.type == "cpu" else 60
+#: On a GPU each has kernels of its own to be compiled; `make gpu` asks for fewer still.
+N_CASES = int(os.environ.get("FASTMTL_TEST_MODELS", 300 if DEVICE.type == "cpu" else 60))
 
 
 # Of the module's scope, so that pytest runs the backends of a case one after the other on one reference.

@@ -6,6 +6,7 @@ two choices hold as everywhere.
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 import warnings
@@ -61,7 +62,7 @@ def runs(model: torch.nn.Module, how: str, seed: int) -> Callable[[dict[str, Ten
             path = f"{folder}/model.onnx"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the exporter's own deprecations
-                export_onnx(fetch(model), path, _batch(seed), onnx_export_kwargs={"dynamo": False})
+                export_onnx(fetch(copy.deepcopy(model)), path, _batch(seed), onnx_export_kwargs={"dynamo": False})
             content = Path(path).read_bytes()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what a run raises is enough

@@ -45,16 +45,3 @@ def normalise(Z_ptr, Stat_ptr, first_row, m, live, column, inside, pitch):
     beta = tl.load(Stat_ptr + 3 * pitch + column, mask=inside, other=0.0)
     centred = z - mean[None, :]
     return centred, centred * scale[None, :] + beta[None, :]
-
-
-@triton.jit
-def gradient_of_z(D_ptr, Z_ptr, Stat_ptr, Coef_ptr, at, column, pitch, mask, inside):
-    """A block of dz, rebuilt from the gradient D of the BatchNorm's output: at ``at`` (offsets of D and z), whose
-    columns ``column`` have the shape of one of its sides, as has ``inside``."""
-    d = tl.load(D_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(Z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(Stat_ptr + column, mask=inside, other=0.0)
-    scale = tl.load(Stat_ptr + 2 * pitch + column, mask=inside, other=0.0)
-    slope = tl.load(Coef_ptr + column, mask=inside, other=0.0)
-    shift = tl.load(Coef_ptr + pitch + column, mask=inside, other=0.0)
-    return ((d - shift) - (z - mean) * slope) * scale  # in this order: the two differences cancel where B is small

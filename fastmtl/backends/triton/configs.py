@@ -113,16 +113,6 @@ EMBEDDING = EmbeddingConfig()
 
 
 @dataclass(frozen=True)
-class Gemm:
-    """A tile of a product: ``block_m`` by ``block_n``, ``block_k`` of the summed axis at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: Warps
-
-
-@dataclass(frozen=True)
 class Rows:
     """A block of batch rows times units; ``run`` rows a program where it leaves sums behind."""
 
@@ -175,38 +165,13 @@ class GemmConfig:
 
     cap: int = 1 << 30
 
-    def _gemm(self, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Gemm:
-        return Gemm(min(m, self.cap), min(n, self.cap), min(k, self.cap), Warps(num_warps, num_stages))
-
-    def linear(self, precision: str, n_rows: int, width: int, rebuilt: bool) -> Gemm:
-        """Of the forward, for a layer ``width`` wide over ``n_rows`` of the batch; ``rebuilt``: its operand is, from a
-        z, which takes registers."""
-        n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
-        m = 64 if n_rows < 8192 or precision == "ieee" else 128
-        k = 64 if precision == "bf16" and not rebuilt else 32
-        return self._gemm(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
-
-    def dgrad(self, precision: str, n_rows: int, width: int, dropped: bool, tight: bool = False) -> Gemm:
-        """Of the gradient of ``width`` units a layer reads, over ``n_rows`` of the batch; ``dropped``: through a
-        dropout; ``tight``: D is rebuilt on Ampere; both take registers."""
-        n = min(power_of_two(width, 16), 64 if precision == "ieee" else 128)
-        m = 128 if n == 128 and n_rows >= 8192 and precision == "bf16" and not (dropped or tight) else 64
-        return self._gemm(m, n, 32, 8 if m * n >= 64 * 128 else 4, 2)
-
-    def wgrad(self, precision: str, columns: int, width: int, rebuilt: bool, tight: bool = False) -> Gemm:
-        """Of the gradient of a weight ``[columns, width]``; ``rebuilt``: what it multiplied is, from a z; ``tight``: D
-        is rebuilt through a dropout, which takes registers."""
-        most = 64 if precision == "ieee" else 128
-        m, n = min(power_of_two(columns, 16), most), min(power_of_two(width, 16), 64 if tight else most)
-        k = 64 if precision == "bf16" and not rebuilt else 32
-        return self._gemm(m, n, k, 8 if m * n >= (64 if tight else 128) * 128 else 4, 2)
-
-    def split_rows(self, n_rows: int, n_tiles: int, block_k: int, pitch: int) -> int:
-        """Batch rows of one split of a weight's gradient, so that its ``n_tiles`` fill the machine about twice, and
-        rows that are ``pitch`` elements apart are found by offsets of 32 bits."""
-        splits = min(max(2 * PROGRAMS // n_tiles, 1), cdiv(n_rows, 4 * block_k))
-        splits = max(splits, cdiv(n_rows * pitch, 2**30))
-        return round_up(cdiv(n_rows, splits), block_k)
+    def columns(self, n_rows: int, pitch: int, units: int) -> Rows:
+        """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns: runs long enough
+        to leave few pieces, short enough for every multiprocessor to have several."""
+        block_h = min(power_of_two(units, 16), 128)
+        block_b = min(4096 // block_h, self.cap)
+        run = n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS)
+        return Rows(block_b, block_h, min(max(power_of_two(run), 2 * block_b), 16 * block_b), Warps(4))
 
     def reduction(self) -> Reduction:
         """Of the pieces that the row tiles leave."""

@@ -1,7 +1,8 @@
-"""expert_gate, forward: a GEMM a hidden layer, then the mix, the head or the experts themselves."""
+"""expert_gate, forward: a product and its statistics a layer, then the mix, the head or the experts themselves."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ...spec import ExpertGateParams, ExpertGateSpec
-from .hidden import Hidden, Operand
-from .launch import round_up
-from .layer_plan import LayerPlan, layer_plan
-from .linear import linear
+from . import products
+from .batch_norm import statistics
+from .hidden import Hidden
+from .layer_plan import layer_plan
 from .linear_heads import linear_heads
 from .mixing import activations, experts, head, mix
+from .passes import pieces
 from .precision import Precision, of_input
 
 
@@ -25,7 +27,7 @@ class Saved(NamedTuple):
         z: each hidden layer's ``[B, pitch]``.
         stat: each hidden layer's ``[4, pitch]``.
         weight: each hidden layer's weight as the products read it.
-        gate_weight: the gates' likewise.
+        h: the activations of each hidden layer but the last, ``[B, pitch]``.
         soft: ``[2, n_gates2, B]``, each gate's largest logit and sum of exponentials.
         seed: of the dropout.
     """
@@ -33,25 +35,22 @@ class Saved(NamedTuple):
     z: tuple[Tensor, ...]
     stat: tuple[Tensor, ...]
     weight: tuple[Tensor, ...]
-    gate_weight: Tensor | None
+    h: tuple[Tensor, ...]
     soft: Tensor | None
     seed: Tensor | None
 
     def flatten(self) -> tuple[Tensor, ...]:
         """As the tensors that autograd keeps."""
-        extra = (self.gate_weight, self.soft, self.seed)
-        return (*self.z, *self.stat, *self.weight, *(tensor for tensor in extra if tensor is not None))
+        extra = (self.soft, self.seed)
+        return (*self.z, *self.stat, *self.weight, *self.h, *(tensor for tensor in extra if tensor is not None))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], spec: ExpertGateSpec, training: bool) -> Saved:
         """The inverse of :meth:`flatten`."""
-        n = len(spec.dims)
-        rest = iter(tensors[3 * n :])
-        gate_weight, soft = (next(rest), next(rest)) if spec.gates else (None, None)
-        seed = next(rest) if drops(spec, training) else None
-        return cls(
-            tuple(tensors[:n]), tuple(tensors[n : 2 * n]), tuple(tensors[2 * n : 3 * n]), gate_weight, soft, seed
-        )
+        n, rest = len(spec.dims), iter(tensors)
+        z, stat, weight, h = (tuple(itertools.islice(rest, many)) for many in (n, n, n, n - 1))
+        soft = next(rest) if spec.gates else None
+        return cls(z, stat, weight, h, soft, next(rest) if drops(spec, training) else None)
 
 
 def drops(spec: ExpertGateSpec, training: bool) -> bool:
@@ -59,24 +58,10 @@ def drops(spec: ExpertGateSpec, training: bool) -> bool:
     return training and spec.dropout > 0 and bool(spec.dims)
 
 
-def as_operand(weight: Tensor, precision: Precision) -> Tensor:
-    """A weight as the products read it: in their dtype, and with rows that begin on 16 bytes, zeros behind them."""
-    rows, width = weight.shape
-    pitch = round_up(width, 16 // precision.dtype.itemsize)
-    if weight.dtype is precision.dtype and pitch == width:
-        return weight.contiguous()
-    if pitch == width:
-        return weight.to(precision.dtype, memory_format=torch.contiguous_format)
-    return torch.zeros(rows, pitch, dtype=precision.dtype, device=weight.device)[:, :width].copy_(weight)
-
-
-def below(hidden: Hidden | None, x: Tensor) -> Operand:
-    """What a layer's products read: the input, or the activations of the layer below."""
-    if hidden is None:
-        return Operand.of_input(x)
-    if hidden.row_wise:  # a product's prologue sees only some units of a row at a time
-        return Operand.of_activations(activations(hidden), hidden.units)
-    return Operand.of_hidden(hidden)
+def as_input(x: Tensor, precision: Precision) -> Tensor:
+    """The input as the products read it: in their dtype, units contiguous."""
+    x = x.to(precision.dtype)
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _empty(x: Tensor, spec: ExpertGateSpec, dtype: torch.dtype) -> Tensor:
@@ -112,39 +97,19 @@ def hidden_layers(
 ) -> tuple[list[Hidden], Saved]:
     """The hidden layers of a call, and what its backward needs of them."""
     precision = of_input(x)
-    x = x if x.stride(2) == 1 else x.contiguous()
     plan = layer_plan(spec, x.device)
     seed = torch.empty((), dtype=torch.int64, device=x.device).random_() if drops(spec, training) else None
-    weights = tuple(as_operand(weight, precision) for weight in params.weight)
-    gate_weight = None if params.gate is None else as_operand(params.gate.weight, precision)
-    layers = _hidden_layers(x, weights, gate_weight, params, plan, precision, training, seed)
-    z, stat = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
-    return layers, Saved(z, stat, weights, gate_weight, None, seed)
-
-
-def _hidden_layers(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    gate_weight: Tensor | None,
-    params: ExpertGateParams,
-    plan: LayerPlan,
-    precision: Precision,
-    training: bool,
-    seed: Tensor | None,
-) -> list[Hidden]:
-    n_rows = x.shape[1]
+    first = products.first_weight(params, plan, precision)
+    weights = (first, *(products.as_operand(weight, precision) for weight in params.weight[1:]))
     layers: list[Hidden] = []
+    written: list[Tensor] = []
+    h = as_input(x, precision)
     for layer, weight in enumerate(weights):
-        z, stat = linear(
-            below(layers[-1] if layers else None, x),
-            n_rows,
-            weight,
-            None if layer else gate_weight,
-            params,
-            plan,
-            layer,
-            precision,
-            training and n_rows > 1,
-        )
-        layers.append(Hidden.of(z, stat, params, plan.spec, seed, layer))
-    return layers
+        if layer:
+            written.append(activations(layers[-1]))
+            h = layers[-1].by_expert(written[-1])
+        z = products.forward(h, weight, plan, layer)
+        part, run = pieces(z) if training and len(z) > 1 else (None, 1)
+        layers.append(Hidden.of(z, statistics(part, len(z), run, params, plan, layer), params, spec, seed, layer))
+    zs, stats = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
+    return layers, Saved(zs, stats, weights, tuple(written), None, seed)

@@ -1,4 +1,4 @@
-"""What the kernels read of a layer's operand: the input as it stands, or a hidden layer rebuilt from its z."""
+"""What kernels are told of a hidden layer, and of the input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...spec import ExpertGateParams, ExpertGateSpec
 from .activations import ROW_WISE
-from .launch import alignment, round_up
+from .launch import round_up
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Hidden:
         """Whether dropout zeroes some of its activations."""
         return self.seed is not None
 
+    def by_expert(self, buffer: Tensor) -> Tensor:
+        """A buffer ``[B, pitch]`` of its shape as ``[E, B, H]``."""
+        n = self.spec.n_experts
+        return buffer[:, : n * self.units].view(len(buffer), n, self.units).transpose(0, 1)
+
     def arguments(self) -> dict[str, Any]:
         """What every kernel that rebuilds activations takes by these names."""
         return {
@@ -71,22 +76,18 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Operand:
-    """What a GEMM multiplies: N matrices of the batch's rows, that of number n beginning at ``n * stride_source``.
+    """What inference multiplies: N matrices of the batch's rows, that of number n beginning at ``n * stride_source``.
 
     Args:
-        data: of any shape; units are its last axis, contiguous.
         units: of a row.
         readable: elements of a row that may be read, what lies behind its units included: a multiple of a vector's
             length where that can be had.
-        hidden: where ``data`` is a z that is yet to be normalised and activated.
     """
 
-    data: Tensor
     stride_source: int
     stride_row: int
     units: int
     readable: int
-    hidden: Hidden | None = None
 
     @classmethod
     def of_input(cls, x: Tensor) -> Operand:
@@ -95,34 +96,4 @@ class Operand:
         padded = round_up(units, 16 // x.element_size())
         last_row = x.storage_offset() + (n_inputs - 1) * x.stride(0) + (n_rows - 1) * x.stride(1)
         inside = padded <= x.stride(1) and (last_row + padded) * x.element_size() <= x.untyped_storage().nbytes()
-        return cls(x, x.stride(0) if n_inputs > 1 else 0, x.stride(1), units, padded if inside else units)
-
-    @classmethod
-    def of_hidden(cls, hidden: Hidden) -> Operand:
-        """Activations, rebuilt as they are read."""
-        return cls(hidden.z, hidden.units, hidden.pitch, hidden.units, hidden.units, hidden)
-
-    @classmethod
-    def of_activations(cls, h: Tensor, units: int) -> Operand:
-        """Activations ``[B, pitch]`` that have been written."""
-        return cls(h, units, h.stride(0), units, units)
-
-    def arguments(self, any_float: Tensor) -> dict[str, Any]:
-        """What a GEMM kernel takes by these names; ``any_float`` stands in for pointers it does not read."""
-        unused = {
-            "Stat_ptr": any_float, "Alpha_ptr": any_float, "Seed_ptr": any_float,
-            "drop": 0.0, "ACT": "linear", "DROPOUT": False, "LAYER": 0,
-        }  # fmt: skip
-        return {
-            "A_ptr": self.data,
-            "stride_as": self.stride_source,
-            "stride_ab": self.stride_row,
-            "n_in": self.units,
-            "n_read": self.readable,
-            "PADDED": self.readable != self.units,
-            "ALIGN_READ": alignment(self.readable),
-            "pitch_a": 0 if self.hidden is None else self.hidden.pitch,
-            "NORM": self.hidden is not None,
-            "ALIGN_A": alignment(self.stride_source, self.stride_row),
-            **(unused if self.hidden is None else self.hidden.arguments()),
-        }
+        return cls(x.stride(0) if n_inputs > 1 else 0, x.stride(1), units, padded if inside else units)

@@ -1,31 +1,47 @@
-"""What depends only on the description of a layer of experts and gates: buffer layouts, and tables of GEMM tiles.
+"""What depends only on the description of a layer of experts and gates: buffer layouts, and which products it is.
 
 Layout of a hidden layer's columns, for z, its statistics and everything of their shape: the experts' units one behind
 the other, then, in the first layer, the gates' rows, those of each input from a multiple of 16 on. The row pitch is a
 multiple of 16, so that every row begins on 16 bytes. What pads the gates is 0 in every buffer that is read.
-
-The tables name, for each tile of a GEMM's output, what it reads and where it goes. They are made on the host, once for
-each tile size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...spec import ExpertGateSpec, Span
-from .launch import alignment, power_of_two, round_up
+from ...spec import ExpertGateSpec
+from .launch import power_of_two, round_up
 
 
-class Tiles(NamedTuple):
-    """A table of tiles ``[n, fields]`` int32, and a power of two that divides all its columns' beginnings."""
+class Block(NamedTuple):
+    """Products of one shape: ``n`` sources from ``source`` on, each with ``width`` columns of z, from column
+    ``first`` on one behind the other. A source is an input of the first layer, or an expert's units below."""
 
-    table: Tensor
-    align: int
+    source: int
+    n: int
+    first: int
+    width: int
+
+
+def _joined(blocks: list[Block]) -> list[Block]:
+    """Neighbours of one width as one."""
+    found: list[Block] = []
+    for block in blocks:
+        last = found[-1] if found else None
+        if (
+            last
+            and last.width == block.width
+            and last.source + last.n == block.source
+            and last.first + last.n * last.width == block.first
+        ):
+            found[-1] = last._replace(n=last.n + 1)
+        else:
+            found.append(block)
+    return found
 
 
 class LayerPlan:
@@ -47,85 +63,41 @@ class LayerPlan:
             self.gate_start.append(self.pitch[0])
             self.pitch[0] += round_up(span.stop - span.start, 16)
         self.n_gates2 = power_of_two(len(spec.gates))
-        self._tables: dict[tuple, Tiles] = {}
+        self._blocks: dict[int, list[Block]] = {}
 
     def per_column(self, layer: int, rows: int) -> Tensor:
         """``[rows, pitch]`` fp32 for numbers of a layer's columns, all to be written; those that pad gates are 0."""
-        gates = self.spec.gate_rows if layer == 0 else 0
-        is_padded = self.pitch[layer] != self.columns[layer] + gates
-        make = torch.zeros if is_padded else torch.empty
+        make = torch.zeros if self._is_padded(layer) else torch.empty
         return make(rows, self.pitch[layer], dtype=torch.float32, device=self.device)
 
-    def width_in(self, layer: int) -> int:
-        """Units an expert of ``layer`` reads."""
-        return self.spec.dims[layer - 1] if layer else self.spec.in_features
+    def like(self, z: Tensor, layer: int) -> Tensor:
+        """A buffer of a layer's shape, all columns but those that pad gates to be written: those are 0."""
+        return (torch.zeros_like if self._is_padded(layer) else torch.empty_like)(z)
 
-    def _tiles(self, key: tuple, columns: tuple[int, ...], make: Callable[[], Iterator[tuple[int, ...]]]) -> Tiles:
-        """``columns``: the fields that hold a number of columns."""
-        if key not in self._tables:
-            rows = list(make())
-            align = alignment(*(row[field] for row in rows for field in columns))
-            self._tables[key] = Tiles(torch.tensor(rows, dtype=torch.int32, device=self.device), align)
-        return self._tables[key]
+    def _is_padded(self, layer: int) -> bool:
+        gates = self.spec.gate_rows if layer == 0 else 0
+        return self.pitch[layer] != self.columns[layer] + gates
 
-    def _blocks(self, layer: int) -> Iterator[tuple[int, Span, Span]]:
-        """For each thing a layer reads (an input, or an expert's units below): it, the experts' columns that read it,
-        and the gates' rows that do."""
-        spec = self.spec
-        width = spec.dims[layer]
-        if layer:
-            yield from ((e, Span(e * width, (e + 1) * width), Span(0, 0)) for e in range(spec.n_experts))
-            return
-        for n, (experts, gates) in enumerate(zip(spec.expert_spans, spec.gate_input_spans, strict=True)):
-            yield n, Span(experts.start * width, experts.stop * width), gates
+    def blocks(self, layer: int) -> list[Block]:
+        """The products that a layer's z is: all its columns, those that pad nothing but a row of z left out."""
+        if layer not in self._blocks:
+            self._blocks[layer] = self._upper(layer) if layer else self._first()
+        return self._blocks[layer]
 
-    def linear_tiles(self, layer: int, block: int) -> Tiles:
-        """``[tiles, 6]``: what is read, first weight row, first column of z, rows, whether the weight is the gates',
-        columns that are written (rows, or more where the gates are padded)."""
+    def _upper(self, layer: int) -> list[Block]:
+        return [Block(0, self.spec.n_experts, 0, self.spec.dims[layer])]
 
-        def rows() -> Iterator[tuple[int, ...]]:
-            for source, experts, gates in self._blocks(layer):
-                for at in range(*experts, block):
-                    size = min(block, experts.stop - at)
-                    yield source, at, at, size, 0, size
-                for at in range(*gates, block):
-                    size = min(block, gates.stop - at)
-                    yield source, at, self._gate_column(source, at), size, 1, round_up(size, 16)
-
-        return self._tiles(("linear", layer, block), (2, 5), rows)
-
-    def dgrad_tiles(self, layer: int, block: int) -> Tiles:
-        """``[tiles, 7]``: what is written, the experts' first column of dz and their number, the gates' first column,
-        first row and their number, first unit written."""
-
-        def rows() -> Iterator[tuple[int, ...]]:
-            width = self.width_in(layer)
-            for source, experts, gates in self._blocks(layer):
-                count = gates.stop - gates.start
-                mixed = (self._gate_column(source, gates.start), gates.start, count) if count else (0, 0, 0)
-                for at in range(0, width, block):
-                    yield source, experts.start, experts.stop - experts.start, *mixed, at
-
-        return self._tiles(("dgrad", layer, block), (1, 2, 6), rows)
-
-    def wgrad_tiles(self, layer: int, block_m: int, block_n: int) -> Tiles:
-        """``[tiles, 6]``: what is read, first column of dz, rows of the gradient, its first row, first unit read,
-        columns of dz that may be read (rows, or more where the gates are padded). The gates' rows of the gradient
-        follow the experts'."""
-
-        def rows() -> Iterator[tuple[int, ...]]:
-            width = self.width_in(layer)
-            for source, experts, gates in self._blocks(layer):
-                for at in range(*experts, block_m):
-                    size = min(block_m, experts.stop - at)
-                    for n in range(0, width, block_n):
-                        yield source, at, size, at, n, size
-                for at in range(*gates, block_m):
-                    size, row = min(block_m, gates.stop - at), self.columns[layer] + at
-                    for n in range(0, width, block_n):
-                        yield source, self._gate_column(source, at), size, row, n, round_up(size, 16)
-
-        return self._tiles(("wgrad", layer, block_m, block_n), (1, 4, 5), rows)
+    def _first(self) -> list[Block]:
+        spec, width = self.spec, self.spec.dims[0]
+        if spec.n_inputs == 1:  # experts, gates and what pads them
+            return [Block(0, 1, 0, self.pitch[0] if spec.gates else self.columns[0])]
+        found = [
+            Block(n, 1, experts.start * width, (experts.stop - experts.start) * width)
+            for n, experts in enumerate(spec.expert_spans)
+        ]
+        for n, gates in enumerate(spec.gate_input_spans if spec.gates else ()):
+            found.append(Block(n, 1, self.gate_start[n], round_up(gates.stop - gates.start, 16)))
+        return _joined([block for block in found if block.width])
 
     def _gate_column(self, source: int, row: int) -> int:
         """The column of a row of the gates that read input ``source``."""
@@ -136,6 +108,13 @@ class LayerPlan:
         """The column of each of the gates' rows."""
         spans = self.spec.gate_input_spans
         return [self._gate_column(n, row) for n, span in enumerate(spans) for row in range(*span)]
+
+    def of_gates(self, buffer: Tensor, axis: int) -> Tensor:
+        """The gates' rows of a buffer that has one for each column of the first layer."""
+        first, last = self.gate_columns[0], self.gate_columns[-1]
+        if last - first == self.spec.gate_rows - 1:
+            return buffer.narrow(axis, first, last - first + 1)
+        return buffer.index_select(axis, self.gate_places)
 
     @cached_property
     def gate_places(self) -> Tensor:

@@ -362,6 +362,7 @@ def experts_bwd(grad: Tensor, hidden: Hidden, d: Tensor) -> Tensor:
     return _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, None, None)
 
 
-def activations_bwd(grad: Tensor, hidden: Hidden, d: Tensor) -> Tensor:
-    """From the gradient ``[B, pitch]`` of the activations to D; returns the pieces of its sums."""
+def activations_bwd(grad: Tensor, hidden: Hidden, d: Tensor | None) -> Tensor:
+    """From the gradient ``[B, pitch]`` of the activations to D, written where there is a ``d``; returns the pieces of
+    its sums."""
     return _tail(hidden, grad, (hidden.units, hidden.pitch), d, None, None)

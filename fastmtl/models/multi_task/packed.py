@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import backend
 from ...backends import eager, native, triton
 from ...backends.native_inference import Program
+from ...backends.watched import watched
 from ...basic.bank import ExpertGate, TowerBank
 from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
@@ -328,7 +329,7 @@ def current(model: MTLModel, x: Mapping[str, Tensor]) -> Packed | None:
     Under autocast to bfloat16 it is one in bf16.
     """
     first = x.blocks[0] if type(x) is ColumnBatch and x.blocks else next(iter(x.values()), None)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(first) is not Tensor:  # somebody watches it
+    if watched() or type(first) is not Tensor:  # a type of its own may watch, too
         return None
     forced = backend.forced()
     if first.is_cpu and forced in (None, "native"):

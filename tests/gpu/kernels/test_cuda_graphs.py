@@ -77,15 +77,16 @@ def test_steps_wait_for_nothing(kind, update, seed, device, tmp_path, monkeypatc
     """torch raises where the host would wait for the device: in a step, recorded or not, and in filling a place."""
     if kind == "autograd":
         monkeypatch.setattr(device_epoch.ChainGradients, "of", classmethod(lambda cls, *_: None))
-    _, _, trainer = train(seed, "triton", device, tmp_path, update, epochs=1)
+    _, _, trainer = train(seed, "triton", device, tmp_path, update, epochs=0)
+    loader = make_loader(seed)  # one for all epochs: the places of another's batches are others
     step, fill = DeviceEpochs.step, Slots.fill
     taken = []
 
     def watched(call):
         def run(self, *arguments):
-            is_recorded = trainer._epochs._graphs.n_recorded
-            torch.cuda.set_sync_debug_mode("error" if is_recorded == 4 else "default")
-            taken.append(is_recorded)
+            n_recorded = trainer._epochs._graphs.n_recorded
+            torch.cuda.set_sync_debug_mode("error" if n_recorded == 4 else "default")
+            taken.append(n_recorded)
             try:
                 return call(self, *arguments)
             finally:
@@ -96,10 +97,10 @@ def test_steps_wait_for_nothing(kind, update, seed, device, tmp_path, monkeypatc
     monkeypatch.setattr(DeviceEpochs, "step", watched(step))
     monkeypatch.setattr(Slots, "fill", watched(fill))
     with backends.use_backend("triton"):
-        for _ in range(3):
-            trainer.train_one_epoch(make_loader(seed))
+        for _ in range(4):
+            trainer.train_one_epoch(loader)
         monkeypatch.setattr(graph_step, "WARM_UPS", (10**9, 1))
         trainer._epochs._graphs._recordings.clear()
         monkeypatch.setattr(type(trainer._epochs._graphs), "n_recorded", 4)
-        trainer.train_one_epoch(make_loader(seed))
+        trainer.train_one_epoch(loader)
     assert taken.count(4) == 8 + 8

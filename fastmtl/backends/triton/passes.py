@@ -1,0 +1,178 @@
+"""Passes over a hidden layer's buffers between its products: the pieces of z's statistics, and dz.
+
+expert_gate_pieces_kernel: mean and M2 (sum of squared distances from it) of each column over a run of rows, by
+Welford's update in each of a block's rows and one merge at the end; batch_norm.py merges the runs.
+expert_gate_dz_kernel: the gradient of z from z and D, that of the BatchNorm's output, or from the gradient of the
+activations, which is turned into D on the way.
+
+Each reads every number once; fp32 arithmetic whatever the storage; deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .activations import activate_bwd, kept, learned_scalar
+from .common import aligned, narrow
+from .hidden import Hidden
+from .launch import alignment, cdiv, launch
+
+
+@triton.jit
+def expert_gate_pieces_kernel(
+    Z_ptr,  # [B, pitch]
+    Part_ptr,  # [runs, 2, pitch] fp32: mean and M2
+    n_rows,
+    run_rows,
+    pitch,
+    ALIGN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n_blocks = tl.cdiv(pitch, BLOCK_H)
+    c = (tl.program_id(0) % n_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    run = tl.program_id(0) // n_blocks
+    m = tl.arange(0, BLOCK_B)
+    inside = c < aligned(pitch, ALIGN)
+    first_row = run.to(tl.int64) * run_rows
+    n_live = tl.minimum(n_rows - first_row, run_rows).to(tl.int32)
+    z_rows = Z_ptr + first_row * aligned(pitch, ALIGN)
+    mean = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    m2 = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    for start in range(0, n_live, BLOCK_B):
+        live = start + m < n_live
+        at = z_rows + (start + m)[:, None] * aligned(pitch, ALIGN) + c[None, :]
+        z = tl.load(at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        apart = tl.where(live[:, None], z - mean, 0.0)
+        mean += apart * (1.0 / (start // BLOCK_B + 1))
+        m2 += apart * tl.where(live[:, None], z - mean, 0.0)
+    count = tl.maximum((n_live - m + BLOCK_B - 1) // BLOCK_B, 0).to(tl.float32)[:, None]
+    whole = tl.sum(mean * count, axis=0) / n_live.to(tl.float32)
+    apart = tl.where(count > 0, mean - whole[None, :], 0.0)
+    part = Part_ptr + run.to(tl.int64) * 2 * pitch + c
+    tl.store(part, whole, mask=inside)
+    tl.store(part + pitch, tl.sum(m2 + apart * apart * count, axis=0), mask=inside)
+
+
+@triton.jit
+def expert_gate_dz_kernel(
+    D_ptr,  # [B, pitch]: D, or under an activation its gradient
+    Z_ptr,  # [B, pitch]
+    Stat_ptr,  # [4, pitch]
+    Coef_ptr,  # [2, pitch]
+    Alpha_ptr,
+    Seed_ptr,
+    Out_ptr,  # [B, pitch]
+    n_rows,
+    run_rows,
+    n_experts,
+    n_units,
+    pitch,
+    drop,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LAYER: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    per_expert = tl.cdiv(n_units, BLOCK_H)
+    n_columns = n_experts * n_units
+    n_blocks = n_experts * per_expert + tl.cdiv(pitch - n_columns, BLOCK_H)
+    block = tl.program_id(0) % n_blocks
+    run = tl.program_id(0) // n_blocks
+    e = block // per_expert
+    behind = e >= n_experts  # the gates' columns, which hold D, and what pads them
+    unit = (block % per_expert) * BLOCK_H
+    c = aligned(e * n_units + unit, ALIGN) + tl.arange(0, BLOCK_H)
+    end = tl.minimum((e + 1) * n_units, n_columns)
+    if behind:
+        c = aligned(n_columns + (block - n_experts * per_expert) * BLOCK_H, ALIGN) + tl.arange(0, BLOCK_H)
+        end = pitch
+    inside = c < aligned(end, ALIGN)
+    m = tl.arange(0, BLOCK_B)
+    mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
+    scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
+    beta = tl.load(Stat_ptr + 3 * pitch + c, mask=inside, other=0.0)[None, :]
+    slope = tl.load(Coef_ptr + c, mask=inside, other=0.0)[None, :]
+    shift = tl.load(Coef_ptr + pitch + c, mask=inside, other=0.0)[None, :]
+    alpha = learned_scalar(Alpha_ptr, tl.minimum(e, n_experts - 1), ACT)
+    first_row = run.to(tl.int64) * run_rows
+    n_live = tl.minimum(n_rows - first_row, run_rows).to(tl.int32)
+    rows = first_row * aligned(pitch, ALIGN)
+    for start in range(0, n_live, BLOCK_B):
+        mask = (start + m < n_live)[:, None] & inside[None, :]
+        at = rows + (start + m)[:, None] * aligned(pitch, ALIGN) + c[None, :]
+        d = tl.load(D_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.load(Z_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean
+        if ACT != "linear" or DROPOUT:
+            dh = d
+            if DROPOUT:
+                keep = kept(Seed_ptr, first_row + start + m, e, unit, drop, LAYER, BLOCK_H)
+                dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
+            dy, _dalpha = activate_bwd(centred * scale + beta, dh, alpha, inside[None, :], n_units, ACT)
+            d = tl.where(behind, d, dy)
+        # in this order: the two differences cancel where B is small
+        dz = ((d - shift) - centred * slope) * scale
+        tl.store(Out_ptr + at, narrow(dz, Out_ptr.dtype.element_ty), mask=mask)
+
+
+def pieces(z: Tensor) -> tuple[Tensor, int]:
+    """Mean and M2 of each column over runs of the batch, ``[runs, 2, pitch]``, and the rows of a run."""
+    n_rows, pitch = z.shape
+    config = configs.GEMM.columns(n_rows, pitch, pitch)
+    n_runs = cdiv(n_rows, config.run)
+    part = torch.empty(n_runs, 2, pitch, dtype=torch.float32, device=z.device)
+    launch(
+        expert_gate_pieces_kernel,
+        (n_runs * cdiv(pitch, config.block_h),),
+        config.warps,
+        Z_ptr=z,
+        Part_ptr=part,
+        n_rows=n_rows,
+        run_rows=config.run,
+        pitch=pitch,
+        ALIGN=alignment(pitch),
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+    )
+    return part, config.run
+
+
+def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor:
+    """dz ``[B, pitch]`` of a layer.
+
+    Args:
+        d: ``[B, pitch]``, D; or, where ``activated``, of the experts the gradient of the activations (which look at
+            each unit alone).
+        coef: ``[2, pitch]``, see batch_norm.add_up.
+    """
+    n_rows, pitch = d.shape
+    n_experts, units = hidden.spec.n_experts, hidden.units
+    config = configs.GEMM.columns(n_rows, pitch, units)
+    n_blocks = n_experts * cdiv(units, config.block_h) + cdiv(pitch - n_experts * units, config.block_h)
+    out = torch.empty_like(d)
+    nothing = {"ACT": "linear", "DROPOUT": False}
+    launch(
+        expert_gate_dz_kernel,
+        (cdiv(n_rows, config.run) * n_blocks,),
+        config.warps,
+        D_ptr=d,
+        Z_ptr=hidden.z,
+        **hidden.arguments() | ({} if activated else nothing),
+        Coef_ptr=coef,
+        Out_ptr=out,
+        n_rows=n_rows,
+        run_rows=config.run,
+        n_experts=n_experts,
+        n_units=units,
+        pitch=pitch,
+        ALIGN=alignment(pitch, units, most=16),
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+    )
+    return out
