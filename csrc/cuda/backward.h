@@ -119,7 +119,12 @@ template <int RULE, int VEC, class Device>
 void update_rows(Device& device, const Target& t, const Work& work) {
   if (work.n == 0) return;
   const int lanes = lanes_for((t.dim + VEC - 1) / VEC);
-  device.run(table_rows_kernel<RULE, VEC>, blocks_for(work.n, lanes, 1 << 20), 0, t, work, lanes);
+  // many rows at a time sort well, as long as the machine is full
+  const int64_t share = work.n / (4 * device.multiprocessors());
+  const auto gathered = static_cast<int>(std::clamp<int64_t>(
+      static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(share))), kThreads / lanes, kGathered));
+  const int64_t blocks = std::min<int64_t>((work.n + gathered - 1) / gathered, 1 << 20);
+  device.run(table_rows_kernel<RULE, VEC>, blocks, Gathered::bytes(gathered), t, work, lanes, gathered);
 }
 
 // f.template operator()<RULE, VEC>() for a rule that is known when the program runs. False: there is no such rule.

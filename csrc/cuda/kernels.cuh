@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cuda/lookups.h"
+#include "cuda/quick_adam.h"
 
 namespace fastmtl::cuda {
 
@@ -21,6 +22,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kLong = 256;    // lookups from which a segment has a block of its own
 constexpr int kTinyColumns = 64;  // columns of a tiny table that a block sums
 constexpr int kUnrolled = 4;      // loads in flight a lane
+constexpr int kGathered = 512;    // rows at most that a block looks at before it moves those that missed steps
 
 template <int VEC>
 struct alignas(VEC * 4) Floats {
@@ -245,7 +247,7 @@ __global__ void short_segments_kernel(Lookups in, const int32_t* starts, const i
 template <int RULE, int VEC>
 __global__ void long_segments_kernel(Lookups in, const int32_t* starts, const int32_t* n_starts, Target t, int lanes,
                                      const int32_t* long_list, const int32_t* n_long) {
-  extern __shared__ float partial[];
+  extern __shared__ __align__(16) float partial[];
   const int lane = static_cast<int>(threadIdx.x) % lanes, walker = static_cast<int>(threadIdx.x) / lanes;
   const int walkers = static_cast<int>(blockDim.x) / lanes;
   const Step step = step_of<RULE>(t);
@@ -288,7 +290,7 @@ struct TinyTables {
 // floats.
 __global__ void tiny_tables_kernel(TinyTables tiny, Gradient grad, const float* counted, int32_t n_bags, bool mean,
                                    int64_t dim, int copies, int lanes, float* sums, int32_t* hits) {
-  extern __shared__ float partial[];
+  extern __shared__ __align__(16) float partial[];
   const int n_blocks = static_cast<int>((dim + kTinyColumns - 1) / kTinyColumns);
   const int64_t piece = blockIdx.x / n_blocks, run = piece / tiny.n_tables;
   const int32_t* table = tiny.tables + piece % tiny.n_tables * 4;
@@ -383,53 +385,157 @@ struct Ring {
   }
 };
 
+// Rows that a block has found, in the order in which they are moved: those that missed the most steps first, so that the
+// rows of a warp, which wait for each other, missed about as many.
+struct Gathered {
+  QuickStep* steps;  // [kQuickSteps] backwards from the last one that is replayed; written where a rule has a quick form
+  int64_t* row;
+  int32_t* missed;  // steps to be replayed
+  int32_t* place;   // in the list of rows
+  int32_t* counts;  // [kBins] of rows, by the steps they missed
+  int32_t* begins;  // [kBins]
+  static constexpr int kBins = kQuickSteps + 1;
+
+  FASTMTL_BOTH static int64_t bytes(int gathered) {
+    return static_cast<int64_t>(sizeof(QuickStep)) * kQuickSteps + gathered * 16 + 2 * kBins * 4;
+  }
+  __device__ Gathered(float* shared, int gathered)
+      : steps(reinterpret_cast<QuickStep*>(shared)),
+        row(reinterpret_cast<int64_t*>(steps + kQuickSteps)),
+        missed(reinterpret_cast<int32_t*>(row + gathered)),
+        place(missed + gathered),
+        counts(place + gathered),
+        begins(counts + kBins) {}
+};
+
+// The steps that a row missed, as `rows[i]` of the work: -1 where there is none to be moved.
+__device__ __forceinline__ int64_t row_to_move(const Target& t, const Work& work, int64_t i, int64_t start,
+                                               int64_t now, int32_t& missed) {
+  if (work.keys && i > 0 && work.keys[i - 1] == work.keys[i]) return -1;
+  const int64_t row = work.keys ? work.keys[i] : work.rows ? work.rows[i] : start + i;
+  if (row < 0 || row >= work.table_rows) return -1;
+  const int64_t last = work.lazily ? now - 1 : t.last[row];
+  if (!work.lazily && (last + 1 < work.first_step || now - last > work.n_kept)) {
+    *work.behind = 1;
+    return -1;
+  }
+  if (!work.grads && last >= now) return -1;
+  const int64_t until = work.grads ? now - 1 : now;
+  missed = last < until ? static_cast<int32_t>(until - last) : 0;
+  t.last[row] = static_cast<int32_t>(now);
+  return row;
+}
+
+// Replays `missed` steps of VEC columns in the quick form. False: they are to be taken again by `move`.
+template <bool kDecoupled, int RULE, int VEC>
+__device__ __forceinline__ bool replay_quickly(const QuickStep* steps, int missed, Columns<RULE, VEC>& at) {
+  float far[VEC];
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) far[k] = far_second(at.second.v[k]);
+  for (int j = missed - 1; j >= 0; --j) {
+    const QuickStep s = steps[j];
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) quick_move<kDecoupled>(s, at.p.v[k], at.first.v[k], far[k]);
+  }
+  bool is_finite = true;
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    at.second.v[k] = mul(far[k], kNear);
+    is_finite = is_finite && fabsf(at.p.v[k]) <= FLT_MAX;
+  }
+  return is_finite;
+}
+
+// Shared memory: Gathered::bytes(gathered). A block gathers rows, and moves them when it has found them all.
 template <int RULE, int VEC>
-__global__ void table_rows_kernel(Target t, Work work, int lanes) {
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes);
+__global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) {
+  extern __shared__ __align__(16) float partial[];
+  const Gathered found(partial, gathered);
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int groups = static_cast<int>(blockDim.x) / lanes;
   const int64_t now = work.upto + (work.clock ? *work.clock : 0);
   const int64_t shares = work.n > 0 ? (work.table_rows + work.n - 1) / work.n : 1;
   const int64_t start = work.start + (work.clock && !work.rows && !work.keys ? now % shares * work.n : 0);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; i < work.n;
-       i += groups) {
-    if (work.keys && i > 0 && work.keys[i - 1] == work.keys[i]) continue;
-    const int64_t row = work.keys ? work.keys[i] : work.rows ? work.rows[i] : start + i;
-    if (row < 0 || row >= work.table_rows) continue;
-    const int64_t last = work.lazily ? now - 1 : t.last[row];
-    __syncwarp(group_mask(lanes));  // all lanes have read `last` before one writes it
-    if (!work.lazily && (last + 1 < work.first_step || now - last > work.n_kept)) {
-      if (lane == 0) *work.behind = 1;
-      continue;
+  const int64_t until = work.grads ? now - 1 : now;  // replayed up to there
+  constexpr bool kIsQuick = RULE == kAdam || RULE == kAdamW;
+  if constexpr (kIsQuick) {
+    for (int j = threadIdx.x; j < kQuickSteps; j += blockDim.x) {
+      const int64_t step = until - j - work.first_step;
+      if (step >= 0 && j < work.n_kept) found.steps[j] = quick_step(work.steps[step % work.n_kept]);
     }
-    if (!work.grads && last >= now) continue;
-    // replayed up to there; one quotient for all the steps, which is dear at 64 bits
-    const int64_t until = work.grads ? now - 1 : now, from = last < now ? last + 1 : now;
-    const Ring ring{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
-    if constexpr (RULE == kRowwiseAdagrad) {
-      const int64_t column = static_cast<int64_t>(lane) * VEC;
-      const bool inside = column < t.dim;
-      Floats<VEC> p{}, grad{};
-      if (inside) p = load<VEC>(t.p + row * t.dim + column);
-      if (inside && work.grads) grad = load<VEC>(work.grads + i * t.dim + column);
-      float first = t.first[row];
-      Ring steps = ring;
-      for (int64_t step = from; step <= until; ++step) {
-        rowwise_step<VEC>(t, steps.next(), lane, lanes, Floats<VEC>{}, p, first);
-      }
-      if (work.grads) rowwise_step<VEC>(t, steps.next(), lane, lanes, grad, p, first);
-      if (inside) store<VEC>(t.p + row * t.dim + column, p);
-      __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
-      if (lane == 0) t.first[row] = first;
-    } else {
-      for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
-        Columns<RULE, VEC> columns(t, row * t.dim + column);
+  }
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * gathered; base < work.n;
+       base += static_cast<int64_t>(gridDim.x) * gathered) {
+    for (int j = threadIdx.x; j < Gathered::kBins; j += blockDim.x) found.counts[j] = 0;
+    __syncthreads();
+    constexpr int kMine = kGathered / kThreads;
+    int64_t row[kMine];
+    int32_t missed[kMine], rank[kMine];
+#pragma unroll
+    for (int c = 0; c < kMine; ++c) {
+      const int at = c * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      row[c] = at < gathered && base + at < work.n ? row_to_move(t, work, base + at, start, now, missed[c]) : -1;
+      if (row[c] >= 0) rank[c] = atomicAdd(found.counts + (missed[c] < kQuickSteps ? missed[c] : kQuickSteps), 1);
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < Gathered::kBins; j += blockDim.x) {
+      int32_t before = 0;
+      for (int k = 0; k < Gathered::kBins; ++k) before += k > j ? found.counts[k] : 0;
+      found.begins[j] = before;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kMine; ++c) {
+      if (row[c] < 0) continue;
+      const int slot = found.begins[missed[c] < kQuickSteps ? missed[c] : kQuickSteps] + rank[c];
+      found.row[slot] = row[c];
+      found.missed[slot] = missed[c];
+      found.place[slot] = c * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    }
+    __syncthreads();
+    const int count = found.begins[0] + found.counts[0];
+    for (int k = group; k < count; k += groups) {
+      const int64_t of = found.row[k], from = until - found.missed[k] + 1, grad_at = (base + found.place[k]) * t.dim;
+      const Ring ring{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
+      if constexpr (RULE == kRowwiseAdagrad) {
+        const int64_t column = static_cast<int64_t>(lane) * VEC;
+        const bool inside = column < t.dim;
+        Floats<VEC> p{}, grad{};
+        if (inside) p = load<VEC>(t.p + of * t.dim + column);
+        if (inside && work.grads) grad = load<VEC>(work.grads + grad_at + column);
+        float first = t.first[of];
         Ring steps = ring;
-        for (int64_t step = from; step <= until; ++step) columns.step(steps.next(), Floats<VEC>{});
-        if (work.grads) columns.step(steps.next(), load<VEC>(work.grads + i * t.dim + column));
-        columns.write(t, row * t.dim + column);
+        for (int64_t step = from; step <= until; ++step) {
+          rowwise_step<VEC>(t, steps.next(), lane, lanes, Floats<VEC>{}, p, first);
+        }
+        if (work.grads) rowwise_step<VEC>(t, steps.next(), lane, lanes, grad, p, first);
+        if (inside) store<VEC>(t.p + of * t.dim + column, p);
+        __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
+        if (lane == 0) t.first[of] = first;
+      } else {
+        for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
+          const int64_t at = of * t.dim + column;
+          Columns<RULE, VEC> columns(t, at);
+          Ring steps = ring;
+          bool is_done = false;
+          if constexpr (kIsQuick) {
+            if (found.missed[k] <= kQuickSteps) {
+              is_done = replay_quickly<RULE == kAdamW>(found.steps, found.missed[k], columns);
+              if (!is_done) columns = Columns<RULE, VEC>(t, at);
+            }
+          }
+          if (!is_done) {
+#pragma unroll 1
+            for (int64_t step = from; step <= until; ++step) columns.step(steps.next(), Floats<VEC>{});
+          }
+          if (work.grads) {
+            columns.step(work.steps[(now - work.first_step) % work.n_kept], load<VEC>(work.grads + grad_at + column));
+          }
+          columns.write(t, at);
+        }
       }
     }
-    if (lane == 0) t.last[row] = static_cast<int32_t>(now);
+    __syncthreads();  // nobody gathers the next rows before all have moved these
   }
 }
 

@@ -34,6 +34,17 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Rows that make up for missed steps: a program sorts ``gathered`` of them and moves ``block_r`` at once,
+    ``block_d`` columns of each."""
+
+    gathered: int
+    block_r: int
+    block_d: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class Tiny:
     """Sums of a tiny table: blocks of ``block_b`` batch rows, ``rows`` of them a program."""
 
@@ -52,6 +63,8 @@ class EmbeddingConfig:
             holds it.
         elements: elements of a block of batch rows times columns.
         max_block_d: columns of a block; wider tables take several.
+        replayed: elements of a block of rows that make up for missed steps.
+        gathered: rows that are sorted by the steps they missed; a quarter of them where there are few.
         stitched: chunks looked at in one step when a long segment's partial sums are added.
     """
 
@@ -59,6 +72,8 @@ class EmbeddingConfig:
     tiny_classes: tuple[tuple[int, Warps], ...] = ((16, Warps(4)), (128, Warps(8)))
     elements: int = 1024
     max_block_d: int = 256
+    replayed: int = 256
+    gathered: int = 128
     stitched: int = 32
 
     def lookup(self, dim: int) -> Lookup:
@@ -74,10 +89,20 @@ class EmbeddingConfig:
         elements = self.elements // 2 if updates else self.elements
         return Segments(chunk, max(elements // block_d, 1), block_d, Warps(4))
 
-    def update(self, dim: int, whole: bool) -> Lookup:
-        """Of an optimizer step of rows ``dim`` wide; ``whole``: a block must hold whole rows."""
+    def update(self, n: int, dim: int, whole: bool) -> Replay:
+        """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.
+
+        A block has one warp, which waits for nobody else's rows, and eight numbers a thread, whose chains of operations
+        run side by side.
+        """
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
-        return Lookup(max(self.elements // block_d, 1), block_d, Warps(4, contract=False))
+        block_r = max(self.replayed // block_d, 1)
+        return Replay(
+            max(self.gathered if n >= 2**17 else self.gathered // 4, block_r),
+            block_r,
+            block_d,
+            Warps(1, contract=False),
+        )
 
     def tiny(self, n_rows: int, dim: int) -> Tiny:
         """Of the backward of tiny tables over a batch of ``n_rows``."""

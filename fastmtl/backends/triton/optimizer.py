@@ -1,8 +1,9 @@
 """Tables' optimizers: rows with a gradient take their step, all others make up for the steps they missed.
 
 Temporal blocking, as in csrc/core/optimizer.h: a row is read once, replays every step it missed in registers, and is
-written once. A program owns BLOCK_R whole rows. No two programs may be given the same row. Deterministic; nothing
-waits for the device.
+written once. A program looks at GATHERED rows and moves BLOCK_R whole ones at a time, in the order of the steps they
+missed, since those that are moved together wait for each other. No two programs may be given the same row.
+Deterministic; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..updates import Update, behind_on, check_gradients, check_range, check_upd
 from . import configs
 from .embedding_index import Rows
 from .launch import cdiv, launch
-from .optimizer_rules import NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
+from .optimizer_rules import ADAM, ADAMW, NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
+from .quick_adam import far_second, is_finite, near_second, quick_move, quick_step
 
 
 @triton.jit(do_not_specialize=["start", "first_step", "n_kept", "upto"])
@@ -45,6 +47,7 @@ def table_rows_kernel(
     GIVEN: tl.constexpr,
     LAZY: tl.constexpr,
     CLOCKED: tl.constexpr,
+    GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -53,40 +56,108 @@ def table_rows_kernel(
     if CLOCKED:
         now += tl.load(Clock_ptr)
         first_row += (now % cdiv_(n_table_rows, n)).to(tl.int64) * n
-    i = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    until = now - 1 if GIVEN else now  # replayed up to there
+    own = tl.program_id(0).to(tl.int64) * GATHERED
+    i = own + tl.arange(0, GATHERED)
     live = i < n
     row = tl.load(Rows_ptr + i, mask=live, other=-1).to(tl.int64) if LISTED else first_row + i
     if SORTED:
         live = live & (row != tl.load(Rows_ptr + i - 1, mask=live & (i > 0), other=-1).to(tl.int64))
     live = live & (row >= 0) & (row < n_table_rows)
-    last = tl.load(Last_ptr + row, mask=live, other=now)
+    missed = tl.zeros([GATHERED], tl.int32)
     if not LAZY:
+        last = tl.load(Last_ptr + row, mask=live, other=now)
         reached = (last + 1 >= first_step) & (now - last <= n_kept)
-        tl.store(Behind_ptr + tl.zeros([BLOCK_R], tl.int32), 1, mask=live & ~reached)
+        tl.store(Behind_ptr + tl.zeros([GATHERED], tl.int32), 1, mask=live & ~reached)
         live = live & reached
         if not GIVEN:
             live = live & (last < now)
-        last = tl.where(live, last, now)
-        oldest = tl.min(last, axis=0)
-    for begin in range(0, DIM, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
-        if not LAZY:
-            for step in range(oldest + 1, now if GIVEN else now + 1):
-                numbers = load_step(Steps_ptr + (step - first_step) % n_kept * 9)
-                q, one, two = move(numbers, tl.zeros_like(p), p, first, second, DIM, RULE)
-                due = last < step
-                p = tl.where(due[:, None], q, p)
-                first = tl.where(due if RULE == ROWWISE_ADAGRAD else due[:, None], one, first)
-                second = tl.where(due[:, None], two, second)
-        if GIVEN:
-            inside = live[:, None] & (d < DIM)[None, :]
-            grad = tl.load(Grads_ptr + i[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-            numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
-            p, first, second = move(numbers, grad, p, first, second, DIM, RULE)
-        store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)
-    tl.debug_barrier()  # threads that share a row have all read `last`
-    tl.store(Last_ptr + row, tl.zeros_like(last) + now, mask=live)
+        missed = tl.maximum(until - last, 0)
+        tl.debug_barrier()  # threads that share a row have all read `last`
+    tl.store(Last_ptr + row, tl.zeros([GATHERED], tl.int32) + now, mask=live)
+    # those that missed the most first: the rows of a block wait for each other
+    keys = tl.where(live, missed.to(tl.int64) + 1, 0) * GATHERED + tl.arange(0, GATHERED)
+    if GATHERED > BLOCK_R:
+        keys = tl.sort(keys, descending=True)
+    blocks = tl.reshape(keys, [GATHERED // BLOCK_R, BLOCK_R])
+    n_blocks = cdiv_(tl.sum(live.to(tl.int32), axis=0), BLOCK_R)
+    if GATHERED == BLOCK_R:
+        n_blocks = tl.minimum(tl.sum(live.to(tl.int32), axis=0), 1)
+    for block in range(n_blocks):
+        key = tl.sum(tl.where((tl.arange(0, GATHERED // BLOCK_R) == block)[:, None], blocks, 0), axis=0)
+        at = own + key % GATHERED
+        wait = (key // GATHERED).to(tl.int32) - 1
+        moves = wait >= 0
+        which = tl.load(Rows_ptr + at, mask=moves, other=0).to(tl.int64) if LISTED else first_row + at
+        for begin in range(0, DIM, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)
+            p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, DIM, RULE)
+            if not LAZY:
+                p, first, second = replay(
+                    P_ptr, First_ptr, Second_ptr, Steps_ptr, which, moves, wait, until, first_step, n_kept, d,
+                    p, first, second, DIM, RULE,
+                )  # fmt: skip
+            if GIVEN:
+                inside = moves[:, None] & (d < DIM)[None, :]
+                grad = tl.load(Grads_ptr + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+                numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
+                p, first, second = move(numbers, grad, p, first, second, DIM, RULE)
+            store_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, p, first, second, DIM, RULE)
+
+
+@triton.jit
+def replay(
+    P_ptr,
+    First_ptr,
+    Second_ptr,
+    Steps_ptr,
+    row,
+    live,
+    wait,
+    until,
+    first_step,
+    n_kept,
+    d,
+    p,
+    first,
+    second,
+    DIM: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    """The ``wait`` steps up to ``until`` of a block that :func:`load_rows` has read."""
+    most = tl.max(wait, axis=0)
+    slot = (until - most + 1 - first_step) % n_kept
+    if RULE >= ADAM and RULE <= ADAMW:
+        far = far_second(second)
+        for left in range(most):
+            step = quick_step(load_step(Steps_ptr + slot * 9))
+            q, one, two = quick_move(step, p, first, far, RULE == ADAMW)
+            due = (wait >= most - left)[:, None]
+            p = tl.where(due, q, p)
+            first = tl.where(due, one, first)
+            far = tl.where(due, two, far)
+            slot = tl.where(slot + 1 == n_kept, 0, slot + 1)
+        second = near_second(far)
+        failed = live[:, None] & (d < DIM)[None, :] & ~is_finite(p)
+        if tl.max(tl.max(failed.to(tl.int32), axis=1), axis=0) != 0:
+            p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
+            slot = (until - most + 1 - first_step) % n_kept
+            p, first, second = replay_exactly(Steps_ptr, slot, n_kept, wait, most, p, first, second, DIM, RULE)
+    else:
+        p, first, second = replay_exactly(Steps_ptr, slot, n_kept, wait, most, p, first, second, DIM, RULE)
+    return p, first, second
+
+
+@triton.jit
+def replay_exactly(Steps_ptr, slot, n_kept, wait, most, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
+    for left in range(most):
+        q, one, two = move(load_step(Steps_ptr + slot * 9), tl.zeros_like(p), p, first, second, DIM, RULE)
+        due = wait >= most - left
+        p = tl.where(due[:, None], q, p)
+        first = tl.where(due if RULE == ROWWISE_ADAGRAD else due[:, None], one, first)
+        second = tl.where(due[:, None], two, second)
+        slot = tl.where(slot + 1 == n_kept, 0, slot + 1)
+    return p, first, second
 
 
 @triton.jit
@@ -124,10 +195,10 @@ def _run(
     is_sorted: bool = False,
 ) -> None:
     dim = p.shape[1]
-    config = configs.EMBEDDING.update(dim, rule == ROWWISE_ADAGRAD.value)
+    config = configs.EMBEDDING.update(n, dim, rule == ROWWISE_ADAGRAD.value)
     launch(
         table_rows_kernel,
-        (cdiv(n, config.block_b),),
+        (cdiv(n, config.gathered),),
         config.warps,
         P_ptr=p,
         First_ptr=states[0] if states else p,
@@ -151,7 +222,8 @@ def _run(
         GIVEN=grads is not None,
         LAZY=lazily,
         CLOCKED=clock is not None,
-        BLOCK_R=config.block_b,
+        GATHERED=config.gathered,
+        BLOCK_R=config.block_r,
         BLOCK_D=config.block_d,
     )
 

@@ -17,8 +17,8 @@ from .launch import INTERPRET
 NO_RULE = tl.constexpr(-1)
 _SGD = tl.constexpr(0)
 _NESTEROV = tl.constexpr(2)
-_ADAM = tl.constexpr(3)
-_ADAMW = tl.constexpr(4)
+ADAM = tl.constexpr(3)
+ADAMW = tl.constexpr(4)
 _ADAGRAD = tl.constexpr(5)
 ROWWISE_ADAGRAD = tl.constexpr(6)
 
@@ -28,7 +28,8 @@ def fused(a, b, c):
     """a * b + c, rounded once. (The interpreter would round twice; in float64 the product is exact.)"""
     found = tl.fma(a, b, c)
     if INTERPRET:
-        found = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+        zero = tl.zeros_like(found).to(tl.float64)  # some of them may be constants
+        found = ((zero + a) * (zero + b) + (zero + c)).to(tl.float32)
     return found
 
 
@@ -56,8 +57,8 @@ def move(step, grad, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
     elif RULE == ROWWISE_ADAGRAD:
         first = first + tl.div_rn(tl.sum(g * g, axis=1), DIM * 1.0)
         p = p + tl.div_rn(neg_lr * g, (tl.sqrt_rn(first) + eps)[:, None])
-    elif RULE >= _ADAM and RULE <= _ADAMW:
-        if RULE == _ADAMW:
+    elif RULE >= ADAM and RULE <= ADAMW:
+        if RULE == ADAMW:
             p = p * shrink
         first = fused(fresh, g - first, first)
         second = fused(fresh_square * g, g, second * keep)
@@ -79,7 +80,7 @@ def load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM: tl.constexpr, RUL
         first = tl.load(First_ptr + row, mask=live, other=0.0)
     elif RULE != _SGD:
         first = tl.load(First_ptr + at, mask=inside, other=0.0)
-    if RULE >= _ADAM and RULE <= _ADAMW:
+    if RULE >= ADAM and RULE <= ADAMW:
         second = tl.load(Second_ptr + at, mask=inside, other=0.0)
     return p, first, second
 
@@ -94,7 +95,7 @@ def store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM
         tl.store(First_ptr + row, first, mask=live)
     elif RULE != _SGD:
         tl.store(First_ptr + at, first, mask=inside)
-    if RULE >= _ADAM and RULE <= _ADAMW:
+    if RULE >= ADAM and RULE <= ADAMW:
         tl.store(Second_ptr + at, second, mask=inside)
 
 

@@ -17,6 +17,7 @@
 #define __global__
 #define __device__
 #define __shared__
+#define __align__(n)
 #define __forceinline__ inline
 
 struct Place {

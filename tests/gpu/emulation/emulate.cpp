@@ -11,7 +11,7 @@
 // the device's shared memory: blocks run one at a time
 namespace fastmtl::cuda {
 constexpr int64_t kSharedFloats = 1 << 16;
-float partial[kSharedFloats];
+alignas(16) float partial[kSharedFloats];
 }  // namespace fastmtl::cuda
 
 #include "cuda/backward.h"

@@ -1,0 +1,106 @@
+"""Steps of Adam and AdamW without a gradient, as many as a GPU can take: the bits of ``move``, without branches.
+
+csrc/cuda/quick_adam.h is the same, and says why each operation is there: the device's own quotient and square root come
+with a branch each, which keeps a thread's columns from being computed side by side. What the quick form can't do leaves
+a weight that is not finite, which is looked at once, after all steps. Launch with ``Warps(contract=False)``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRET
+from .optimizer_rules import fused
+
+#: Powers of two: what v and lr * m are multiplied by, and the way back; 0 is taken for _LEAST.
+_FAR = tl.constexpr(2.0**48)
+_NEAR = tl.constexpr(2.0**-48)
+_NEAR_ROOT = tl.constexpr(2.0**-24)
+_LEAST = tl.constexpr(2.0**-110)
+_FINITE = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def near_reciprocal(x):
+    """1 / x, a unit off in its last place at most."""
+    if INTERPRET:
+        found = tl.div_rn(1.0, x)
+    else:
+        found = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def near_inverse_root(x):
+    """1 / sqrt(x), a unit off in its last place at most."""
+    if INTERPRET:
+        found = tl.div_rn(1.0, tl.sqrt_rn(x))
+    else:
+        found = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def quick_step(step):
+    """A step's numbers as :func:`quick_move` wants them; its learning rate is NaN where they are not ordinary."""
+    l2, shrink, keep, fresh, fresh_square, _ahead, root, eps, neg_lr = step
+    ordinary = (eps >= 2.0**-34) & (eps <= 2.0**40) & (root >= 2.0**-10) & (root <= 1.0) & (tl.abs(neg_lr) <= 2.0**40)
+    return (
+        l2,
+        shrink,
+        keep,
+        fresh,
+        fresh_square * _FAR,
+        root,
+        tl.div_rn(1.0, root),
+        eps,
+        tl.where(ordinary, neg_lr, float("nan")),
+    )
+
+
+@triton.jit
+def far_second(second):
+    """v, 2^48 times as large; not a number where it is below zero."""
+    far = second * _FAR
+    return tl.where(far >= _LEAST, far, tl.where(second >= 0.0, _LEAST, float("nan")))
+
+
+@triton.jit
+def near_second(far):
+    """:func:`far_second`'s way back."""
+    return far * _NEAR
+
+
+@triton.jit
+def is_finite(p):
+    """Where the quick steps were exact."""
+    return tl.abs(p) <= _FINITE
+
+
+@triton.jit
+def quick_move(step, p, first, far, DECOUPLED: tl.constexpr):
+    """One step of a block: the new p, first, and second's :func:`far_second`; ``step`` is :func:`quick_step`'s."""
+    l2, shrink, keep, fresh, far_square, root, inverse, eps, neg_lr = step
+    g = fused(p, l2, 0.0)
+    if DECOUPLED:
+        p = p * shrink
+    first = fused(fresh, g - first, first)
+    far = fused(far_square * g, g, far * keep)
+    y = near_inverse_root(far)
+    about = far * y
+    b = fused(fused(-about, about, far), y * 0.5, about)  # 2^24 sqrt(v)
+    q = b * inverse
+    q = fused(fused(-root, q, b), inverse, q)
+    divisor = fused(q, _NEAR_ROOT, eps)
+    a = (neg_lr * first) * _FAR
+    r = near_reciprocal(divisor)
+    r = fused(r, fused(-divisor, r, 1.0), r)
+    q = a * r
+    q = fused(r, fused(-divisor, q, a), q)
+    q = fused(r, fused(-divisor, q, a), q)
+    return fused(q, _NEAR, p), first, far
