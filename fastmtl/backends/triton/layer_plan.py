@@ -71,9 +71,10 @@ class LayerPlan:
         return make(rows, self.pitch[layer], dtype=torch.float32, device=self.device)
 
     def like(self, z: Tensor, layer: int) -> Tensor:
-        """A buffer of a layer's shape for D: what pads a gate is written with it, what lies between experts and gates
-        by nobody, and is 0."""
-        has_gap = layer == 0 and bool(self.spec.gates) and self.gate_start[0] != self.columns[0]
+        """A buffer of a layer's shape for D: what pads a gate is written with it, what lies behind experts by nobody,
+        and is 0."""
+        end = self.gate_start[0] if layer == 0 and self.spec.gates else self.pitch[layer]
+        has_gap = end != self.columns[layer]
         return (torch.zeros_like if has_gap else torch.empty_like)(z)
 
     def _is_padded(self, layer: int) -> bool:
