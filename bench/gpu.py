@@ -7,14 +7,17 @@
 All contenders of a case take turns. Before that those that start from the same weights must agree in the losses of
 their first two steps, or in their predictions, up to the precision; the plain peer's weights are its own, and its
 numbers must be finite. Cases run in the order of their worth until the time is up; what was left out is named in the
-report.
+report. The report is written after every case, and a case that takes the GPU away from its process does not take the
+cases behind it: the rest runs in a process anew (--behind).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +38,8 @@ from fastmtl import backend
 RESULTS = Path(__file__).parent / "results"
 #: How far apart, relatively, the losses of the first two steps of the same model may be; or its probabilities.
 TOLERANCE = {"ieee": 1e-4, "tf32": 5e-3, "bf16": 3e-2}
+#: Why a case was not begun.
+TIME_UP = "the time was up"
 #: Contenders that torch.compile makes first, half a minute each.
 COMPILED = ("peer compiled", "torch-rechub compiled", "eager compiled")
 
@@ -50,7 +55,7 @@ class Case(NamedTuple):
     compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode}: {self.shape} {self.model} {self.batch} {self.precision}"
+        return f"{self.mode}: {self.shape} {self.model} {self.batch} {self.precision}{' compiled' * self.compiled}"
 
 
 def plan() -> list[Case]:
@@ -108,6 +113,7 @@ class Bench:
     reached: dict[str, float]
     found: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"steps": [], "calls": [], "kernels": []})
     left_out: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
     _states: dict[tuple[Shape, str], dict[str, Tensor]] = field(default_factory=dict)
 
     def shape(self, case: Case) -> Shape:
@@ -131,6 +137,7 @@ class Bench:
 
     def run(self, case: Case, warm: bool = False) -> None:
         """One case; ``warm``: what it compiles, without a figure."""
+        self.begun.append(str(case))
         try:
             if case.mode == "trainer":
                 self._trainer(case, warm)
@@ -138,11 +145,29 @@ class Bench:
                 self._kernels(case, warm)
             else:
                 self._compare(case, warm)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            self._leave_out(case, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        except Exception as error:  # whatever a compiler or a driver says: the others are to be measured
+            self._leave_out(case, _told(error))
         gc.collect()
+
+    def lost(self) -> str | None:
+        """Why nothing runs on the GPU any more in this process; None: it does."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                return _told(error)
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """All that was found."""
+        return self.found | {"limits": self.reached, "left_out": self.left_out, "begun": self.begun}
+
+    def take(self, report: dict[str, Any]) -> None:
+        """What an earlier process found."""
+        self.found = {name: report[name] for name in self.found}
+        self.left_out = [what for what in report["left_out"] if not what.endswith(TIME_UP)]
+        self.reached, self.begun = report["limits"], report["begun"]
 
     # --------------------------------------------------------------------------------------------- the modes
 
@@ -170,8 +195,8 @@ class Bench:
                         agreed = mine
                     else:
                         reason = _apart(mine, agreed, case)
-                except (RuntimeError, ValueError) as error:
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                except Exception as error:  # as in run
+                    reason = _told(error)
             if reason:
                 self._leave_out(case, f"{name}: {reason}")
             else:
@@ -240,6 +265,11 @@ class Bench:
         print(f"left out: {case}: {why}", flush=True)
 
 
+def _told(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def _apart(mine: Tensor, agreed: Tensor, case: Case) -> str | None:
     """Why two contenders do not compute the same; None: they do."""
     allowed = TOLERANCE[case.precision]
@@ -259,6 +289,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="without the contenders of torch.compile")
     parser.add_argument("--cases", type=int, default=None, help="at most so many")
     parser.add_argument("--folder", type=Path, default=None, help="where the report goes; bench/results by default")
+    parser.add_argument("--behind", type=Path, metavar="FILE.json", help="go on behind the cases of this report")
     arguments = parser.parse_args()
     dry = arguments.dry_run
     if not dry and not torch.cuda.is_available():
@@ -274,13 +305,28 @@ def main() -> int:
             if time.monotonic() - start < arguments.seconds:
                 bench.run(case, warm=True)
         return 0
-    bench = Bench(device, dry, not arguments.no_compile, limits(device, dry))
-    for case in cases:
+    bench = Bench(device, dry, not arguments.no_compile, {})
+    if arguments.behind:
+        bench.take(json.loads(arguments.behind.read_text()))
+    else:
+        bench.reached = limits(device, dry)
+    head, written = gpu_report.head(device), []
+    for case in (case for case in cases if str(case) not in bench.begun):
         if time.monotonic() - start > arguments.seconds:
-            bench.left_out.append(f"{case}: the time was up")
-        else:
-            bench.run(case)
-    found = gpu_report.head(device) | bench.found | {"limits": bench.reached, "left_out": bench.left_out}
+            bench.left_out.append(f"{case}: {TIME_UP}")
+            continue
+        bench.run(case)
+        why = bench.lost()
+        if why:
+            bench.left_out.append(f"{case}: the process: {why}")
+        if arguments.folder or not dry:
+            written = gpu_report.write(head | bench.report(), arguments.folder or RESULTS)
+        if why and written:
+            left = max(arguments.seconds - (time.monotonic() - start), 0)
+            print(f"going on in another process: {why}", flush=True)
+            again = ["--behind", str(written[0]), "--seconds", f"{left:.0f}"]
+            os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *sys.argv[1:], *again])
+    found = head | bench.report()
     if arguments.folder or not dry:
         for path in gpu_report.write(found, arguments.folder or RESULTS):
             print(f"written: {path}")

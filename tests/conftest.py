@@ -1,7 +1,9 @@
 """What every test shares: the device, the `backend` fixture, and one base seed a run, printed and repeatable."""
 
+import faulthandler
 import os
 import zlib
+from pathlib import Path
 
 import devices
 import pytest
@@ -16,6 +18,9 @@ BASE_SEED = int(os.environ.setdefault("FASTMTL_TEST_SEED", str(int.from_bytes(os
 def pytest_addoption(parser):
     """Parts of a run for several processes."""
     parser.addoption("--part", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests")
+    parser.addoption(
+        "--begun", type=Path, metavar="FILE", help="leave out the tests that FILE names, and add those that begin"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -23,8 +28,44 @@ def pytest_collection_modifyitems(config, items):
     part, n = map(int, config.getoption("--part").split("/"))
     if not 1 <= part <= n:
         raise pytest.UsageError(f"--part {part}/{n}: there is no such part")
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != part - 1])
-    items[:] = items[part - 1 :: n]
+    begun = config.getoption("--begun")
+    known = set(begun.read_text().splitlines()) if begun and begun.exists() else set()
+    chosen = [item for item in items[part - 1 :: n] if item.nodeid not in known]
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+    items[:] = chosen
+
+
+#: Seconds after which a test is taken for one that never ends, where its process may be lost (``--begun``).
+NEVER_ENDS = 150
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """With ``--begun``, for whoever goes on behind a test that its process was lost to (bench/gpu_session.py): a kernel
+    that reads where it must not takes the GPU away from the whole process, one that never ends its time."""
+    begun = item.config.getoption("--begun")
+    if begun is None:
+        return (yield)
+    with begun.open("a") as file:
+        file.write(f"{item.nodeid}\n")
+    faulthandler.dump_traceback_later(NEVER_ENDS, exit=True, file=item.config.stash[STDERR])
+    done = yield
+    faulthandler.cancel_dump_traceback_later()
+    if devices.DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            item.session.shouldstop = f"LOST {item.nodeid} - {error}".partition("\n")[0]
+    return done
+
+
+#: What pytest does not capture.
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    """Keep the real stderr."""
+    config.stash[STDERR] = os.dup(2)
 
 
 def pytest_report_header():

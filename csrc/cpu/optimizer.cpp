@@ -155,8 +155,9 @@ void table_wait_from(const Tensor& waits) {
 
 // Takes note, in waits[n], of the step with these numbers; returns the first of the waits that go on.
 int64_t table_wait(const Tensor& waits, int64_t n, int64_t front, std::vector<double> numbers) {
-  check_waits(waits, n + 1);
-  STD_TORCH_CHECK(n >= 1 && front >= 0 && front <= n, "there is no wait ", front, " of ", n);
+  check_waits(waits, 1);
+  STD_TORCH_CHECK(n >= 1 && n < waits.size(0), "there is no place for wait ", n, " of ", waits.size(0));
+  STD_TORCH_CHECK(front >= 0 && front <= n, "there is no wait ", front, " of ", n);
   return wait_a_step(reinterpret_cast<Wait*>(waits.mutable_data_ptr<double>()), n, front, step_of(numbers));
 }
 

@@ -20,7 +20,7 @@ namespace fastmtl::cuda {
 constexpr int kThreads = 256;
 constexpr int64_t kLong = 256;    // lookups from which a segment has a block of its own
 constexpr int kTinyColumns = 64;  // columns of a tiny table that a block sums
-constexpr int64_t kUnrolled = 4;  // loads in flight a lane
+constexpr int kUnrolled = 4;      // loads in flight a lane
 
 template <int VEC>
 struct alignas(VEC * 4) Floats {
@@ -86,28 +86,43 @@ __global__ void linearise_kernel(IdView ids, const BagPlan* bags, int64_t n_rows
 
 // ------------------------------------------------------------------------------------------- a row and its gradient
 
+// Where the gradient of a lookup lies: row of the batch, output column, bag.
+struct Where {
+  int32_t b, column, bag;
+};
+
 // Adds the lookups [begin, end) of one row, columns column .. column + VEC - 1, in their order.
 template <int VEC>
 __device__ __forceinline__ Floats<VEC> walk(const Lookups& in, int64_t begin, int64_t end, int64_t column) {
   Floats<VEC> total{};
   for (int64_t i = begin; i < end; i += kUnrolled) {
+    // stage by stage: a load that waits for another would otherwise keep the next lookup's from starting
+    int32_t place[kUnrolled];
+    Where where[kUnrolled];
     Floats<VEC> found[kUnrolled];
 #pragma unroll
-    for (int64_t u = 0; u < kUnrolled; ++u) {
+    for (int u = 0; u < kUnrolled; ++u) place[u] = i + u < end ? in.order[i + u] : 0;
+#pragma unroll
+    for (int u = 0; u < kUnrolled; ++u) {
+      where[u].b = place[u] / in.n_columns;
+      const int32_t* entry = in.columns + 2 * (place[u] - where[u].b * in.n_columns);
+      where[u].column = entry[0];
+      where[u].bag = entry[1];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnrolled; ++u) {
       found[u] = Floats<VEC>{};
-      if (i + u < end) {
-        const int32_t place = in.order[i + u];
-        const int32_t b = place / in.n_columns;
-        const int32_t* where = in.columns + 2 * (place - b * in.n_columns);
-        found[u] = load<VEC>(in.grad, b * in.grad.stride + where[0] + column);
-        if (in.mean) {
-          const float divisor = in.counted[static_cast<int64_t>(b) * in.n_bags + where[1]];
-          for (int k = 0; k < VEC; ++k) found[u].v[k] = divide(found[u].v[k], divisor);
-        }
+      if (i + u < end) found[u] = load<VEC>(in.grad, where[u].b * in.grad.stride + where[u].column + column);
+    }
+    if (in.mean) {
+#pragma unroll
+      for (int u = 0; u < kUnrolled; ++u) {
+        const float divisor = in.counted[static_cast<int64_t>(where[u].b) * in.n_bags + where[u].bag];
+        for (int k = 0; k < VEC; ++k) found[u].v[k] = divide(found[u].v[k], divisor);
       }
     }
 #pragma unroll
-    for (int64_t u = 0; u < kUnrolled; ++u) {
+    for (int u = 0; u < kUnrolled; ++u) {
       if (i + u < end) {
         for (int k = 0; k < VEC; ++k) total.v[k] = add(total.v[k], found[u].v[k]);
       }
@@ -357,6 +372,17 @@ struct Work {
   int32_t* behind;  // set to 1 where a row lags further than the kept steps reach; such a row is left alone
 };
 
+// The kept steps, one behind the other.
+struct Ring {
+  const Step* steps;
+  int64_t n, at;
+  __device__ __forceinline__ const Step& next() {
+    const Step& found = steps[at];
+    at = at + 1 < n ? at + 1 : 0;
+    return found;
+  }
+};
+
 template <int RULE, int VEC>
 __global__ void table_rows_kernel(Target t, Work work, int lanes) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
@@ -376,7 +402,9 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
       continue;
     }
     if (!work.grads && last >= now) continue;
-    const int64_t until = work.grads ? now - 1 : now;  // replayed up to there
+    // replayed up to there; one quotient for all the steps, which is dear at 64 bits
+    const int64_t until = work.grads ? now - 1 : now, from = last < now ? last + 1 : now;
+    const Ring ring{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
     if constexpr (RULE == kRowwiseAdagrad) {
       const int64_t column = static_cast<int64_t>(lane) * VEC;
       const bool inside = column < t.dim;
@@ -384,24 +412,20 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes) {
       if (inside) p = load<VEC>(t.p + row * t.dim + column);
       if (inside && work.grads) grad = load<VEC>(work.grads + i * t.dim + column);
       float first = t.first[row];
-      for (int64_t step = last + 1; step <= until; ++step) {
-        rowwise_step<VEC>(t, work.steps[(step - work.first_step) % work.n_kept], lane, lanes, Floats<VEC>{}, p, first);
+      Ring steps = ring;
+      for (int64_t step = from; step <= until; ++step) {
+        rowwise_step<VEC>(t, steps.next(), lane, lanes, Floats<VEC>{}, p, first);
       }
-      if (work.grads) {
-        rowwise_step<VEC>(t, work.steps[(now - work.first_step) % work.n_kept], lane, lanes, grad, p, first);
-      }
+      if (work.grads) rowwise_step<VEC>(t, steps.next(), lane, lanes, grad, p, first);
       if (inside) store<VEC>(t.p + row * t.dim + column, p);
       __syncwarp(group_mask(lanes));  // all lanes have read `first` before one writes it
       if (lane == 0) t.first[row] = first;
     } else {
       for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
         Columns<RULE, VEC> columns(t, row * t.dim + column);
-        for (int64_t step = last + 1; step <= until; ++step) {
-          columns.step(work.steps[(step - work.first_step) % work.n_kept], Floats<VEC>{});
-        }
-        if (work.grads) {
-          columns.step(work.steps[(now - work.first_step) % work.n_kept], load<VEC>(work.grads + i * t.dim + column));
-        }
+        Ring steps = ring;
+        for (int64_t step = from; step <= until; ++step) columns.step(steps.next(), Floats<VEC>{});
+        if (work.grads) columns.step(steps.next(), load<VEC>(work.grads + i * t.dim + column));
         columns.write(t, row * t.dim + column);
       }
     }

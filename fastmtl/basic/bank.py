@@ -100,17 +100,22 @@ class ExpertGate(BatchedModule):
     def params(self) -> ExpertGateParams:
         """The parameters as the op takes them."""
         layers = range(len(self.spec.dims))
-        # the replicas of DataParallel keep their parameters as plain attributes
-        get: dict[str, Any] = {**self.__dict__, **self._parameters, **self._buffers}
 
-        def each(name: str) -> tuple[Tensor, ...]:
-            return tuple(get[f"{name}{layer}"] for layer in layers)
+        def get(name: str) -> Any:
+            for held in (self._parameters, self._buffers):
+                if name in held:
+                    return held[name]
+            # the replicas of DataParallel keep their parameters as plain attributes
+            return getattr(self, name, None)
+
+        def each(name: str) -> tuple[Any, ...]:
+            return tuple([get(f"{name}{layer}") for layer in layers])
 
         return ExpertGateParams(
             each("weight"), each("bias"), each("gamma"), each("beta"), each("running_mean"), each("running_var"),
-            each("alpha") if "alpha0" in get else (),
-            get.get("out_weight"), get.get("out_bias"),
-            GateParams(*(get[f"{name}_gate"] for name in GateParams._fields)) if self.spec.gates else None,
+            each("alpha") if get("alpha0") is not None else (),
+            get("out_weight"), get("out_bias"),
+            GateParams(*[get(f"{name}_gate") for name in GateParams._fields]) if self.spec.gates else None,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

@@ -86,10 +86,13 @@ class ResidentLoader:
         self._n_rows = len(source)
         budget = _half_of_free(device) if budget is None else budget
         self.is_resident = self.n_bytes <= budget
-        self._tensors = [
-            self._place(columns, shape, dtype)
-            for columns, shape, dtype in zip(self._sources, self._shapes, self._dtypes, strict=True)
-        ]
+        try:
+            self._tensors = self._placed()
+        except torch.OutOfMemoryError:
+            if not self.is_resident:
+                raise
+            self.is_resident = False  # another process took what was free
+            self._tensors = self._placed()
         del self._sources
         self._staging = _Staging(device)
 
@@ -121,6 +124,10 @@ class ResidentLoader:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def _placed(self) -> list[Tensor]:
+        parts = zip(self._sources, self._shapes, self._dtypes, strict=True)
+        return [self._place(columns, shape, dtype) for columns, shape, dtype in parts]
 
     def _place(self, columns: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         where = self.device if self.is_resident else torch.device("cpu")

@@ -128,10 +128,11 @@ def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule)
     for name in missing:
         state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
     for name in (*rule.states, "step"):
-        # a checkpoint may hold them otherwise
+        # a checkpoint may hold them otherwise, and a GPU's has the number of steps there
         held = state.get(name)
-        if held is not None and not (held.dtype is torch.float32 and held.is_contiguous()):
-            state[name] = held.to(torch.float32).contiguous()
+        is_there = held is not None and (held.is_cpu or not p.is_cpu)
+        if held is not None and not (is_there and held.dtype is torch.float32 and held.is_contiguous()):
+            state[name] = held.to(held.device if is_there else p.device, torch.float32).contiguous()
     return bool(missing)
 
 

@@ -141,13 +141,17 @@ class DeviceEpochs:
             bar.bar,
         ):
             slots = self._begin()
-            for slot in self._filled(slots, loader):
-                self._look(self.watch.seen())
-                self.step(slot)
-                self.watch.post()
-                rows += slot.n_rows
-                batches += 1
-                bar.update(slot.n_rows, self._losses)
+            try:
+                for slot in self._filled(slots, loader):
+                    self._look(self.watch.seen())
+                    self.step(slot)
+                    self.watch.post()
+                    rows += slot.n_rows
+                    batches += 1
+                    bar.update(slot.n_rows, self._losses)
+            finally:
+                if self._graphs is not None:
+                    self._graphs.show()
             self._look(self.watch.wait())
         if not batches:
             raise BadDataError("the training loader has no rows")

@@ -61,6 +61,15 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._lost: Tensor | None = None
         self._may_be_vetoed = False
         self._warned_capturable_if_run_uncaptured = True  # which is what is meant
+        self._need_device_dtype_check_for_fused = False  # torch has Adagrad's kernel for GPUs, and its check denies it
+        self._place_counts()
+
+    def _place_counts(self) -> None:
+        """Put the numbers of steps where fused steps count them; torch leaves them where a checkpoint had them, and
+        makes Adagrad's on the host."""
+        for p, state in self.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(p.device, torch.float32)
 
     @property
     def tables(self) -> list[nn.Parameter]:
@@ -146,9 +155,15 @@ class DeviceOptimizer(torch.optim.Optimizer):
             self.updates.take(table)
             table.grad = None
         own: Any = super().step
+        fresh = [p for p in self._without_momentum() if p.grad is not None]
+        lost = self._lost if self._may_be_vetoed else None
         try:
             with self._on_device():
                 unhooked(own)(self)
+            if fresh and lost is not None:  # torch has not written to a buffer whose first step was vetoed
+                for p in fresh:
+                    buffer = self.state[p]["momentum_buffer"]
+                    buffer.copy_(torch.where(lost == 1, 0, buffer))
         finally:
             for table, grad in dense:
                 table.grad = grad
@@ -177,6 +192,11 @@ class DeviceOptimizer(torch.optim.Optimizer):
             for group, held in zip(self.param_groups, before, strict=True):
                 for name, value in held.items():
                     group[name] = value
+
+    def _without_momentum(self) -> list[Tensor]:
+        """Parameters whose first step with momentum is yet to come."""
+        groups = [group for group in self.param_groups if group.get("momentum")]
+        return [p for group in groups for p in group["params"] if self.state.get(p, {}).get("momentum_buffer") is None]
 
     def why_uncapturable(self) -> str | None:
         """Why :meth:`step` can't be part of a CUDA graph; None: it can."""
@@ -233,9 +253,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._restart()
 
     def _restart(self) -> None:
-        for p, state in self.state.items():
-            if isinstance(state.get("step"), Tensor):  # torch leaves it where the checkpoint had it
-                state["step"] = state["step"].to(p.device, torch.float32)
+        self._place_counts()
         if self.updates is not None:
             counts = {int(self.state.get(table, {}).get("step", self.updates.now)) for table in self.tables}
             if len(counts) > 1:

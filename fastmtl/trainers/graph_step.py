@@ -6,9 +6,12 @@ shorter batch has graphs of its own, and no row of padding exists that statistic
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -19,11 +22,14 @@ from ..models.multi_task import MTLModel
 from ..weighting import Strategy
 from .device_optimizer import DeviceOptimizer
 from .native_gradients import is_unwatched
-from .slots import Slot
+from .slots import MOST_SHAPES, Shape, Slot
 
-#: Steps that run unrecorded first: of a training, and of each shape of batches. They make what is made once: the
-#: optimizer's states, and plans and compiled kernels.
+#: Steps that run unrecorded first: of a training, and of each shape of batches, and anew where what a step has fixed
+#: is another. They make what is made once: the optimizer's states, and plans and compiled kernels, which can't be
+#: loaded while a step is recorded.
 WARM_UPS = (2, 1)
+#: Recordings of an epoch. Where shapes come and go, those of places that were given up are kept until its end.
+MOST_RECORDINGS = 4 * MOST_SHAPES
 
 
 class Recorder(Protocol):
@@ -56,20 +62,56 @@ class CudaGraphs:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
-        self._pool = torch.cuda.graph_pool_handle()
+        self._live: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: Any = None
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See :class:`Recorder`."""
+        if not self._live:  # torch refuses memory whose graphs are all gone, where a gradient is left in it
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may pin memory for its batches meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        collects = gc.isenabled()
+        gc.disable()  # an old trainer's events and page-locked memory can't be given up while this stream is recorded
+        try:
+            # thread_local: another thread may pin memory for its batches meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            self._mend(graph)
+            raise RuntimeError(str(_first(error))) from error
+        finally:
+            if collects:
+                gc.enable()
+        self._live.add(graph)
         kept = triton.plans_in_use()
 
         def replay(graph: Any = graph, kept: Any = kept) -> None:
             graph.replay()
 
         return replay
+
+    def _mend(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Go on after a capture that was cut short: torch leaves its allocator and its generator recording, and would
+        refuse the next random number."""
+        _CUT_SHORT.append(graph)
+        with contextlib.suppress(RuntimeError):  # it is not where the capture itself came to its end
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            torch._C._cuda_releasePool(self._stream.device_index, self._pool)
+        place = torch.zeros(1, device=self._stream.device)
+        whole = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local")
+        with contextlib.suppress(RuntimeError), whole:  # one that comes to its end: the generator's state is whole
+            place.add_(1)
+
+
+#: Graphs whose capture was cut short. The allocators may ask them whose memory it is that is wanted.
+_CUT_SHORT: list[Any] = []
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that others followed: the end of a capture says only that there was one."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
 
 
 class _Recording:
@@ -108,6 +150,7 @@ class GraphStep:
         self._stamp: Any = None
         self._failed = False
         self._steps = 0
+        self._steps_of: WeakKeyDictionary[Shape, int] = WeakKeyDictionary()
 
     @property
     def n_recorded(self) -> int:
@@ -117,22 +160,25 @@ class GraphStep:
     def __call__(self, slot: Slot) -> None:
         """Take the step; the optimizer has begun it."""
         kept = self._recordings.get(id(slot))
-        is_warm = self._steps >= WARM_UPS[0] and slot.shape.steps >= WARM_UPS[1]
-        if kept is None and is_warm and not self._failed:
+        steps_of_shape = self._steps_of.get(slot.shape, 0)
+        is_warm = self._steps >= WARM_UPS[0] and steps_of_shape >= WARM_UPS[1]
+        if kept is None and is_warm and not self._failed and len(self._recordings) < MOST_RECORDINGS:
             kept = self._record(slot)
         if kept is None:
             self._work(slot)
             self._shown = None
         else:
-            recording = kept[1]
-            recording.replay()
+            self._shown = kept[1]
+            self._shown.replay()
             self._optimizer.end()
-            if self._shown is not recording:
-                for p, grad in zip(self._params, recording.grads, strict=True):
-                    p.grad = grad
-                self._shown = recording
         self._steps += 1
-        slot.shape.steps += 1
+        self._steps_of[slot.shape] = steps_of_shape + 1
+
+    def show(self) -> None:
+        """Let ``.grad`` be the last step's gradients, which it need not be between steps."""
+        if self._shown is not None:
+            for p, grad in zip(self._params, self._shown.grads, strict=True):
+                p.grad = grad
 
     def _record(self, slot: Slot) -> tuple[Slot, _Recording] | None:
         try:
@@ -157,8 +203,12 @@ class GraphStep:
         """
         self._reads = reads
         self._fixed = stamp
-        if self._recordings and self._stamp_now() != self._stamp:
+        now = self._stamp_now()
+        if now != self._stamp:
             self._recordings.clear()
+            self._steps = 0
+            self._steps_of.clear()
+        self._stamp = now
         self._shown = None
         self._params = [p for p in self._model.parameters() if p.requires_grad]
         self._recordings = {number: kept for number, kept in self._recordings.items() if number in live}

@@ -71,12 +71,11 @@ class Shape:
     Attributes:
         slots: the places.
         turn: which is to be filled next.
-        steps: taken on any of them.
     """
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
-        self.turn = self.steps = 0
+        self.turn = 0
 
 
 class Slot:

@@ -107,3 +107,21 @@ def test_a_loader_is_made_resident_once(seed):
         resident(one, torch.device("meta"))
     with pytest.raises(ConfigError, match="come from a ColumnLoader, not from list"):
         resident([], CPU)
+
+
+def test_columns_go_to_the_host_where_the_device_is_full_after_all(seed, monkeypatch):
+    """Other processes share a GPU, and may take what was free."""
+    source = data(seed)
+    place = ResidentLoader._place
+
+    def full(self, columns, shape, dtype):
+        if self.is_resident and dtype is torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return place(self, columns, shape, dtype)
+
+    monkeypatch.setattr(ResidentLoader, "_place", full)
+    held = ResidentLoader(ColumnLoader(source, 10), CPU)
+    assert not held.is_resident
+    for (x, y), (right, labels) in zip(held, ColumnLoader(source, 10), strict=True):
+        assert torch.equal(y, labels.float())
+        assert torch.equal(x["user"].long(), right["user"])

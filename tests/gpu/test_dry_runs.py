@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def test_the_benchmark_runs_on_the_cpu_and_writes_its_report(tmp_path):
         assert head in page
     last = done.stdout.splitlines()[-len(gpu_report.targets(found)) :]
     assert all(": wanted " in line for line in last), done.stdout[-3000:]
+
+
+def test_the_benchmark_goes_on_behind_a_case_that_took_the_gpu_away(tmp_path):
+    """The first process is told after its first case that the GPU is gone: another has the second case."""
+    words = (
+        "import sys\nfrom bench import gpu\n"
+        "gpu.Bench.lost = lambda self: 'it is gone'\n"
+        f"sys.argv[1:] = ['--dry-run', '--no-compile', '--cases', '2', '--folder', {str(tmp_path)!r}]\n"
+        "gpu.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, page = report(tmp_path)
+    first, second = map(str, gpu.plan()[:2])
+    assert found["begun"] == [first, second]
+    assert found["left_out"] == [f"{first}: the process: it is gone"]
+    assert [row["contender"] for row in found["steps"]] == [PEER, "eager", "triton", "cuda", "trainer"]
+    assert "it is gone" in page
+    # all that is left is nothing: the figures are those that were there
+    (data,) = tmp_path.glob("*.json")
+    options = ("--dry-run", "--no-compile", "--cases", "2", "--folder", str(tmp_path), "--behind", str(data))
+    assert run("bench.gpu", *options).returncode == 0
+    assert report(tmp_path)[0]["steps"] == found["steps"]
 
 
 def test_compiled_contenders_take_part(tmp_path):
@@ -266,6 +290,100 @@ def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeyp
     assert gpu_session.run(bad, dict(os.environ), 2)[0] == "NOT RUN: the time was up"
 
 
+#: Tests that are lost with their process, fail, take the (made-up) GPU away, or pass; each says that it ran.
+LOSING = """
+import os, pytest, torch
+import devices
+
+devices.DEVICE = torch.device("cuda")
+GONE = []
+
+def synchronize():
+    if GONE:
+        raise RuntimeError("CUDA error: an illegal memory access\\nmore of it")
+
+torch.cuda.synchronize = synchronize
+
+@pytest.mark.parametrize("what", ["pass", "die", "fail 1", "pass again", "lose", "fail 2", "end"])
+def test_it(what):
+    with open(os.environ["RAN"], "a") as file:
+        file.write(what + ";")
+    if what == "die":
+        os.abort()
+    if what == "lose":
+        GONE.append(1)
+    assert "fail" not in what, f"{len(what)} is too many"
+"""
+
+
+def test_the_session_runs_what_was_chosen_and_tells_it_at_the_end(tmp_path, monkeypatch, capsys):
+    python = [sys.executable, "-c"]
+    alone = gpu_session.Part("big", [*python, "print('row 11 ok')"], 30, alone=True)
+    failing = gpu_session.Part("small", [*python, "print('row  4 FAILED no'); raise SystemExit(1)"], 30)
+    chosen = []
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_session, "checks", lambda groups: chosen.append(groups) or [alone, failing])
+    monkeypatch.setattr(gpu_session, "built", lambda: ["_native", "_cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    packed = tmp_path / "logs.tar.gz"
+    words = ["x", "--only", "reliability", "tests", "--seconds", "90", "--logs", str(packed)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_session.main() == 1
+    assert chosen == [["reliability", "tests"]]
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in told] == [
+        "small: FAILED (1)", "big: passed", "1 x no: row  4", "small: FAILED (1)", "big: passed", told[-1],
+    ]  # fmt: skip
+    with tarfile.open(packed) as archive:
+        assert archive.getnames() == ["big.log", "small.log"]
+
+
+def test_a_lost_process_does_not_take_the_tests_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    (tmp_path / "test_losing.py").write_text(LOSING)
+    begun = tmp_path / "begun"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--begun", str(begun), "test_losing.py"]
+    part = gpu_session.Part("losing", command, 60, (("PYTHONPATH", str(ROOT / "tests")),), begun)
+    environment = {**os.environ, "RAN": str(tmp_path / "ran"), "COLUMNS": "400", "PYTHONPATH": str(ROOT)}
+    ended, _ = gpu_session.run(part, environment, 60)
+    assert (tmp_path / "ran").read_text() == "pass;die;fail 1;pass again;lose;fail 2;end;", "\n".join(part.lines())
+    assert ended.startswith("FAILED (-6, 2, 1), log losing.log")
+    assert gpu_session.failures([part]) == [
+        "2 x AssertionError: 6 is too many: test_losing.py::test_it[fail 1], test_losing.py::test_it[fail 2]",
+        "1 x CUDA error: an illegal memory access: test_losing.py::test_it[lose]",
+    ]
+
+
+def test_failures_are_told_by_what_they_say_and_not_at_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path)
+    part = gpu_session.Part("one", [], 1)
+    words = ["".join(chr(97 + (i * k) % 26) for k in range(1, 30)) for i in range(26)]
+    lines = [f"FAILED tests/{word}/test_{word}.py::test_it[{i}] - {word * 20} {i}" for word in words for i in range(9)]
+    part.log.write_text("\n".join([*lines, "row  4 FAILED hashes differ", "left out: a: b: c", "x FAILED y"]))
+    told = gpu_session.failures([part])
+    assert sum(map(len, told)) < gpu_session.TOLD + 600
+    assert told[0].startswith(f"9 x {words[0]}")
+    assert re.fullmatch(r"and \d+ other kinds of failures, see the logs", told[-1])
+    part.log.write_text("row  4 FAILED hashes differ\nleft out: kernels: ali: no\nleft out: a: b: the time was up\n")
+    assert gpu_session.failures([part]) == ["1 x hashes differ: row  4", "1 x no: kernels: ali"]
+
+
+def test_logs_and_reports_come_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "logs" / "triton").mkdir(parents=True)
+    for path in (results / "old.md", results / "new.json", tmp_path / "logs" / "a.log"):
+        path.write_text(path.name)
+    os.utime(results / "old.md", (1, 1))
+    gpu_session.pack(tmp_path / "out" / "logs.tar.gz", 100)
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        assert archive.getnames() == ["a.log", "new.json"]
+
+
 @without_gpu
 def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
     """A stand-in for compute-sanitizer gets what the real one would: the planted write, and the tests by name."""
@@ -273,6 +391,7 @@ def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
     from reliability import sanitize_gpu
 
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitize_gpu, "TOOLKIT", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="not on the PATH"):
         sanitize_gpu.soak(1, 1)
     stand_in = tmp_path / "compute-sanitizer"

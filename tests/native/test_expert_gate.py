@@ -101,7 +101,8 @@ def test_several_backwards_over_one_graph(base_seed):
         assert torch.equal(out, kept)
         for a, b, c in zip(first, again, other, strict=True):
             assert torch.equal(a, b)
-            assert torch.equal(2 * a, c)
+            # doubling is exact, but numbers below the smallest normal one are rounded at places of their own
+            torch.testing.assert_close(2 * a, c, rtol=0, atol=1e-37)
 
 
 def test_forward_leaves_its_arguments_alone(base_seed):

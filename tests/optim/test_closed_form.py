@@ -162,7 +162,7 @@ def test_malformed_calls_are_refused(change, message):
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastmtl.table_close(**(call | change))
-    with pytest.raises(RuntimeError, match="there are no 4 of 3 waits"):
+    with pytest.raises(RuntimeError, match="there is no place for wait 3 of 3"):
         torch.ops.fastmtl.table_wait(waits, 3, 0, [0.5] * 9)
     with pytest.raises(RuntimeError, match="there is no wait 3 of 2"):
         torch.ops.fastmtl.table_wait(waits, 2, 3, [0.5] * 9)

@@ -25,14 +25,19 @@ TOOLS = {
     "racecheck": "sanitized",
 }
 FOUND = 9
+#: Where the toolkit's own programs lie; not everyone has them on the PATH.
+TOOLKIT = os.pathsep.join(
+    os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), folder) for folder in ("bin", "compute-sanitizer")
+)
 
 
 def command(tool: str, *words: str) -> list[str]:
     """Of a Python program under a tool; its exit status is :data:`FOUND` where the tool found something."""
-    program = shutil.which("compute-sanitizer")
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=TOOLKIT)
     if program is None:
         raise FileNotFoundError("compute-sanitizer is not on the PATH: it comes with CUDA's toolkit")
-    options = ["--error-exitcode", str(FOUND), "--target-processes", "all", "--print-limit", "10"]
+    # the compilers that Triton starts are left alone
+    options = ["--error-exitcode", str(FOUND), "--target-processes", "application-only", "--print-limit", "10"]
     return [program, "--tool", tool, *options, sys.executable, *words]
 
 
