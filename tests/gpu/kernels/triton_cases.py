@@ -120,12 +120,12 @@ class Layer(NamedTuple):
         )
         return Layer(self.spec, ExpertGateParams.of(learned, running, self.spec), self.x.to(device, dtype, copy=True))
 
-    def moved(self, seed: int) -> Layer:
-        """The same but for the last bits, in float32, of all its numbers."""
+    def moved(self, seed: int, spacing: float = 2.0**-23) -> Layer:
+        """The same but for the last bits, of numbers that are ``spacing`` apart (float32's), of all its numbers."""
         rng = torch.Generator().manual_seed(seed)
 
         def near(tensor: Tensor) -> Tensor:
-            return tensor * (1 + 2.0**-23 * (torch.rand(tensor.shape, generator=rng, dtype=torch.float64) - 0.5))
+            return tensor * (1 + spacing * (torch.rand(tensor.shape, generator=rng, dtype=torch.float64) - 0.5))
 
         learned, running = ([near(t) for t in part] for part in (self.params.learned(), self.params.running()))
         return Layer(self.spec, ExpertGateParams.of(learned, running, self.spec), near(self.x))
