@@ -27,6 +27,8 @@ struct Sorted {
   const float* counted = nullptr;
 };
 
+constexpr int64_t kTinyRoom = 6 * 1024;  // floats of shared memory for the sums of a tiny table
+
 inline int64_t blocks_for(int64_t groups, int lanes, int64_t most) {
   const int64_t of_a_block = kThreads / lanes;
   return std::clamp<int64_t>((groups + of_a_block - 1) / of_a_block, 1, most);
@@ -95,24 +97,23 @@ void add_tiny_tables(Device& device, TinyTables tiny, int64_t widest, const Grad
                      int32_t n_bags, bool mean, const Target& t, int64_t void_row) {
   if (tiny.n_tables == 0) return;
   const int64_t columns = std::min<int64_t>(t.dim, kTinyColumns), n_blocks = (t.dim + kTinyColumns - 1) / kTinyColumns;
-  constexpr int64_t kSharedFloats = 48 * 1024 / sizeof(float);
   const int lanes = lanes_for(columns);
-  const auto copies =
-      static_cast<int>(std::clamp<int64_t>(kSharedFloats / (widest * (columns + 1)), 1, kThreads / lanes));
+  // a sum of its own for each walker where tables are small, and at least one of the widest
+  const int64_t room = std::max<int64_t>(kTinyRoom, widest * (columns + 1));
   // enough runs to fill the machine, none so short that clearing and adding up outweigh its rows
-  const int64_t wanted = std::max<int64_t>(4 * device.multiprocessors() / (tiny.n_tables * n_blocks), 1);
+  const int64_t wanted = std::max<int64_t>(8 * device.multiprocessors() / (tiny.n_tables * n_blocks), 1);
   tiny.run_rows = std::max<int64_t>((tiny.n_rows + wanted - 1) / wanted, 256);
   tiny.n_runs = static_cast<int32_t>((tiny.n_rows + tiny.run_rows - 1) / tiny.run_rows);
   auto* sums = device.template scratch<float>(static_cast<int64_t>(tiny.n_runs) * tiny.n_tiny_rows * t.dim);
   auto* hits = device.template scratch<int32_t>(static_cast<int64_t>(tiny.n_runs) * tiny.n_tiny_rows);
   if (tiny.n_runs > 0) {
     device.run(tiny_tables_kernel, static_cast<int64_t>(tiny.n_runs) * tiny.n_tables * n_blocks,
-               copies * widest * (columns + 1) * static_cast<int64_t>(sizeof(float)), tiny, grad, counted, n_bags, mean,
-               t.dim, copies, lanes, sums, hits);
+               room * static_cast<int64_t>(sizeof(float)), tiny, grad, counted, n_bags, mean, t.dim,
+               static_cast<int>(room), lanes, sums, hits);
   }
   const int row_lanes = lanes_for((t.dim + VEC - 1) / VEC);
-  device.run(tiny_tables_sum_kernel<RULE, VEC>, blocks_for(tiny.n_tiny_rows, row_lanes, 1 << 16), 0, tiny, sums, hits,
-             t, static_cast<int64_t>(void_row), row_lanes);
+  device.run(tiny_tables_sum_kernel<RULE, VEC>, tiny.n_tiny_rows, tiny_sum_bytes(row_lanes, t.dim), tiny, sums, hits, t,
+             static_cast<int64_t>(void_row), row_lanes);
 }
 
 template <int RULE, int VEC, class Device>

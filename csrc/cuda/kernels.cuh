@@ -21,6 +21,7 @@ namespace fastmtl::cuda {
 constexpr int kThreads = 256;
 constexpr int64_t kLong = 256;    // lookups from which a segment has a block of its own
 constexpr int kTinyColumns = 64;  // columns of a tiny table that a block sums
+constexpr int kTinyUnrolled = 8;  // its loads in flight a lane
 constexpr int kUnrolled = 4;      // loads in flight a lane
 constexpr int kGathered = 512;    // rows at most that a block looks at before it moves those that missed steps
 
@@ -147,6 +148,30 @@ struct Columns {
       move<RULE>(s, with_decay(s, grad.v[k], p.v[k]), p.v[k], first.v[k], second.v[k]);
     }
   }
+  // The steps[missed - 1] to steps[0] with gradients of zero, then, where it is given, `last` with `grad`. False: the
+  // columns are not what `step` makes of them, and have to be loaded again.
+  __device__ __forceinline__ bool quick_steps(const QuickStep* steps, int missed, const QuickStep* last,
+                                              const Floats<VEC>& grad) {
+    float far[VEC];
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) far[k] = far_second(second.v[k]);
+    for (int j = missed - 1; j >= 0; --j) {
+      const QuickStep s = steps[j];
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) quick_move<RULE == kAdamW>(s, 0.0f, p.v[k], first.v[k], far[k]);
+    }
+    if (last) {
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) quick_move<RULE == kAdamW>(*last, grad.v[k], p.v[k], first.v[k], far[k]);
+    }
+    bool is_finite = true;
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) {
+      second.v[k] = mul(far[k], kNear);
+      is_finite = is_finite && fabsf(p.v[k]) <= FLT_MAX;
+    }
+    return is_finite;
+  }
   __device__ __forceinline__ void write(const Target& t, int64_t at) const {
     store<VEC>(t.p + at, p);
     if constexpr (kHasFirst<RULE> && RULE != kRowwiseAdagrad) store<VEC>(t.first + at, first);
@@ -170,13 +195,27 @@ __device__ __forceinline__ void rowwise_step(const Target& t, const Step& s, int
   for (int k = 0; k < VEC; ++k) move_rowwise(s, g.v[k], p.v[k], first);
 }
 
+// The step that the rows of a launch take.
+template <int RULE>
+struct Taken {
+  Step step{};
+  QuickStep quick{};
+  int32_t now = 0;  // negative: vetoed, no row is moved
+
+  __device__ explicit Taken(const Target& t) {
+    if constexpr (RULE != kNoRule) {
+      step = *t.step;
+      now = *t.now;
+      if constexpr (kIsQuick<RULE>) quick = quick_step(step);
+    }
+  }
+};
+
 // Finishes a row: `sum(column)` gives its gradient. `index` is its place where the gradients are listed.
 template <int RULE, int VEC, class Sum>
-__device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t row, int64_t index, int lane, int lanes,
-                                       const Sum& sum) {
-  if constexpr (RULE != kNoRule) {
-    if (*t.now < 0) return;  // vetoed: the same for all threads
-  }
+__device__ __forceinline__ void finish(const Target& t, const Taken<RULE>& taken, int64_t row, int64_t index, int lane,
+                                       int lanes, const Sum& sum) {
+  const Step& s = taken.step;
   if constexpr (RULE == kRowwiseAdagrad) {
     const int64_t column = static_cast<int64_t>(lane) * VEC, at = row * t.dim + column;
     const bool inside = column < t.dim;
@@ -192,13 +231,19 @@ __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t r
     if (lane == 0) t.first[row] = first;
   } else {
     for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
-      const Floats<VEC> grad = sum(column);
       if constexpr (RULE == kNoRule) {
-        store<VEC>(t.out + (t.rows ? index : row) * t.dim + column, grad);
+        store<VEC>(t.out + (t.rows ? index : row) * t.dim + column, sum(column));
       } else {
-        Columns<RULE, VEC> columns(t, row * t.dim + column);
-        columns.step(s, grad);
-        columns.write(t, row * t.dim + column);
+        const int64_t at = row * t.dim + column;
+        Columns<RULE, VEC> columns(t, at);  // on its way while the gradient is summed
+        const Floats<VEC> grad = sum(column);
+        bool is_done = false;
+        if constexpr (kIsQuick<RULE>) is_done = columns.quick_steps(nullptr, 0, &taken.quick, grad);
+        if (!is_done) {
+          if constexpr (kIsQuick<RULE>) columns = Columns<RULE, VEC>(t, at);
+          columns.step(s, grad);
+        }
+        columns.write(t, at);
       }
     }
   }
@@ -206,17 +251,8 @@ __device__ __forceinline__ void finish(const Target& t, const Step& s, int64_t r
     if constexpr (RULE == kNoRule) {
       if (t.rows) t.rows[index] = row;
     } else {
-      t.last[row] = *t.now;
+      t.last[row] = taken.now;
     }
-  }
-}
-
-template <int RULE>
-__device__ __forceinline__ Step step_of(const Target& t) {
-  if constexpr (RULE == kNoRule) {
-    return Step{};
-  } else {
-    return *t.step;
   }
 }
 
@@ -229,7 +265,8 @@ __global__ void short_segments_kernel(Lookups in, const int32_t* starts, const i
                                       int32_t* long_list, int32_t* n_long) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes), count = *n_starts;
-  const Step step = step_of<RULE>(t);
+  const Taken<RULE> taken(t);
+  if (taken.now < 0) return;  // the same for all threads
   for (int64_t s = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; s < count;
        s += groups) {
     const int64_t begin = starts[s], end = s + 1 < count ? starts[s + 1] : in.n;
@@ -239,8 +276,18 @@ __global__ void short_segments_kernel(Lookups in, const int32_t* starts, const i
       if (lane == 0) long_list[atomicAdd(n_long, 1)] = static_cast<int32_t>(s);
       continue;
     }
-    finish<RULE, VEC>(t, step, row, s, lane, lanes, [&](int64_t column) { return walk<VEC>(in, begin, end, column); });
+    finish<RULE, VEC>(t, taken, row, s, lane, lanes, [&](int64_t column) { return walk<VEC>(in, begin, end, column); });
   }
+}
+
+// What the walkers of a block left in `partial`, in their order.
+template <int VEC>
+__device__ __forceinline__ Floats<VEC> sum_of_walkers(const float* partial, int walkers, int64_t dim, int64_t column) {
+  Floats<VEC> total{};
+  for (int w = 0; w < walkers; ++w) {
+    for (int k = 0; k < VEC; ++k) total.v[k] = add(total.v[k], partial[w * dim + column + k]);
+  }
+  return total;
 }
 
 // Shared memory: blockDim.x / lanes * dim floats.
@@ -250,7 +297,8 @@ __global__ void long_segments_kernel(Lookups in, const int32_t* starts, const in
   extern __shared__ __align__(16) float partial[];
   const int lane = static_cast<int>(threadIdx.x) % lanes, walker = static_cast<int>(threadIdx.x) / lanes;
   const int walkers = static_cast<int>(blockDim.x) / lanes;
-  const Step step = step_of<RULE>(t);
+  const Taken<RULE> taken(t);
+  if (taken.now < 0) return;  // the same for all threads
   for (int64_t i = blockIdx.x; i < *n_long; i += gridDim.x) {
     const int64_t s = long_list[i], begin = starts[s], end = s + 1 < *n_starts ? starts[s + 1] : in.n;
     const int64_t share = (end - begin + walkers - 1) / walkers, from = begin + walker * share;
@@ -261,13 +309,8 @@ __global__ void long_segments_kernel(Lookups in, const int32_t* starts, const in
     }
     __syncthreads();
     if (walker == 0) {
-      finish<RULE, VEC>(t, step, in.keys[begin], s, lane, lanes, [&](int64_t column) {
-        Floats<VEC> total{};
-        for (int w = 0; w < walkers; ++w) {
-          for (int k = 0; k < VEC; ++k) total.v[k] = add(total.v[k], partial[w * t.dim + column + k]);
-        }
-        return total;
-      });
+      finish<RULE, VEC>(t, taken, in.keys[begin], s, lane, lanes,
+                        [&](int64_t column) { return sum_of_walkers<VEC>(partial, walkers, t.dim, column); });
     }
     __syncthreads();
   }
@@ -286,10 +329,9 @@ struct TinyTables {
 };
 
 // One block a run of run_rows of the batch, a table and kTinyColumns columns: sums [n_runs, n_tiny_rows, dim], hits
-// [n_runs, n_tiny_rows]. `copies` walkers, each with a sum of its own in shared memory: copies * vocab * (columns + 1)
-// floats.
+// [n_runs, n_tiny_rows]. As many walkers as have room for a sum of their own in `room` floats of shared memory.
 __global__ void tiny_tables_kernel(TinyTables tiny, Gradient grad, const float* counted, int32_t n_bags, bool mean,
-                                   int64_t dim, int copies, int lanes, float* sums, int32_t* hits) {
+                                   int64_t dim, int room, int lanes, float* sums, int32_t* hits) {
   extern __shared__ __align__(16) float partial[];
   const int n_blocks = static_cast<int>((dim + kTinyColumns - 1) / kTinyColumns);
   const int64_t piece = blockIdx.x / n_blocks, run = piece / tiny.n_tables;
@@ -297,6 +339,8 @@ __global__ void tiny_tables_kernel(TinyTables tiny, Gradient grad, const float* 
   const int first_column = static_cast<int>(blockIdx.x) % n_blocks * kTinyColumns;
   const int columns = dim - first_column < kTinyColumns ? static_cast<int>(dim) - first_column : kTinyColumns;
   const int vocab = table[0], size = vocab * columns;
+  const int most = static_cast<int>(blockDim.x) / lanes, fitting = room / (vocab * (columns + 1));
+  const int copies = fitting < 1 ? 1 : fitting < most ? fitting : most;
   int32_t* seen = reinterpret_cast<int32_t*>(partial + static_cast<int64_t>(copies) * size);
   for (int i = threadIdx.x; i < copies * (size + vocab); i += blockDim.x) partial[i] = 0.0f;  // seen too: 0 is 0.0f
   __syncthreads();
@@ -306,17 +350,40 @@ __global__ void tiny_tables_kernel(TinyTables tiny, Gradient grad, const float* 
     const int64_t end = begin + tiny.run_rows < tiny.n_rows ? begin + tiny.run_rows : tiny.n_rows;
     const int64_t share = (tiny.run_rows + copies - 1) / copies, from = begin + walker * share;
     const int64_t to = from + share < end ? from + share : end;
-    for (int64_t b = from; b < to; ++b) {
-      for (int look = table[2]; look < table[3]; ++look) {
-        const int32_t* where = tiny.lookups + 3 * look;
-        const int32_t row = tiny.rows[b * tiny.n_columns + where[0]];
-        if (row < 0 || row >= vocab) continue;
-        const float divisor = mean ? counted[b * n_bags + where[2]] : 1.0f;
-        for (int c = lane; c < columns; c += lanes) {
-          float* to_sum = partial + walker * size + row * columns + c;
-          *to_sum = add(*to_sum, divide(load<1>(grad, b * grad.stride + where[1] + first_column + c).v[0], divisor));
+    for (int look = table[2]; look < table[3]; ++look) {
+      const int32_t* where = tiny.lookups + 3 * look;
+      for (int64_t b = from; b < to; b += kTinyUnrolled) {
+        // stage by stage, as in `walk`
+        int32_t row[kTinyUnrolled];
+#pragma unroll
+        for (int u = 0; u < kTinyUnrolled; ++u) {
+          row[u] = b + u < to ? tiny.rows[(b + u) * tiny.n_columns + where[0]] : -1;
+          if (row[u] >= vocab) row[u] = -1;
         }
-        if (lane == 0) ++seen[walker * vocab + row];
+        for (int c = lane; c < columns; c += lanes) {
+          float found[kTinyUnrolled];
+#pragma unroll
+          for (int u = 0; u < kTinyUnrolled; ++u) {
+            found[u] = 0.0f;
+            if (b + u < to) found[u] = load<1>(grad, (b + u) * grad.stride + where[1] + first_column + c).v[0];
+          }
+          if (mean) {
+#pragma unroll
+            for (int u = 0; u < kTinyUnrolled; ++u) {
+              if (b + u < to) found[u] = divide(found[u], counted[(b + u) * n_bags + where[2]]);
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < kTinyUnrolled; ++u) {
+            if (row[u] < 0) continue;
+            float* to_sum = partial + walker * size + row[u] * columns + c;
+            *to_sum = add(*to_sum, found[u]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kTinyUnrolled; ++u) {
+          if (lane == 0 && row[u] >= 0) ++seen[walker * vocab + row[u]];
+        }
       }
     }
   }
@@ -334,28 +401,43 @@ __global__ void tiny_tables_kernel(TinyTables tiny, Gradient grad, const float* 
   }
 }
 
-// Adds the runs in their order, and finishes the rows: all of them where gradients are written, else those with a hit.
-// Listed ones without a hit are void.
+// A block adds the runs of a row in their order, shares of them side by side, and finishes it: every row where
+// gradients are written, else those with a hit. Listed ones without a hit are void. Shared memory: tiny_sum_bytes.
+inline int64_t tiny_sum_bytes(int lanes, int64_t dim) { return kThreads / lanes * (dim + 1) * 4; }
 template <int RULE, int VEC>
 __global__ void tiny_tables_sum_kernel(TinyTables tiny, const float* sums, const int32_t* hits, Target t,
                                        int64_t void_row, int lanes) {
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int64_t groups = static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes);
-  const Step step = step_of<RULE>(t);
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes; r < tiny.n_tiny_rows;
-       r += groups) {
-    int64_t seen = 0;
-    for (int64_t run = 0; run < tiny.n_runs; ++run) seen += hits[run * tiny.n_tiny_rows + r];
-    if (RULE != kNoRule && seen == 0) continue;
-    finish<RULE, VEC>(t, step, tiny.places[r], r, lane, lanes, [&](int64_t column) {
+  extern __shared__ __align__(16) float partial[];
+  const int lane = static_cast<int>(threadIdx.x) % lanes, walker = static_cast<int>(threadIdx.x) / lanes;
+  const int walkers = static_cast<int>(blockDim.x) / lanes;
+  int32_t* seen_by = reinterpret_cast<int32_t*>(partial + walkers * t.dim);
+  const Taken<RULE> taken(t);
+  if (taken.now < 0) return;  // the same for all threads
+  const int64_t share = (tiny.n_runs + walkers - 1) / walkers, from = walker * share;
+  const int64_t to = from + share < tiny.n_runs ? from + share : tiny.n_runs;
+  for (int64_t r = blockIdx.x; r < tiny.n_tiny_rows; r += gridDim.x) {
+    int32_t mine = 0;
+    for (int64_t run = from; run < to; ++run) mine += hits[run * tiny.n_tiny_rows + r];
+    if (lane == 0) seen_by[walker] = mine;
+    for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
       Floats<VEC> total{};
-      for (int64_t run = 0; run < tiny.n_runs; ++run) {
+      for (int64_t run = from; run < to; ++run) {
         const Floats<VEC> part = load<VEC>(sums + (run * tiny.n_tiny_rows + r) * t.dim + column);
         for (int k = 0; k < VEC; ++k) total.v[k] = add(total.v[k], part.v[k]);
       }
-      return total;
-    });
-    if (RULE == kNoRule && t.rows && seen == 0 && lane == 0) t.rows[r] = void_row;
+      for (int k = 0; k < VEC; ++k) partial[walker * t.dim + column + k] = total.v[k];
+    }
+    __syncthreads();
+    if (walker == 0) {
+      int64_t seen = 0;
+      for (int w = 0; w < walkers; ++w) seen += seen_by[w];
+      if (RULE == kNoRule || seen > 0) {
+        finish<RULE, VEC>(t, taken, tiny.places[r], r, lane, lanes,
+                          [&](int64_t column) { return sum_of_walkers<VEC>(partial, walkers, t.dim, column); });
+      }
+      if (RULE == kNoRule && t.rows && seen == 0 && lane == 0) t.rows[r] = void_row;
+    }
+    __syncthreads();
   }
 }
 
@@ -385,10 +467,11 @@ struct Ring {
   }
 };
 
-// Rows that a block has found, in the order in which they are moved: those that missed the most steps first, so that the
-// rows of a warp, which wait for each other, missed about as many.
+// Rows that a block has found, in the order in which they are moved: those that missed the most steps first, so that
+// the rows of a warp, which wait for each other, missed about as many.
 struct Gathered {
-  QuickStep* steps;  // [kQuickSteps] backwards from the last one that is replayed; written where a rule has a quick form
+  QuickStep*
+      steps;  // [kQuickSteps] backwards from the last one that is replayed; written where a rule has a quick form
   int64_t* row;
   int32_t* missed;  // steps to be replayed
   int32_t* place;   // in the list of rows
@@ -397,11 +480,11 @@ struct Gathered {
   static constexpr int kBins = kQuickSteps + 1;
 
   FASTMTL_BOTH static int64_t bytes(int gathered) {
-    return static_cast<int64_t>(sizeof(QuickStep)) * kQuickSteps + gathered * 16 + 2 * kBins * 4;
+    return static_cast<int64_t>(sizeof(QuickStep)) * (kQuickSteps + 1) + gathered * 16 + 2 * kBins * 4;
   }
   __device__ Gathered(float* shared, int gathered)
       : steps(reinterpret_cast<QuickStep*>(shared)),
-        row(reinterpret_cast<int64_t*>(steps + kQuickSteps)),
+        row(reinterpret_cast<int64_t*>(steps + kQuickSteps + 1)),
         missed(reinterpret_cast<int32_t*>(row + gathered)),
         place(missed + gathered),
         counts(place + gathered),
@@ -409,8 +492,8 @@ struct Gathered {
 };
 
 // The steps that a row missed, as `rows[i]` of the work: -1 where there is none to be moved.
-__device__ __forceinline__ int64_t row_to_move(const Target& t, const Work& work, int64_t i, int64_t start,
-                                               int64_t now, int32_t& missed) {
+__device__ __forceinline__ int64_t row_to_move(const Target& t, const Work& work, int64_t i, int64_t start, int64_t now,
+                                               int32_t& missed) {
   if (work.keys && i > 0 && work.keys[i - 1] == work.keys[i]) return -1;
   const int64_t row = work.keys ? work.keys[i] : work.rows ? work.rows[i] : start + i;
   if (row < 0 || row >= work.table_rows) return -1;
@@ -426,29 +509,9 @@ __device__ __forceinline__ int64_t row_to_move(const Target& t, const Work& work
   return row;
 }
 
-// Replays `missed` steps of VEC columns in the quick form. False: they are to be taken again by `move`.
-template <bool kDecoupled, int RULE, int VEC>
-__device__ __forceinline__ bool replay_quickly(const QuickStep* steps, int missed, Columns<RULE, VEC>& at) {
-  float far[VEC];
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) far[k] = far_second(at.second.v[k]);
-  for (int j = missed - 1; j >= 0; --j) {
-    const QuickStep s = steps[j];
-#pragma unroll
-    for (int k = 0; k < VEC; ++k) quick_move<kDecoupled>(s, at.p.v[k], at.first.v[k], far[k]);
-  }
-  bool is_finite = true;
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    at.second.v[k] = mul(far[k], kNear);
-    is_finite = is_finite && fabsf(at.p.v[k]) <= FLT_MAX;
-  }
-  return is_finite;
-}
-
 // Shared memory: Gathered::bytes(gathered). A block gathers rows, and moves them when it has found them all.
 template <int RULE, int VEC>
-__global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) {
+__global__ void __launch_bounds__(kThreads, 4) table_rows_kernel(Target t, Work work, int lanes, int gathered) {
   extern __shared__ __align__(16) float partial[];
   const Gathered found(partial, gathered);
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
@@ -457,11 +520,13 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) 
   const int64_t shares = work.n > 0 ? (work.table_rows + work.n - 1) / work.n : 1;
   const int64_t start = work.start + (work.clock && !work.rows && !work.keys ? now % shares * work.n : 0);
   const int64_t until = work.grads ? now - 1 : now;  // replayed up to there
-  constexpr bool kIsQuick = RULE == kAdam || RULE == kAdamW;
-  if constexpr (kIsQuick) {
+  if constexpr (kIsQuick<RULE>) {
     for (int j = threadIdx.x; j < kQuickSteps; j += blockDim.x) {
       const int64_t step = until - j - work.first_step;
       if (step >= 0 && j < work.n_kept) found.steps[j] = quick_step(work.steps[step % work.n_kept]);
+    }
+    if (work.grads && threadIdx.x == 0) {
+      found.steps[kQuickSteps] = quick_step(work.steps[(now - work.first_step) % work.n_kept]);
     }
   }
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * gathered; base < work.n;
@@ -496,7 +561,6 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) 
     const int count = found.begins[0] + found.counts[0];
     for (int k = group; k < count; k += groups) {
       const int64_t of = found.row[k], from = until - found.missed[k] + 1, grad_at = (base + found.place[k]) * t.dim;
-      const Ring ring{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
       if constexpr (RULE == kRowwiseAdagrad) {
         const int64_t column = static_cast<int64_t>(lane) * VEC;
         const bool inside = column < t.dim;
@@ -504,7 +568,7 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) 
         if (inside) p = load<VEC>(t.p + of * t.dim + column);
         if (inside && work.grads) grad = load<VEC>(work.grads + grad_at + column);
         float first = t.first[of];
-        Ring steps = ring;
+        Ring steps{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
         for (int64_t step = from; step <= until; ++step) {
           rowwise_step<VEC>(t, steps.next(), lane, lanes, Floats<VEC>{}, p, first);
         }
@@ -516,20 +580,21 @@ __global__ void table_rows_kernel(Target t, Work work, int lanes, int gathered) 
         for (int64_t column = static_cast<int64_t>(lane) * VEC; column < t.dim; column += lanes * VEC) {
           const int64_t at = of * t.dim + column;
           Columns<RULE, VEC> columns(t, at);
-          Ring steps = ring;
+          Floats<VEC> grad{};
+          if (work.grads) grad = load<VEC>(work.grads + grad_at + column);
           bool is_done = false;
-          if constexpr (kIsQuick) {
+          if constexpr (kIsQuick<RULE>) {
             if (found.missed[k] <= kQuickSteps) {
-              is_done = replay_quickly<RULE == kAdamW>(found.steps, found.missed[k], columns);
+              is_done = columns.quick_steps(found.steps, found.missed[k],
+                                            work.grads ? found.steps + kQuickSteps : nullptr, grad);
               if (!is_done) columns = Columns<RULE, VEC>(t, at);
             }
           }
           if (!is_done) {
+            Ring steps{work.steps, work.n_kept, (from - work.first_step) % work.n_kept};
 #pragma unroll 1
             for (int64_t step = from; step <= until; ++step) columns.step(steps.next(), Floats<VEC>{});
-          }
-          if (work.grads) {
-            columns.step(work.steps[(now - work.first_step) % work.n_kept], load<VEC>(work.grads + grad_at + column));
+            if (work.grads) columns.step(steps.next(), grad);
           }
           columns.write(t, at);
         }

@@ -86,8 +86,9 @@ class EmbeddingConfig:
         ``whole``: a block must hold whole rows."""
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
         chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
-        elements = self.elements // 2 if updates else self.elements
-        return Segments(chunk, max(elements // block_d, 1), block_d, Warps(4))
+        # one warp: its walkers wait for nobody else's rows
+        elements = self.replayed // 2 if updates else self.replayed
+        return Segments(chunk, max(elements // block_d, 1), block_d, Warps(1))
 
     def update(self, n: int, dim: int, whole: bool) -> Replay:
         """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.

@@ -29,7 +29,8 @@ from .embedding_index import Rows, sort_rows
 from .embedding_plan import TablePlan, plans
 from .launch import alignment, cdiv, launch
 from .optimizer import update_arguments
-from .optimizer_rules import NO_RULE, load_step, take_step
+from .optimizer_quick import moved, take_step
+from .optimizer_rules import NO_RULE, load_rows, load_step, store_rows
 from .tiny_tables import add_tiny_tables
 
 
@@ -76,46 +77,122 @@ def embedding_segments_kernel(
         step = load_step(Step_ptr)
         now = tl.load(Now_ptr)
         n = tl.where(now < 0, 0, n)  # vetoed: there is nothing to walk over
-    key = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
+    key0 = tl.load(Keys_ptr + at, mask=at < n, other=void).to(tl.int64)
     before = tl.load(Keys_ptr + at - 1, mask=(at > 0) & (at <= n), other=-1).to(tl.int64)
+    head = Head_ptr + chunk[:, None] * DIM + d[None, :]
     total = tl.zeros([WALKERS, BLOCK_D], tl.float32)
-    for _ in range(CHUNK):
-        live = (at < n) & (key != void)
-        following = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
-        place = tl.load(Order_ptr + at, mask=live, other=0)
-        b = place // n_columns
-        column = Columns_ptr + (place - b * n_columns) * 2
-        start = aligned(tl.load(column, mask=live, other=0), ALIGN)
-        source = b[:, None] * aligned(stride_gb, ALIGN) + start[:, None] + d[None, :]
-        value = tl.load(Grad_ptr + source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
-        if MEAN:
-            bag = tl.load(column + 1, mask=live, other=0)
-            value = value / tl.load(Count_ptr + b * n_bags + bag, mask=live, other=1.0)[:, None]
-        total += value
-        ends = live & (following != key)
-        own = key != before  # the row began in this chunk
-        whole = ends & own
-        if RANKED:
-            target = tl.load(Rank_ptr + at, mask=whole, other=0)
-            tl.store(Rows_ptr + target, key, mask=whole & (tl.program_id(1) == 0))
-        else:
-            target = key
+    for _ in range(CHUNK // 4):
+        # four at a time, stage by stage: a load that waits for another keeps what follows it from starting
+        key1 = tl.load(Keys_ptr + at + 1, mask=at + 1 < n, other=-1).to(tl.int64)
+        key2 = tl.load(Keys_ptr + at + 2, mask=at + 2 < n, other=-1).to(tl.int64)
+        key3 = tl.load(Keys_ptr + at + 3, mask=at + 3 < n, other=-1).to(tl.int64)
+        key4 = tl.load(Keys_ptr + at + 4, mask=at + 4 < n, other=-1).to(tl.int64)
+        live0 = (at < n) & (key0 != void)
+        live1 = (at + 1 < n) & (key1 != void)
+        live2 = (at + 2 < n) & (key2 != void)
+        live3 = (at + 3 < n) & (key3 != void)
+        place0 = tl.load(Order_ptr + at, mask=live0, other=0)
+        place1 = tl.load(Order_ptr + at + 1, mask=live1, other=0)
+        place2 = tl.load(Order_ptr + at + 2, mask=live2, other=0)
+        place3 = tl.load(Order_ptr + at + 3, mask=live3, other=0)
+        ends0 = live0 & (key1 != key0)
+        ends1 = live1 & (key2 != key1)
+        ends2 = live2 & (key3 != key2)
+        ends3 = live3 & (key4 != key3)
+        whole0 = ends0 & (key0 != before)
+        whole1 = ends1 & (key1 != before)
+        whole2 = ends2 & (key2 != before)
+        whole3 = ends3 & (key3 != before)
+        value0 = gradient_of(
+            Grad_ptr, Columns_ptr, Count_ptr, place0, live0, d, n_columns, n_bags, stride_gb, DIM, MEAN, ALIGN
+        )
+        value1 = gradient_of(
+            Grad_ptr, Columns_ptr, Count_ptr, place1, live1, d, n_columns, n_bags, stride_gb, DIM, MEAN, ALIGN
+        )
+        value2 = gradient_of(
+            Grad_ptr, Columns_ptr, Count_ptr, place2, live2, d, n_columns, n_bags, stride_gb, DIM, MEAN, ALIGN
+        )
+        value3 = gradient_of(
+            Grad_ptr, Columns_ptr, Count_ptr, place3, live3, d, n_columns, n_bags, stride_gb, DIM, MEAN, ALIGN
+        )
+        total0 = total + value0
+        total1 = tl.where(ends0[:, None], 0.0, total0) + value1
+        total2 = tl.where(ends1[:, None], 0.0, total1) + value2
+        total3 = tl.where(ends2[:, None], 0.0, total2) + value3
+        total = tl.where(ends3[:, None], 0.0, total3)
         if RULE == NO_RULE:
-            tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & inside)
+            write_out(Out_ptr, Rank_ptr, Rows_ptr, at, key0, whole0, d, total0, DIM, RANKED)
+            write_out(Out_ptr, Rank_ptr, Rows_ptr, at + 1, key1, whole1, d, total1, DIM, RANKED)
+            write_out(Out_ptr, Rank_ptr, Rows_ptr, at + 2, key2, whole2, d, total2, DIM, RANKED)
+            write_out(Out_ptr, Rank_ptr, Rows_ptr, at + 3, key3, whole3, d, total3, DIM, RANKED)
         else:
-            take_step(P_ptr, First_ptr, Second_ptr, step, key, whole, d, total, DIM, RULE)
-            tl.store(Last_ptr + key, now, mask=whole & (tl.program_id(1) == 0))
-        tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(ends & ~own)[:, None] & inside)
-        total = tl.where(ends[:, None], 0.0, total)
-        key = following
-        at += 1
+            p0, first0, second0 = load_rows(P_ptr, First_ptr, Second_ptr, key0, whole0, d, DIM, RULE)
+            p1, first1, second1 = load_rows(P_ptr, First_ptr, Second_ptr, key1, whole1, d, DIM, RULE)
+            p2, first2, second2 = load_rows(P_ptr, First_ptr, Second_ptr, key2, whole2, d, DIM, RULE)
+            p3, first3, second3 = load_rows(P_ptr, First_ptr, Second_ptr, key3, whole3, d, DIM, RULE)
+            p0, first0, second0 = moved(step, total0, p0, first0, second0, whole0[:, None] & inside, DIM, RULE)
+            p1, first1, second1 = moved(step, total1, p1, first1, second1, whole1[:, None] & inside, DIM, RULE)
+            p2, first2, second2 = moved(step, total2, p2, first2, second2, whole2[:, None] & inside, DIM, RULE)
+            p3, first3, second3 = moved(step, total3, p3, first3, second3, whole3[:, None] & inside, DIM, RULE)
+            store_rows(P_ptr, First_ptr, Second_ptr, key0, whole0, d, p0, first0, second0, DIM, RULE)
+            store_rows(P_ptr, First_ptr, Second_ptr, key1, whole1, d, p1, first1, second1, DIM, RULE)
+            store_rows(P_ptr, First_ptr, Second_ptr, key2, whole2, d, p2, first2, second2, DIM, RULE)
+            store_rows(P_ptr, First_ptr, Second_ptr, key3, whole3, d, p3, first3, second3, DIM, RULE)
+            if tl.program_id(1) == 0:
+                tl.store(Last_ptr + key0, now, mask=whole0)
+                tl.store(Last_ptr + key1, now, mask=whole1)
+                tl.store(Last_ptr + key2, now, mask=whole2)
+                tl.store(Last_ptr + key3, now, mask=whole3)
+        tl.store(head, total0, mask=(ends0 & ~whole0)[:, None] & inside)
+        tl.store(head, total1, mask=(ends1 & ~whole1)[:, None] & inside)
+        tl.store(head, total2, mask=(ends2 & ~whole2)[:, None] & inside)
+        tl.store(head, total3, mask=(ends3 & ~whole3)[:, None] & inside)
+        key0 = key4
+        at += 4
     last = tl.load(Keys_ptr + at - 1, mask=at < n, other=void).to(tl.int64)
-    goes_on = (key == last) & (last != void)
+    goes_on = (key0 == last) & (last != void)
     own = last != before
     tl.store(Tail_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & own)[:, None] & inside)
-    tl.store(Head_ptr + chunk[:, None] * DIM + d[None, :], total, mask=(goes_on & ~own)[:, None] & inside)
+    tl.store(head, total, mask=(goes_on & ~own)[:, None] & inside)
     if tl.program_id(1) == 0:
         tl.store(Open_ptr + chunk, (goes_on & own).to(tl.int32), mask=chunk * CHUNK < n)
+
+
+@triton.jit
+def gradient_of(
+    Grad_ptr,
+    Columns_ptr,
+    Count_ptr,
+    place,
+    live,
+    d,
+    n_columns,
+    n_bags,
+    stride_gb,
+    DIM: tl.constexpr,
+    MEAN: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """A block of lookups' gradients, from the places in ``[B, n_columns]``."""
+    b = place // n_columns
+    column = Columns_ptr + (place - b * n_columns) * 2
+    start = aligned(tl.load(column, mask=live, other=0), ALIGN)
+    source = b[:, None] * aligned(stride_gb, ALIGN) + start[:, None] + d[None, :]
+    value = tl.load(Grad_ptr + source, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+    if MEAN:
+        bag = tl.load(column + 1, mask=live, other=0)
+        value = value / tl.load(Count_ptr + b * n_bags + bag, mask=live, other=1.0)[:, None]
+    return value
+
+
+@triton.jit
+def write_out(Out_ptr, Rank_ptr, Rows_ptr, at, key, whole, d, total, DIM: tl.constexpr, RANKED: tl.constexpr):
+    """The finished gradients of rows, into their places."""
+    target = key
+    if RANKED:
+        target = tl.load(Rank_ptr + at, mask=whole, other=0)
+        tl.store(Rows_ptr + target, key, mask=whole & (tl.program_id(1) == 0))
+    tl.store(Out_ptr + target[:, None] * DIM + d[None, :], total, mask=whole[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from ..updates import Update, behind_on, check_gradients, check_range, check_upd
 from . import configs
 from .embedding_index import Rows
 from .launch import cdiv, launch
+from .optimizer_quick import far_second, is_finite, moved, near_second, quick_move, quick_step
 from .optimizer_rules import ADAM, ADAMW, NO_RULE, ROWWISE_ADAGRAD, load_rows, load_step, move, store_rows
-from .quick_adam import far_second, is_finite, near_second, quick_move, quick_step
 
 
 @triton.jit(do_not_specialize=["start", "first_step", "n_kept", "upto"])
@@ -101,7 +101,7 @@ def table_rows_kernel(
                 inside = moves[:, None] & (d < DIM)[None, :]
                 grad = tl.load(Grads_ptr + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
                 numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
-                p, first, second = move(numbers, grad, p, first, second, DIM, RULE)
+                p, first, second = moved(numbers, grad, p, first, second, inside, DIM, RULE)
             store_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, p, first, second, DIM, RULE)
 
 
@@ -131,7 +131,7 @@ def replay(
         far = far_second(second)
         for left in range(most):
             step = quick_step(load_step(Steps_ptr + slot * 9))
-            q, one, two = quick_move(step, p, first, far, RULE == ADAMW)
+            q, one, two = quick_move(step, 0.0, p, first, far, RULE == ADAMW)
             due = (wait >= most - left)[:, None]
             p = tl.where(due, q, p)
             first = tl.where(due, one, first)

@@ -97,11 +97,3 @@ def store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM
         tl.store(First_ptr + at, first, mask=inside)
     if RULE >= ADAM and RULE <= ADAMW:
         tl.store(Second_ptr + at, second, mask=inside)
-
-
-@triton.jit
-def take_step(P_ptr, First_ptr, Second_ptr, step, row, live, d, grad, DIM: tl.constexpr, RULE: tl.constexpr):
-    """One step of rows that are current and whose gradient is at hand, in place; ``step`` is :func:`load_step`'s."""
-    p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
-    p, first, second = move(step, grad, p, first, second, DIM, RULE)
-    store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)

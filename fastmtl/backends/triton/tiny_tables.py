@@ -18,7 +18,8 @@ from .common import aligned
 from .embedding_plan import TablePlan
 from .launch import alignment, cdiv, launch, power_of_two
 from .optimizer import update_arguments
-from .optimizer_rules import NO_RULE, load_step, take_step
+from .optimizer_quick import take_step
+from .optimizer_rules import NO_RULE, load_step
 
 
 @triton.jit

@@ -18,6 +18,7 @@
 #define __device__
 #define __shared__
 #define __align__(n)
+#define __launch_bounds__(...)
 #define __forceinline__ inline
 
 struct Place {

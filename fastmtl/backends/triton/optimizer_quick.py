@@ -1,4 +1,4 @@
-"""Steps of Adam and AdamW without a gradient, as many as a GPU can take: the bits of ``move``, without branches.
+"""Steps of Adam and AdamW, as many as a GPU can take: the bits of ``move``, without branches.
 
 csrc/cuda/quick_adam.h is the same, and says why each operation is there: the device's own quotient and square root come
 with a branch each, which keeps a thread's columns from being computed side by side. What the quick form can't do leaves
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRET
-from .optimizer_rules import fused
+from .optimizer_rules import ADAM, ADAMW, fused, load_rows, move, store_rows
 
 #: Powers of two: what v and lr * m are multiplied by, and the way back; 0 is taken for _LEAST.
 _FAR = tl.constexpr(2.0**48)
@@ -83,10 +83,10 @@ def is_finite(p):
 
 
 @triton.jit
-def quick_move(step, p, first, far, DECOUPLED: tl.constexpr):
+def quick_move(step, grad, p, first, far, DECOUPLED: tl.constexpr):
     """One step of a block: the new p, first, and second's :func:`far_second`; ``step`` is :func:`quick_step`'s."""
     l2, shrink, keep, fresh, far_square, root, inverse, eps, neg_lr = step
-    g = fused(p, l2, 0.0)
+    g = fused(p, l2, grad)
     if DECOUPLED:
         p = p * shrink
     first = fused(fresh, g - first, first)
@@ -104,3 +104,24 @@ def quick_move(step, p, first, far, DECOUPLED: tl.constexpr):
     q = fused(r, fused(-divisor, q, a), q)
     q = fused(r, fused(-divisor, q, a), q)
     return fused(q, _NEAR, p), first, far
+
+
+@triton.jit
+def moved(step, grad, p, first, second, inside, DIM: tl.constexpr, RULE: tl.constexpr):
+    """One step of a block: the new p and states, right where ``inside`` [rows, columns] is."""
+    if RULE >= ADAM and RULE <= ADAMW:
+        q, one, far = quick_move(quick_step(step), grad, p, first, far_second(second), RULE == ADAMW)
+        two = near_second(far)
+        if tl.max(tl.max((inside & ~is_finite(q)).to(tl.int32), axis=1), axis=0) != 0:
+            q, one, two = move(step, grad, p, first, second, DIM, RULE)
+    else:
+        q, one, two = move(step, grad, p, first, second, DIM, RULE)
+    return q, one, two
+
+
+@triton.jit
+def take_step(P_ptr, First_ptr, Second_ptr, step, row, live, d, grad, DIM: tl.constexpr, RULE: tl.constexpr):
+    """One step of rows that are current and whose gradient is at hand, in place; ``step`` is :func:`load_step`'s."""
+    p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM, RULE)
+    p, first, second = moved(step, grad, p, first, second, live[:, None] & (d < DIM)[None, :], DIM, RULE)
+    store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM, RULE)
