@@ -220,6 +220,8 @@ class Bench:
         elif not warm:
             batch = make_batches(shape, n, 1, self.device)[0]
             self._note(case, "trainer", done["seconds"] / rows * n, n, batch, tables=done["tables"])
+            after = rows / (done["seconds"] - done["start"])
+            self.found["steps"][-1] |= {"start_ms": done["start"] * 1e3, "after_start": after}
 
     def _kernels(self, case: Case, warm: bool) -> None:
         shape, n = self.shape(case), self.rows(case)

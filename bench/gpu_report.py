@@ -21,7 +21,7 @@ from bench import gpu_peer, gpu_work
 #: The columns of the tables.
 STEPS = (
     "mode", "shape", "model", "batch", "precision", "contender", "tables", "us", "samples_per_second", "tflops",
-    "of_limit", "floor_us", "over_floor",
+    "of_limit", "floor_us", "over_floor", "start_ms", "after_start",
 )  # fmt: skip
 CALLS = ("shape", "batch", "precision", "call", "us", "gbytes_per_second", "of_limit", "how")
 KERNELS = ("shape", "model", "batch", "precision", "call", "us", "gbytes_per_second", "tflops", "of_limit")
@@ -115,7 +115,8 @@ def page(found: dict[str, Any]) -> str:
         f"Limits measured in this run: copy {limits['copy'] / 1e9:.4g} GB/s, {reached}.",
         "",
         "Adam with weight decay; tables: dense, or exact by rows (the dense numbers at the cost of the rows that are",
-        "looked up). Medians of alternated rounds; trainer: MTLTrainer, an epoch after a first one. of_limit: of the",
+        "looked up). Medians of alternated rounds; trainer: MTLTrainer, an epoch after a first one, call to losses;",
+        "start_ms: its part before the first step; after_start: samples a second of the rest. of_limit: of the",
         "rate of products in this precision, or for kernels of the nearer of the two limits. Floors and formulas:",
         "bench/gpu_work.py.",
         "",
