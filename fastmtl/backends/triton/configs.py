@@ -146,7 +146,7 @@ class Reduction:
 class Folded:
     """A tile of batch rows in inference, ``chunk`` units of the first hidden layer at a time; ``resident``: the tile's
     input stays where the products read it, else ``block_k`` of its columns are read at a time; ``fused``: experts and
-    mixture in one launch."""
+    mixture in one launch; ``held``: a resident input of 16 bits stays in registers, not in shared memory."""
 
     block_m: int
     chunk: int
@@ -154,6 +154,7 @@ class Folded:
     resident: bool
     fused: bool
     warps: Warps
+    held: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,32 +34,35 @@ from .precision import Precision
 
 @triton.jit
 def _piece(
-    X_ptr, at, live, n_in, n_read, FIRST: tl.constexpr, SIZE: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr
-):
+    X_ptr, at, live, n_in, n_read, FIRST: tl.constexpr, SIZE: tl.constexpr, ALIGN: tl.constexpr, PADDED: tl.constexpr,
+    HELD: tl.constexpr = False,
+):  # fmt: skip
     k = FIRST + tl.arange(0, SIZE)
     x = tl.load(
         X_ptr + (at[:, None] + k[None, :]), mask=live[:, None] & (k < aligned(n_read, ALIGN))[None, :], other=0.0
     )
     if PADDED:  # nobody said what lies behind a row
         x = tl.where((k < n_in)[None, :], x, 0.0)
+    if HELD:  # what was computed stays in registers, where products read it too: shared memory has room for weights
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
     return x
 
 
 @triton.jit
 def _inputs(
     X_ptr, at, live, n_in, n_read, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, ALIGN: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """A tile of one input in up to three pieces, whose widths are powers of two; nothing where they are read later."""
     x0 = at
     x1 = at
     x2 = at
     if K0 > 0:
-        x0 = _piece(X_ptr, at, live, n_in, n_read, 0, K0, ALIGN, PADDED)
+        x0 = _piece(X_ptr, at, live, n_in, n_read, 0, K0, ALIGN, PADDED, HELD)
     if K1 > 0:
-        x1 = _piece(X_ptr, at, live, n_in, n_read, K0, K1, ALIGN, PADDED)
+        x1 = _piece(X_ptr, at, live, n_in, n_read, K0, K1, ALIGN, PADDED, HELD)
     if K2 > 0:
-        x2 = _piece(X_ptr, at, live, n_in, n_read, K0 + K1, K2, ALIGN, PADDED)
+        x2 = _piece(X_ptr, at, live, n_in, n_read, K0 + K1, K2, ALIGN, PADDED, HELD)
     return x0, x1, x2
 
 
@@ -179,6 +182,7 @@ def expert_gate_folded_kernel(
     ALIGN_READ: tl.constexpr,
     ALIGN_H: tl.constexpr,
     PADDED: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -201,13 +205,13 @@ def expert_gate_folded_kernel(
             mine = H_ptr + tl.full((), BLOCK_M, tl.int64) * slot * aligned(stride_hb, ALIGN_H)
         own_rows = m * aligned(stride_hb, ALIGN_H)
         if ONE:
-            x0, x1, x2 = _inputs(x_tile, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED)
+            x0, x1, x2 = _inputs(x_tile, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED, HELD)
         if DEPTH > 0:
             for e in range(group * per_group, tl.minimum((group + 1) * per_group, n_experts)):
                 from_x = x_tile
                 if not ONE:
                     from_x = x_tile + tl.load(Source_ptr + e).to(tl.int64) * aligned(stride_xs, ALIGN_X)
-                    x0, x1, x2 = _inputs(from_x, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED)
+                    x0, x1, x2 = _inputs(from_x, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED, HELD)
                 if DEPTH == 2:
                     z = tl.zeros([BLOCK_M, H2], tl.float32)
                     alpha = learned_scalar(A1_ptr, e, ACT)
@@ -243,7 +247,7 @@ def expert_gate_folded_kernel(
                 from_x = x_tile
                 if not ONE:
                     from_x = x_tile + tl.cast(aligned(stride_xs, ALIGN_X), tl.int64) * n
-                    x0, x1, x2 = _inputs(from_x, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED)
+                    x0, x1, x2 = _inputs(from_x, at, live, n_in, n_read, K0, K1, K2, ALIGN_READ, PADDED, HELD)
                 logit += _times(
                     x0, x1, x2, from_x, at, live, Wg_ptr, n * C2 + c, n_in, n_read, K0, K1, K2, PITCH, BLOCK_M, C2,
                     BLOCK_K, ALIGN_READ, PADDED, DOT,
@@ -394,6 +398,7 @@ class _Call:
             K1=parts[1],
             K2=parts[2],
             ALIGN_H=alignment(*strides, self.mixture[1]),
+            HELD=config.held,
             BLOCK_M=config.block_m,
             CHUNK=config.chunk,
             BLOCK_K=alignment(self.layer.pitch, most=config.block_k),
