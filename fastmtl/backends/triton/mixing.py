@@ -82,8 +82,8 @@ def expert_gate_mix_kernel(
     at_z = m[:, None] * pitch + h[None, :]
     following = tl.load(z_rows + at_z, mask=mask, other=0.0)
     for e in range(n_experts):
-        z = following  # the next expert's is on its way meanwhile
-        following = tl.load(z_rows + (at_z + (e + 1) * n_units), mask=mask & (e + 1 < n_experts), other=0.0)
+        z = following  # the next expert's is on its way meanwhile (behind the last one its own, once more)
+        following = tl.load(z_rows + (at_z + tl.minimum(e + 1, n_experts - 1) * n_units), mask=mask, other=0.0)
         c = e * n_units + h
         mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
         scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
