@@ -166,6 +166,7 @@ def launches(runner: Runner, batch: Batch, rows: int, touched: int) -> list[Call
 
     def product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
         multiply(a, b, out, adds)
+        a, b, out = a.detach(), b.detach(), out.detach()  # repeated where gradients are on
         n, m, k = a.shape
         name = f"product {n} x {m} x {k} x {b.shape[2]}"
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (a, b, out))
