@@ -264,7 +264,7 @@ def test_numbers_that_the_quick_steps_leave_to_the_others(emulate, seed):
         )
         for name, want in theirs.items():
             found = torch.from_numpy(mine[name].numpy())
-            if want.is_floating_point():  # what is below 1.2e-38, or is moved by that, the native backend takes for zero
+            if want.is_floating_point():  # below 1.2e-38, or moved by what is, the native backend takes it for zero
                 found, want = (torch.where(x.abs() < 1e-29, 0.0, x).nan_to_num(nan=-7.0) for x in (found, want))
             assert torch.equal(found, want), name
 
