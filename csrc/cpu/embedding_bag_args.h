@@ -22,8 +22,10 @@ inline const Bag* checked_bags(const Tensor& plan, const std::vector<int64_t>& r
                     " ends behind its weight of ", rows[bag.table], " rows");
     STD_TORCH_CHECK(bag.column >= 0 && bag.length >= 0 && bag.column <= id_columns - bag.length, "bag ", f,
                     " ends behind the ", id_columns, " id columns");
-    const int64_t out = bag.dim * (bag.pooling == kConcat ? bag.length : 1);
-    STD_TORCH_CHECK(bag.out >= 0 && bag.out <= width - out, "bag ", f, " ends behind the output's ", width, " columns");
+    const int64_t parts = bag.pooling == kConcat ? bag.length : 1;  // a product could overflow
+    STD_TORCH_CHECK(
+        bag.dim >= 0 && bag.out >= 0 && bag.out <= width && (parts == 0 || bag.dim <= (width - bag.out) / parts),
+        "bag ", f, " ends behind the output's ", width, " columns");
     STD_TORCH_CHECK(bag.oov >= kRaise && bag.oov < bag.vocab, "bag ", f, " replaces unknown ids by a row it lacks");
   }
   return bags;
