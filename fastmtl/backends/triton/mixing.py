@@ -235,6 +235,7 @@ def experts(hidden: Hidden) -> Tensor:
 
 def activations(hidden: Hidden) -> Tensor:
     """The activations where the next GEMM reads them: ``[B, pitch]`` like z."""
-    y = torch.empty_like(hidden.z)
+    # torch's bf16 product on the CPU, which stands in for a GPU's, multiplies what lies behind a row by 0
+    y = (torch.empty_like if hidden.z.is_cuda else torch.zeros_like)(hidden.z)
     _rows(hidden, y, hidden.units, hidden.pitch, hidden.stat, hidden.stat, False)
     return y
