@@ -34,6 +34,8 @@ _TYPES = {
 ARCHITECTURES = (80, 90, 100)
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
+#: What optimizer_quick.py makes quotients and square roots of.
+_SEEDS = r"\b(rcp|rsqrt)\.approx\.ftz\.f32\b"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -64,7 +66,7 @@ class Report:
         dtype: of what it writes, or of what its products read.
         matrix: the instruction by which it multiplies matrices on tensor cores, if it does.
         wide: loads of 16 bytes over all loads from global memory.
-        approximate: whether it rounds anything otherwise than IEEE 754 says.
+        approximate: whether it rounds anything otherwise than IEEE 754 says, but for what the quick steps begin with.
     """
 
     workload: str
@@ -161,7 +163,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "X_ptr", "Out_ptr")), ""),
         "/".join(sorted(set(_TENSOR_CORES.findall(sass)))),
         round(wide, 2),
-        bool(re.search(r"\.(approx|ftz)\b", compiled.asm["ptx"])),
+        bool(re.search(r"\.(approx|ftz)\b", re.sub(_SEEDS, "", compiled.asm["ptx"]))),
         ", ".join(f"{key}={value}" for key, value in launch.constants if key.isupper()),
         round(seconds, 2),
     )

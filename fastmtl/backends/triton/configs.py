@@ -72,7 +72,7 @@ class EmbeddingConfig:
     tiny_classes: tuple[tuple[int, Warps], ...] = ((16, Warps(4)), (128, Warps(8)))
     elements: int = 1024
     max_block_d: int = 256
-    replayed: int = 256
+    replayed: int = 128
     gathered: int = 128
     stitched: int = 32
 
@@ -87,13 +87,13 @@ class EmbeddingConfig:
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
         chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
         # one warp: its walkers wait for nobody else's rows
-        elements = self.replayed // 2 if updates else self.replayed
+        elements = self.replayed if updates else 2 * self.replayed
         return Segments(chunk, max(elements // block_d, 1), block_d, Warps(1))
 
     def update(self, n: int, dim: int, whole: bool) -> Replay:
         """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.
 
-        A block has one warp, which waits for nobody else's rows, and eight numbers a thread, whose chains of operations
+        A block has one warp, which waits for nobody else's rows, and four numbers a thread, whose chains of operations
         run side by side.
         """
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)

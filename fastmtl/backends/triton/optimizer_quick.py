@@ -46,6 +46,18 @@ def near_inverse_root(x):
 
 
 @triton.jit
+def together(a, b, c):
+    """:func:`fused`, as an instruction that LLVM does not look into: triton 3.7.1's fails to pair these products."""
+    if INTERPRET:
+        found = fused(a, b, c)
+    else:
+        found = tl.inline_asm_elementwise(
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
 def quick_step(step):
     """A step's numbers as :func:`quick_move` wants them; its learning rate is NaN where they are not ordinary."""
     l2, shrink, keep, fresh, fresh_square, _ahead, root, eps, neg_lr = step
@@ -86,24 +98,24 @@ def is_finite(p):
 def quick_move(step, grad, p, first, far, DECOUPLED: tl.constexpr):
     """One step of a block: the new p, first, and second's :func:`far_second`; ``step`` is :func:`quick_step`'s."""
     l2, shrink, keep, fresh, far_square, root, inverse, eps, neg_lr = step
-    g = fused(p, l2, grad)
+    g = together(p, l2, grad)
     if DECOUPLED:
         p = p * shrink
-    first = fused(fresh, g - first, first)
-    far = fused(far_square * g, g, far * keep)
+    first = together(fresh, g - first, first)
+    far = together(far_square * g, g, far * keep)
     y = near_inverse_root(far)
     about = far * y
-    b = fused(fused(-about, about, far), y * 0.5, about)  # 2^24 sqrt(v)
+    b = together(together(-about, about, far), y * 0.5, about)  # 2^24 sqrt(v)
     q = b * inverse
-    q = fused(fused(-root, q, b), inverse, q)
-    divisor = fused(q, _NEAR_ROOT, eps)
+    q = together(together(-root, q, b), inverse, q)
+    divisor = together(q, _NEAR_ROOT, eps)
     a = (neg_lr * first) * _FAR
     r = near_reciprocal(divisor)
-    r = fused(r, fused(-divisor, r, 1.0), r)
+    r = together(r, together(-divisor, r, 1.0), r)
     q = a * r
-    q = fused(r, fused(-divisor, q, a), q)
-    q = fused(r, fused(-divisor, q, a), q)
-    return fused(q, _NEAR, p), first, far
+    q = together(r, together(-divisor, q, a), q)
+    q = together(r, together(-divisor, q, a), q)
+    return together(q, _NEAR, p), first, far
 
 
 @triton.jit
