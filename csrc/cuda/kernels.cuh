@@ -511,7 +511,7 @@ __device__ __forceinline__ int64_t row_to_move(const Target& t, const Work& work
 
 // Shared memory: Gathered::bytes(gathered). A block gathers rows, and moves them when it has found them all.
 template <int RULE, int VEC>
-__global__ void __launch_bounds__(kThreads, 4) table_rows_kernel(Target t, Work work, int lanes, int gathered) {
+__global__ void __launch_bounds__(kThreads, 3) table_rows_kernel(Target t, Work work, int lanes, int gathered) {
   extern __shared__ __align__(16) float partial[];
   const Gathered found(partial, gathered);
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;

@@ -26,7 +26,8 @@ LIMITS = {
     "advance_kernel": (64, 1),
     "note_losses_kernel": (48, 1),
     "expert_gate_pieces_kernel": (128, 4),
-    "expert_gate_dz_kernel": (128, 8),
+    "expert_gate_dz_kernel": (144, 8),
+    "expert_gate_wgrad_kernel": (176, 97),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (128, 1),
     "expert_gate_rows_kernel": (255, 1),
@@ -41,8 +42,8 @@ LIMITS = {
     "task_losses_kernel": (64, 1),
     "task_losses_sum_kernel": (32, 1),
 }
-#: Kernels that multiply: those of inference. The products of training are the library's.
-PRODUCTS = ("expert_gate_folded_kernel",)
+#: Kernels that multiply; the other products of training are the library's.
+PRODUCTS = ("expert_gate_folded_kernel", "expert_gate_wgrad_kernel")
 #: The instruction of the architecture's fastest path.
 BEST = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
@@ -108,7 +109,7 @@ def test_products_run_on_tensor_cores(reports):
         if row["kernel"] not in PRODUCTS:
             continue
         constants = dict(part.split("=") for part in row["constants"].split(", "))
-        if constants["DOT"] == "ieee" and row["dtype"] == "fp32":
+        if constants.get("DOT") == "ieee" and row["dtype"] == "fp32":
             continue
         small = min(int(constants["BLOCK_M"]), int(constants.get("BLOCK_N", 64))) < 64
         if row["matrix"] != BEST[row["arch"]] and not (small and row["matrix"]):

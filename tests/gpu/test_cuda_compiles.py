@@ -29,8 +29,8 @@ LIMITS = {
     "linearise_kernel": 64,
     "short_segments_kernel": 96,
     "long_segments_kernel": 96,
-    "tiny_tables_kernel": 64,
-    "tiny_tables_sum_kernel": 72,
+    "tiny_tables_kernel": 176,
+    "tiny_tables_sum_kernel": 80,
     "table_rows_kernel": 96,
 }
 

@@ -81,14 +81,12 @@ class EmbeddingConfig:
         block_d = min(power_of_two(dim), self.max_block_d)
         return Lookup(max(self.elements // block_d, 1), block_d, Warps(4))
 
-    def segments(self, n: int, dim: int, updates: bool, whole: bool) -> Segments:
-        """Of the backward over ``n`` sorted lookups; ``updates``: rows take an optimizer's step, which takes registers;
-        ``whole``: a block must hold whole rows."""
+    def segments(self, n: int, dim: int, whole: bool) -> Segments:
+        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows."""
         block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
         chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
         # one warp: its walkers wait for nobody else's rows
-        elements = self.replayed if updates else 2 * self.replayed
-        return Segments(chunk, max(elements // block_d, 1), block_d, Warps(1))
+        return Segments(chunk, max(self.replayed // block_d, 1), block_d, Warps(1))
 
     def update(self, n: int, dim: int, whole: bool) -> Replay:
         """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.

@@ -267,7 +267,7 @@ def _add_segments(
     n, dim = len(rows.keys), out.shape[1]
     if n == 0:
         return
-    config = configs.EMBEDDING.segments(n, dim, update is not None, update is not None and update.whole_rows)
+    config = configs.EMBEDDING.segments(n, dim, update is not None and update.whole_rows)
     warps = config.warps if update is None else replace(config.warps, contract=False)
     n_chunks = cdiv(n, config.chunk)
     head, tail = torch.empty(2, n_chunks, dim, dtype=torch.float32, device=grad.device)
