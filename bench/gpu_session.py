@@ -48,7 +48,7 @@ FOLDERS = (
 )  # fmt: skip
 #: Not run here: compilers and emulators, which need no GPU (`make gpu-check`), and what looks at the project's files.
 ELSEWHERE = ("gpu", "project")
-#: RELIABILITY's rows, and the cases of each that its time allows.
+#: The rows of docs/reliability.md, and the cases of each that its time allows.
 ROWS = {1: 40, 2: 10, 4: 2, 9: 1, 10: 60, 11: 1}
 #: Exit statuses of a pytest that came to its end: all passed, some failed, no test was left.
 COMPLETE = (0, 1, 5)
