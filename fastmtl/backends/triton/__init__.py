@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,9 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 
 def plans_in_use() -> list[Any]:
     """What holds the tensors that launches read beside their arguments; who replays launches must keep it."""
-    from . import embedding_plan, layer_plan
-
-    return [*embedding_plan.kept(), *layer_plan.kept()]
+    # plans are made by modules that need Triton: where these are not loaded, there are none
+    modules = (sys.modules.get(f"{__name__}.{name}") for name in ("embedding_plan", "layer_plan"))
+    return [plan for module in modules if module is not None for plan in module.kept()]
 
 
 def embedding_bag_fwd(
