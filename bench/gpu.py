@@ -264,6 +264,7 @@ class Bench:
         print(f"{case} {name}: {seconds * 1e6:.0f} us, {n / seconds / 1e6:.3g} M samples/s", flush=True)
 
     def _leave_out(self, case: Case, why: str) -> None:
+        why = why.replace(str(RESULTS.parents[1]), ".")  # a report says nothing of whose machine it was
         self.left_out.append(f"{case}: {why}")
         print(f"left out: {case}: {why}", flush=True)
 

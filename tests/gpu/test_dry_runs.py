@@ -147,6 +147,12 @@ def test_a_part_of_the_plan_is_compiled_without_figures():
     assert done.stdout == ""
 
 
+def test_a_report_names_no_folder_of_the_machine():
+    bench = gpu.Bench(torch.device("cpu"), True, False, {})
+    bench._leave_out(gpu.plan()[0], f"RuntimeError: Failed to import {ROOT}/build/gpu/inductor/some.py")
+    assert bench.left_out == [f"{gpu.plan()[0]}: RuntimeError: Failed to import ./build/gpu/inductor/some.py"]
+
+
 def test_a_contender_that_computes_something_else_is_left_out(monkeypatch):
     bench = gpu.Bench(torch.device("cpu"), True, False, dict.fromkeys(("copy", "ieee", "tf32", "bf16"), 1e9))
     step = gpu_models.Runner.step
