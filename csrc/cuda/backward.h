@@ -14,6 +14,7 @@
 #include <bit>
 
 #include "cuda/kernels.cuh"
+#include "cuda/table_rows.cuh"
 
 namespace fastmtl::cuda {
 

@@ -1,4 +1,4 @@
-// CUDA's execution model on a CPU, enough for csrc/cuda/kernels.cuh: a thread of the operating system for each thread
+// CUDA's execution model on a CPU, enough for csrc/cuda/*.cuh: a thread of the operating system for each thread
 // of a block, the blocks one after the other. Barriers and shuffles wait for the threads they name, so that a kernel
 // that synchronises too little races here too (-fsanitize=thread finds it), and one that reads outside its arrays is
 // found by -fsanitize=address.
