@@ -1,6 +1,6 @@
 """The activations of spec.ACTIVATIONS, their derivatives, and dropout, on blocks in fp32.
 
-Most act on each element alone and so fit a GEMM's prologue or epilogue. Dice and softmax look at all units of an expert
+Most act on each element alone and so fit any block. Dice and softmax look at all units of an expert
 (:data:`ROW_WISE`): their blocks must hold whole rows, units along axis 1. A NaN goes through every one of them.
 """
 

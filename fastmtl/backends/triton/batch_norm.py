@@ -123,7 +123,7 @@ def statistics(
     gate = params.gate if layer == 0 else None
     gates = own if gate is None else list(gate[1:])
     stat = plan.per_column(layer, 4)
-    config = configs.GEMM.reduction()
+    config = configs.EXPERT_GATE.reduction()
     n_gate_columns = 0 if gate is None else plan.spec.gate_rows
     names = ("Bias", "Gamma", "Beta", "Mean", "Var")
     launch(
@@ -221,7 +221,7 @@ def add_up(
     not written, and the bias; ``coef [2, pitch]``; and where there are heads ``head [2, E]``, their biases' gradients
     and, with ``losses``, these.
     """
-    config = configs.GEMM.reduction()
+    config = configs.EXPERT_GATE.reduction()
     listed = isinstance(columns, Tensor)
     n_columns = len(columns) if isinstance(columns, Tensor) else columns
     launch(

@@ -1,7 +1,7 @@
 """Launch choices: how large a program's block is, how many warps run it. Keyed by shape, never tuned at run time.
 
-Chosen by the compilers' resource reports for sm_80, sm_90 and sm_100 (registers, shared memory, no spills), and not yet
-by measurement: docs/gpu.md says what waits for a GPU.
+Chosen by the compilers' resource reports for sm_80, sm_90 and sm_100 (registers, shared memory, no spills), few of them
+by measurement: docs/gpu.md says which wait for a GPU.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class GemmConfig:
+class ExpertGateConfig:
     """Choices of expert_gate.
 
     Args:
@@ -270,4 +270,4 @@ class GemmConfig:
         return power_of_two(units, 4) if whole else min(power_of_two(units, 4), 128, self.cap)
 
 
-GEMM = GemmConfig()
+EXPERT_GATE = ExpertGateConfig()

@@ -310,7 +310,7 @@ def run_folded(
         pitch = round_up(units, 16 // x.element_size())
         result = torch.empty(n_gates or spec.n_experts, n_rows, pitch, dtype=x.dtype, device=x.device)
     assert result is not None
-    choose, shape = configs.GEMM, (layer.pitch, layer.h1, layer.h2)
+    choose, shape = configs.EXPERT_GATE, (layer.pitch, layer.h1, layer.h2)
     config = choose.folded(precision.name, generation(x.device), *shape)
     n_tiles = cdiv(n_rows, config.block_m)
     depth, follow = len(spec.dims), 0 if towers is None else len(towers.spec.dims)

@@ -124,7 +124,7 @@ def linear_heads(x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec) -> T
     assert params.out_weight is not None
     n_rows, n_experts = x.shape[1], spec.n_experts
     y = torch.empty(n_rows, n_experts, dtype=torch.float32, device=x.device)
-    config = configs.GEMM.rows(spec.in_features, False, False)
+    config = configs.EXPERT_GATE.rows(spec.in_features, False, False)
     launch(
         linear_heads_fwd_kernel,
         (cdiv(n_rows, config.block_b) * n_experts,),
@@ -150,7 +150,7 @@ def linear_heads_bwd(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients of x (None where it needs none), and of weight and bias, fp32, from ``grad [B, E]``."""
     n_rows, n_experts, n_in = x.shape[1], spec.n_experts, spec.in_features
-    config = configs.GEMM.rows(n_in, False, False, backward=True)
+    config = configs.EXPERT_GATE.rows(n_in, False, False, backward=True)
     run = max(config.run, cdiv(cdiv(n_rows, 2 * configs.PROGRAMS), config.block_b) * config.block_b)
     n_runs, n_blocks = cdiv(n_rows, run), cdiv(n_in, config.block_h)
     strides = {"stride_gb": grad.stride(0), "stride_ge": grad.stride(1)}

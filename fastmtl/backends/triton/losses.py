@@ -137,7 +137,7 @@ def task_losses_sum_kernel(Part_ptr, Loss_ptr, n_tasks, n_pieces, BLOCK_P: tl.co
 def task_counts(labels: Tensor) -> Tensor:
     """The labels that are there, ``[n_pieces, T]`` int32, by runs of the batch."""
     n_rows, n_tasks = labels.shape
-    config = configs.GEMM.losses(n_rows)
+    config = configs.EXPERT_GATE.losses(n_rows)
     n_pieces = cdiv(n_rows, config.run)
     counts = torch.empty(n_pieces, n_tasks, dtype=torch.int32, device=labels.device)
     launch(
@@ -205,7 +205,7 @@ def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, facto
     grad = torch.empty(n_rows, n_tasks, dtype=torch.float32, device=logits.device)
     if n_rows == 0:
         return losses, grad
-    config = configs.GEMM.losses(n_rows)
+    config = configs.EXPERT_GATE.losses(n_rows)
     counts = task_counts(labels)
     part = torch.empty(counts.shape, dtype=torch.float32, device=logits.device)
     launch(

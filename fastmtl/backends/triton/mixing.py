@@ -161,7 +161,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
     spec, n_rows, units, device = plan.spec, len(hidden.z), hidden.units, hidden.z.device
     y = torch.empty(len(spec.gates), n_rows, units, dtype=hidden.z.dtype, device=device)
     share = torch.empty(n_rows, first.pitch - plan.gate_start[0], dtype=torch.float32, device=device)
-    config = configs.GEMM.mix(units, hidden.row_wise, hidden.dropped, len(spec.gates))
+    config = configs.EXPERT_GATE.mix(units, hidden.row_wise, hidden.dropped, len(spec.gates))
     launch(
         expert_gate_mix_kernel,
         (cdiv(n_rows, config.block_b) * cdiv(units, config.block_h),),
@@ -193,7 +193,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
 
 def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Tensor, bias: Tensor, head: bool) -> None:
     n_rows, n_experts, units = len(hidden.z), hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.rows(units, hidden.row_wise, hidden.dropped)
+    config = configs.EXPERT_GATE.rows(units, hidden.row_wise, hidden.dropped)
     launch(
         expert_gate_rows_kernel,
         (cdiv(n_rows, config.block_b) * n_experts,),
@@ -234,7 +234,7 @@ def experts(hidden: Hidden) -> Tensor:
 
 
 def activations(hidden: Hidden) -> Tensor:
-    """The activations where the next GEMM reads them: ``[B, pitch]`` like z."""
+    """The activations where the next product reads them: ``[B, pitch]`` like z."""
     # torch's bf16 product on the CPU, which stands in for a GPU's, multiplies what lies behind a row by 0
     y = (torch.empty_like if hidden.z.is_cuda else torch.zeros_like)(hidden.z)
     _rows(hidden, y, hidden.units, hidden.pitch, hidden.stat, hidden.stat, False)

@@ -283,7 +283,7 @@ def _tail(
     plan, the softmax, and Dg to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     whole = hidden.row_wise or losses is not None
-    config = configs.GEMM.tail(units, whole, n_rows, n_experts)
+    config = configs.EXPERT_GATE.tail(units, whole, n_rows, n_experts)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, SUMS, hidden.pitch, dtype=torch.float32, device=grad.device)
     plan, share, dg = mixed if mixed is not None else (None, part, part)
@@ -320,7 +320,7 @@ def _tail(
         GATES2=1 if plan is None else plan.n_gates2,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
-        BLOCK_P=configs.GEMM.losses(n_rows).pieces,
+        BLOCK_P=configs.EXPERT_GATE.losses(n_rows).pieces,
     )
     return part
 
@@ -333,11 +333,13 @@ def mix_bwd(
     ``scale * (d - shift - slope * (z - mean))`` with what batch_norm.add_up makes of the sums) and of the gates (in
     ``first_d``, the first layer's); returns what rebuilds the former, and the pieces of the sums of both."""
     n_rows, device = len(hidden.z), grad.device
-    n_blocks = cdiv(hidden.units, configs.GEMM.tail(hidden.units, hidden.row_wise, n_rows, plan.spec.n_experts).block_h)
+    n_blocks = cdiv(
+        hidden.units, configs.EXPERT_GATE.tail(hidden.units, hidden.row_wise, n_rows, plan.spec.n_experts).block_h
+    )
     dg = torch.empty(n_blocks, *share.shape, dtype=torch.float32, device=device)
     part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (plan, share, dg), None)
     block_c = power_of_two(plan.widest_gate)
-    config = configs.GEMM.softmax(block_c, n_rows)
+    config = configs.EXPERT_GATE.softmax(block_c, n_rows)
     n_runs = cdiv(n_rows, config.run)
     gate_part = torch.empty(n_runs, SUMS, first.pitch, dtype=torch.float32, device=device)
     launch(

@@ -134,7 +134,7 @@ def expert_gate_dz_kernel(
 def pieces(z: Tensor) -> tuple[Tensor, int]:
     """Mean and M2 of each column over runs of the batch, ``[runs, 2, pitch]``, and the rows of a run."""
     n_rows, pitch = z.shape
-    config = configs.GEMM.columns(n_rows, pitch, pitch, 2048)
+    config = configs.EXPERT_GATE.columns(n_rows, pitch, pitch, 2048)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, 2, pitch, dtype=torch.float32, device=z.device)
     launch(
@@ -163,7 +163,7 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
     """
     n_rows, pitch = d.shape
     n_experts, units = hidden.spec.n_experts, hidden.units
-    config = configs.GEMM.columns(n_rows, pitch, units, 4096)
+    config = configs.EXPERT_GATE.columns(n_rows, pitch, units, 4096)
     n_blocks = n_experts * cdiv(units, config.block_h) + cdiv(pitch - n_experts * units, config.block_h)
     out = torch.empty_like(d)
     nothing = {"ACT": "linear", "DROPOUT": False}

@@ -82,9 +82,9 @@ def wgrad(dz: Tensor, h: Tensor, out: Tensor) -> None:
     """
     n, n_rows, width = dz.shape
     n_in = h.shape[2]
-    config = configs.GEMM.wgrad(width, n_in)
+    config = configs.EXPERT_GATE.wgrad(width, n_in)
     n_tiles = n * cdiv(width, config.block_m) * cdiv(n_in, config.block_n)
-    split_rows = configs.GEMM.split_rows(n_rows, n_tiles, config.block_k, max(dz.stride(1), h.stride(1)))
+    split_rows = configs.EXPERT_GATE.split_rows(n_rows, n_tiles, config.block_k, max(dz.stride(1), h.stride(1)))
     n_splits = cdiv(n_rows, split_rows)
     parts = out.new_empty(n_splits, n, width, n_in)
     launch(

@@ -40,7 +40,7 @@ def test_random_layers(case, kind, seed, device, monkeypatch):
         monkeypatch.setattr(configs, "PROGRAMS", (1, 2, 132)[draw(0, 3)])
         if draw(0, 2):  # the tile's input in one piece, as on a GPU in bf16
             chosen = configs.Folded(16, 32, 16, True, bool(draw(0, 2)), launch.Warps())
-            monkeypatch.setattr(configs.GemmConfig, "folded", lambda *_: chosen)
+            monkeypatch.setattr(configs.ExpertGateConfig, "folded", lambda *_: chosen)
     wanted = eager.expert_gate(layer.x, layer.params, layer.spec, False)
     out = run(layer, torch.float32, device)
     assert out.shape == wanted.shape
@@ -113,7 +113,7 @@ def in_float64(model, x):
 def test_models_take_it_by_themselves(name, seed, device, monkeypatch):
     if device.type == "cpu" and seed % 2:  # as on a GPU in bf16: inputs in one piece, experts and mixture in one launch
         chosen = configs.Folded(16, 16, 16, True, True, launch.Warps())
-        monkeypatch.setattr(configs.GemmConfig, "folded", lambda *_: chosen)
+        monkeypatch.setattr(configs.ExpertGateConfig, "folded", lambda *_: chosen)
         monkeypatch.setattr(configs, "PROGRAMS", 1)
     model = make(name, device)
     for rows in (37, 1, 0):
