@@ -74,15 +74,15 @@ struct OptimizerKernels {
   bool (*close)(const Table& table, const Waits& waits, const int64_t* rows, int64_t begin, int64_t end);
 };
 
-// The kernels as built for one instruction set.
+// The kernels as built for one instruction set; where its divider is slow, those that do without it where they can.
 namespace baseline {
-const OptimizerKernels& optimizer_kernels();
+const OptimizerKernels& optimizer_kernels(bool slow_divider);
 }
 namespace avx2 {
-const OptimizerKernels& optimizer_kernels();
+const OptimizerKernels& optimizer_kernels(bool slow_divider);
 }
 namespace avx512 {
-const OptimizerKernels& optimizer_kernels();
+const OptimizerKernels& optimizer_kernels(bool slow_divider);
 }
 
 }  // namespace fastmtl

@@ -41,6 +41,7 @@ inline Lanes at_most(float most, Lanes a) { return _mm512_maskz_min_ps(0xffff, L
 struct Lanes {
   static constexpr int64_t kCount = 8;
   __m256 v;
+  Lanes() = default;
   Lanes(__m256 x) : v(x) {}
   Lanes(float x) : v(_mm256_set1_ps(x)) {}
   static Lanes load(const float* from) { return _mm256_loadu_ps(from); }
@@ -60,6 +61,7 @@ inline Lanes at_most(float most, Lanes a) { return _mm256_min_ps(Lanes(most).v, 
 struct Lanes {
   static constexpr int64_t kCount = 1;
   float v;
+  Lanes() = default;
   Lanes(float x) : v(x) {}
   static Lanes load(const float* from) { return *from; }
   void store(float* to) const { *to = v; }
@@ -74,6 +76,9 @@ inline bool all_equal(Lanes a, Lanes b) { return a.v == b.v; }
 inline Lanes at_most(float most, Lanes a) { return a.v > most ? most : a.v; }
 
 #endif
+
+// Vectors that go through a chain of operations together: as many as hide its length, by the number of registers.
+constexpr int kMostVectors = Lanes::kCount == 16 ? 8 : 4;
 
 // a / b where inverse is 1 / b rounded: one correction makes the quotient exact (Markstein, IBM J. R&D 34, 1990), and
 // the divider, which the square roots and the other quotient keep busy, is spared. The bound lets infinity stay
