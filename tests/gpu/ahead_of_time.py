@@ -32,6 +32,8 @@ _TYPES = {
     torch.bool: "*u1",
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
+#: Kernels whose instructions are looked at.
+DISASSEMBLED = re.compile("expert_gate_folded|expert_gate_wgrad|embedding_bag_fwd")
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 #: What optimizer_quick.py makes quotients and square roots of.
@@ -61,11 +63,12 @@ class Report:
 
     Args:
         registers: a thread.
-        spills: instructions that write a register to local memory or read it back.
+        spills: bytes of local memory a thread, where registers are written that there is no room for.
         shared: bytes a program.
         dtype: of what it writes, or of what its products read.
-        matrix: the instruction by which it multiplies matrices on tensor cores, if it does.
-        wide: loads of 16 bytes over all loads from global memory.
+        matrix: the instruction by which it multiplies matrices on tensor cores, if it does; '' for a kernel that is not
+            disassembled, which takes as long as its compilation (DISASSEMBLED).
+        wide: loads of 16 bytes over all loads from global memory; likewise 1.
         approximate: whether it rounds anything otherwise than IEEE 754 says, but for what the quick steps begin with.
     """
 
@@ -131,12 +134,13 @@ def _describe(kernel: Any, grid: tuple[int, ...], warps: launching.Warps, argume
 
 def compile_for(launch: Launch, arch: int, workload: str) -> Report:
     """Compile one launch for compute capability ``arch / 10`` and take its binary apart."""
-    names = [name for name, _ in launch.signature]
+    name = launch.kernel.fn.__name__
+    names = [argument for argument, _ in launch.signature]
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
-        constexprs={(names.index(name),): value for name, value in launch.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+        constexprs={(names.index(constant),): value for constant, value in launch.constants},
+        attrs={(names.index(pointer),): [["tt.divisibility", 16]] for pointer in launch.aligned},
     )
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.warps.options())
@@ -145,8 +149,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("-res-usage", file.name)
-        sass = _tool("-sass", file.name)
-    name = launch.kernel.fn.__name__
+        sass = _tool("-sass", file.name) if DISASSEMBLED.match(name) else ""
     (numbers,) = re.findall(rf"Function {name}:\s*\n?\s*(REG:.*)", usage)
     sizes = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
     loads = re.findall(r"\b(LDG\S*|LDGSTS\S*)", sass)
@@ -158,7 +161,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         launch.programs,
         launch.warps.num_warps,
         sizes["REG"],
-        len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        sizes["STACK"],
         compiled.metadata.shared,
         next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "X_ptr", "Out_ptr")), ""),
         "/".join(sorted(set(_TENSOR_CORES.findall(sass)))),
