@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -62,6 +63,12 @@ class Setting:
         ]
         torch.manual_seed(SEED)
         self.state = build("torch_rechub", self.model, self.shape).state_dict()
+
+    def nudged(self, seed: int) -> Setting:
+        """The same from weights that differ in their last bits."""
+        other = copy(self)
+        other.state = equality.nudged(self.state, seed)
+        return other
 
     @cached_property
     def column_batches(self) -> list[tuple[ColumnBatch, Tensor]]:
@@ -303,13 +310,17 @@ def check_steps(runs: list[Contender], runners: dict[str, Runner], setting: Sett
     Raises:
         SystemExit: one is too far away (:mod:`bench.equality`).
     """
-    in_double = RechubRunner(setting, dtype=torch.float64)
-    exact = torch.cat([in_double.step() for _ in range(CHECKED_STEPS)]).tolist()
-    losses = {}
-    for one in runs:
-        taken = torch.cat([runners[one.name].step() for _ in range(CHECKED_STEPS)]).tolist()
-        losses[one.name] = taken if one.same_steps else taken[: len(exact) // CHECKED_STEPS]
-    return equality.check(losses, {one.name: one.precision for one in runs}, PEER, exact)
+    exact = _first_losses(RechubRunner(setting, dtype=torch.float64))
+    losses = {one.name: _first_losses(runners[one.name]) for one in runs}
+    first = len(exact) // CHECKED_STEPS
+    held = {one.name: losses[one.name] if one.same_steps else losses[one.name][:first] for one in runs}
+    moved = (setting.nudged(seed) for seed in equality.NUDGES)
+    peers = [losses[PEER], *(_first_losses(RechubRunner(one)) for one in moved)]
+    return equality.check(held, {one.name: one.precision for one in runs}, exact, peers, given=first)
+
+
+def _first_losses(runner: Runner) -> list[float]:
+    return torch.cat([runner.step() for _ in range(CHECKED_STEPS)]).tolist()
 
 
 def check_predictions(runs: list[Contender], runners: dict[str, Runner], batch: int) -> dict[str, float]:

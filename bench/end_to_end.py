@@ -6,11 +6,11 @@
 
 Census is the real data set where its file is found (FASTMTL_DATA), otherwise made-up rows of its shape. First every
 contender trains one epoch from the same seed, and the epoch's losses must be those of the same epoch in float64, as
-closely as their precision allows. Then each round trains every
-contender for an epoch with its validation, in turns that begin with another one each round; a ratio is the median of
-the rounds' ratios. Everything is fp32, Adam with weight decay, the same rows and batches; ``--amp bf16`` adds fastmtl
-in bf16, and torch-rechub stays in fp32, having nothing else. Where the tables are large (ali-ccp), fastmtl's native
-backend trains them by its exact updates at sparse cost, which is its default.
+closely as rounding alone would leave them (:mod:`bench.equality`). Then each round trains every contender for an epoch
+with its validation, in turns that begin with another one each round; a ratio is the median of the rounds' ratios.
+Everything is fp32, Adam with weight decay, the same rows and batches; ``--amp bf16`` adds fastmtl in bf16, and
+torch-rechub stays in fp32, having nothing else. Where the tables are large (ali-ccp), fastmtl's native backend trains
+them by its exact updates at sparse cost, which is its default.
 """
 
 from __future__ import annotations
@@ -62,13 +62,23 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """A package, and for fastmtl the backend it is held to (None: its own choice), its precision and its parameters."""
+    """A package, and how it trains.
+
+    Args:
+        name: in the tables.
+        package: ``"torch_rechub"`` or ``"fastmtl"``.
+        backend: what fastmtl is held to; None: its own choice.
+        amp: fastmtl's precision.
+        dtype: of the parameters.
+        nudge: start from weights moved in their last bits, by this seed.
+    """
 
     name: str
     package: str
     backend: str | None = None
     amp: str | None = None
     dtype: torch.dtype = torch.float32
+    nudge: int | None = None
 
     @property
     def precision(self) -> str:
@@ -92,6 +102,8 @@ class Contender:
                 stack.enter_context(backend.use_backend(self.backend))
             torch.manual_seed(SEED)
             model = build(self.package, model_name, shape, rows.vocabs).to(self.dtype)
+            if self.nudge is not None:
+                model.load_state_dict(equality.nudged(model.state_dict(), self.nudge))
             train, valid, _ = generator(rows.x_train, rows.y_train).generate_dataloader(
                 x_val=rows.x_valid, y_val=rows.y_valid, x_test=rows.x_valid, y_test=rows.y_valid,
                 batch_size=shape.batch_size,
@@ -159,9 +171,14 @@ def check_equality(runs: Sequence[Contender], model: str, shape: Shape, rows: Ro
     Raises:
         SystemExit: one is too far away (:mod:`bench.equality`).
     """
-    exact, _ = Contender("float64", "fastmtl", "eager", dtype=torch.float64).train(model, shape, rows, epochs=1)
-    losses = {contender.name: contender.train(model, shape, rows, epochs=1)[0] for contender in runs}
-    return equality.check(losses, {contender.name: contender.precision for contender in runs}, PEER, exact)
+
+    def epoch(contender: Contender) -> list[float]:
+        return contender.train(model, shape, rows, epochs=1)[0]
+
+    exact = epoch(Contender("float64", "fastmtl", "eager", dtype=torch.float64))
+    losses = {contender.name: epoch(contender) for contender in runs}
+    peers = [losses[PEER], *(epoch(Contender(PEER, "torch_rechub", nudge=seed)) for seed in equality.NUDGES)]
+    return equality.check(losses, {contender.name: contender.precision for contender in runs}, exact, peers, given=0)
 
 
 def measure(

@@ -110,12 +110,44 @@ def test_a_contender_that_computes_something_else_is_not_timed():
 
 def test_equality_is_judged_by_the_distance_from_float64():
     exact, precisions = [0.5, 0.25], {"peer": "fp32", "ours": "fp32", "half": "bf16", "first": "fp32"}
-    losses = {"peer": [0.5, 0.25 * (1 + 8e-5)], "ours": [0.5 * (1 - 1.5e-4), 0.25], "half": [0.51], "first": [0.5]}
-    found = equality.check(losses, precisions, "peer", exact)
-    assert found == pytest.approx({"peer": 8e-5, "ours": 1.5e-4, "half": 2e-2, "first": 0})
-    for name, bad in (("ours", 1.7e-4), ("half", 4e-2), ("peer", 2e-3), ("first", float("nan"))):
+    peers = [[0.5, 0.25 * (1 + 1e-5)], [0.5, 0.25 * (1 - 3e-5)]]  # rounding alone goes as far as 3e-5
+    losses = {
+        "peer": [0.5, 0.25], "ours": [0.5 * (1 - 8e-7), 0.25 * (1 + 1.1e-4)], "half": [0.501, 0.25], "first": [0.5]
+    }  # fmt: skip
+    found = equality.check(losses, precisions, exact, peers, given=1)
+    assert found == pytest.approx({"peer": 0, "ours": 1.1e-4, "half": 2e-3, "first": 0})
+    for name, bad in (
+        ("ours", [0.5 * (1 + 2e-6), 0.25]),  # nothing excuses the losses of given weights
+        ("ours", [0.5, 0.25 * (1 + 1.3e-4)]),
+        ("half", [0.5, 0.25 * (1 + 2e-2)]),
+        ("first", [float("nan")]),
+    ):
         with pytest.raises(SystemExit, match=f"{name}: its losses are"):
-            equality.check(losses | {name: [0.5 * (1 + bad)]}, precisions, "peer", exact)
+            equality.check(losses | {name: bad}, precisions, exact, peers, given=1)
+    with pytest.raises(SystemExit, match=r"torch-rechub's losses are 2\.0e-03 away"):
+        equality.check(losses, precisions, exact, [*peers, [0.501, 0.25]], given=1)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 1.01e-3}, {"weight_decay": 0.0}], ids=["rate", "decay"])
+def test_an_optimizer_that_is_a_little_wrong_is_not_timed(wrong):
+    setting = contenders.Setting(CENSUS, "mmoe", 1024, n_batches=3)
+    runs, _ = contenders.contenders(compiled=False)
+    runners = {one.name: one.make(setting) for one in runs}
+    runners["fastmtl eager"].trainer.optimizer.param_groups[0].update(wrong)
+    with pytest.raises(SystemExit, match="fastmtl eager: its losses are"):
+        contenders.check_steps(runs, runners, setting)
+
+
+def test_nudged_weights_are_the_numbers_beside():
+    seed = torch.seed() % 2**31
+    print(f"seed {seed}")
+    state = {"w": torch.randn(500), "bn.running_mean": torch.randn(3), "n": torch.tensor(4)}
+    moved = equality.nudged(state, seed)
+    assert list(moved) == list(state)
+    up, down = (torch.nextafter(state["w"], torch.tensor(end)) for end in (float("inf"), -float("inf")))
+    assert ((moved["w"] == up) | (moved["w"] == down)).all()
+    assert 150 < int((moved["w"] == up).sum()) < 350
+    assert all(moved[key] is state[key] for key in ("bn.running_mean", "n"))
 
 
 def test_inference():
