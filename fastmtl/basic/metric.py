@@ -1,4 +1,4 @@
-"""Scores of predictions. scikit-learn's are the exact reference and are used as they are."""
+"""Scores of predictions: scikit-learn's numbers."""
 
 from __future__ import annotations
 
@@ -34,15 +34,19 @@ def auc(labels: np.ndarray, predictions: np.ndarray, task: str | None = None) ->
         NaN, with a warning that says why, where it is undefined: one class only, or predictions that are NaN.
     """
     labels, predictions = _known(labels, predictions)
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        found = f"only the class {classes[0]:g}" if len(classes) else "no labels"
+    if not len(labels) or (labels == labels[0]).all():
+        found = f"only the class {labels[0]:g}" if len(labels) else "no labels"
         warn_undefined(task, f"{found} among {len(labels)} rows")
         return math.nan
     if np.isnan(predictions).any():
         warn_undefined(task, "some predictions are NaN")
         return math.nan
-    return float(metrics.roc_auc_score(labels, predictions))
+    negative, positive = (np.sort(predictions[labels == kind]) for kind in (0, 1))
+    if len(negative) + len(positive) < len(labels):  # other labels: scikit-learn says what it thinks of them
+        return float(metrics.roc_auc_score(labels, predictions))
+    # twice the pairs in order, a tie counting half: whole numbers
+    pairs = sum(int(np.searchsorted(negative, positive, side).sum()) for side in ("left", "right"))
+    return pairs / (2 * len(positive) * len(negative))
 
 
 def warn_undefined(task: str | None, reason: str) -> None:

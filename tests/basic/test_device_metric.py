@@ -43,6 +43,7 @@ def test_scores_are_scikit_learns(dtype, seed):
         known, exact = ~np.isnan(labels), p.double().numpy()
         right = metrics.roc_auc_score(labels[known], exact[known])
         assert found.auc == pytest.approx(right, abs=1e-12), case
+        assert metric.auc(labels, exact) == pytest.approx(right, abs=1e-12), case
         clipped = np.clip(exact[known], 1e-15, 1 - 1e-15)
         assert found.log_loss == pytest.approx(metrics.log_loss(labels[known], clipped), rel=1e-12), case
         assert found.log_loss == pytest.approx(metric.log_loss(labels, exact), rel=1e-12)
