@@ -169,7 +169,8 @@ def embedding_bag(
             gradients then are sparse tensors of the rows that were looked up. Backends for GPUs take
             :class:`fastmtl.backends.updates.Update` instead, steps of an optimizer that their backward is to take.
         scales: ``[B, S]`` float32, what each id's embedding is multiplied by before it is pooled (a mean still divides
-            by the number of ids), or None. Has a gradient. Not for bags that take a maximum, as in torch.
+            by the number of ids), or None. Has a gradient. Not for bags that take a maximum, as in torch. Features
+            have none; docs/architecture.md shows a call by hand.
         ragged: the ids of the ragged bags; None where there are none.
 
     Returns:

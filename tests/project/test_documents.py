@@ -73,6 +73,14 @@ def test_the_strategy_of_the_contributing_guide_trains(log, tmp_path, monkeypatc
     assert history[-1][0] < history[0][0]
 
 
+def test_the_lookup_with_weights_of_ids_runs():
+    (source,) = documents.code_blocks(ROOT / "docs/architecture.md", "python")
+    scope = {}
+    exec(source, scope)
+    right = (scope["scales"].double()[:, :, None] * scope["table"].detach().double()[scope["ids"]]).sum(1)
+    torch.testing.assert_close(scope["pooled"].detach().double(), right, rtol=1e-5, atol=1e-5)
+
+
 def test_the_command_line_offers_every_strategy():
     assert {*WEIGHTINGS, "static"} == set(STRATEGIES)
 
