@@ -60,6 +60,25 @@ void mix(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, co
   }
 }
 
+// One expert's row in kCount of the mixes that it goes into: the gradient of h, added up where it is not the first of
+// them, and of its weight in each.
+template <int kCount, class T>
+FASTMTL_INLINE void mix_grad_row(const int64_t* mixers, const float* w, const T* h, const float* const* dout,
+                                 int64_t at, int64_t width, float* dh, bool first, float* s) {
+  F32 dots[kCount] = {};
+  for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
+    const F32 value = load(h + c, n);
+    F32 total = first ? F32{} : load(dh + c, n);
+    for (int m = 0; m < kCount; ++m) {
+      const F32 d = load(dout[mixers[2 * m]] + at + c, n);
+      dots[m] += value * d;
+      total += w[mixers[2 * m + 1]] * d;
+    }
+    store(dh + c, total, n);
+  });
+  for (int m = 0; m < kCount; ++m) s[mixers[2 * m + 1]] = sum(dots[m]);
+}
+
 template <class T>
 void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width, int64_t n_experts,
               const int64_t* starts, const int64_t* mixers, const float* weights, int64_t ld_w, const T* h,
@@ -68,11 +87,22 @@ void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t widt
   for (int64_t r = 0; r < rows; ++r) {
     const float* w = weights + r * ld_w;
     float* s = ds + r * ld_ds;
+    for (int64_t e = 0; e < n_experts; ++e) {
+      float* to = dh + r * ld_dh + e * width;
+      const T* from = h + r * ld_h + e * width;
+      int64_t m = starts[e];
+      if (m == starts[e + 1]) std::fill_n(to, width, 0.0f);
+      for (; m + 2 <= starts[e + 1]; m += 2) {
+        mix_grad_row<2>(mixers + 2 * m, w, from, dout, r * ld_dout, width, to, m == starts[e], s);
+      }
+      if (m < starts[e + 1]) {
+        mix_grad_row<1>(mixers + 2 * m, w, from, dout, r * ld_dout, width, to, m == starts[e], s);
+      }
+    }
     for (int64_t g = 0; g < n_gates; ++g) {
       const int64_t first = gates[g].column, fan_in = gates[g].fan_in;
       int64_t top = 0;
       for (int64_t k = 0; k < fan_in; ++k) {
-        s[first + k] = dot(h + r * ld_h + gates[g].experts[k] * width, dout[g] + r * ld_dout, width);
         if (w[first + k] > w[first + top]) top = k;
       }
       // about the heaviest expert's: a gate that is almost sure of it leaves nothing else of its gradient
@@ -80,15 +110,6 @@ void mix_grad(const GateView* gates, int64_t n_gates, int64_t rows, int64_t widt
       float pull = 0;
       for (int64_t k = 0; k < fan_in; ++k) pull += w[first + k] * (s[first + k] - about);
       for (int64_t k = 0; k < fan_in; ++k) s[first + k] = w[first + k] * (s[first + k] - about - pull);
-    }
-    for (int64_t e = 0; e < n_experts; ++e) {
-      for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
-        F32 total{};
-        for (int64_t m = starts[e]; m < starts[e + 1]; ++m) {
-          total += w[mixers[2 * m + 1]] * load(dout[mixers[2 * m]] + r * ld_dout + c, n);
-        }
-        store(dh + r * ld_dh + e * width + c, total, n);
-      });
     }
   }
 }
