@@ -158,6 +158,9 @@ struct Tiles {
     count = (n_rows + height - 1) / height;
   }
   Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
+  // The tile that a phase takes as its i-th: every other phase goes backwards, and so begins with what the one before
+  // has left in the cache. The forward's phases are counted from 0, the backward's go on behind them.
+  int64_t in_turn(int64_t i, int64_t phase) const { return phase % 2 == 0 ? i : count - 1 - i; }
 };
 
 // Numbers on a cache line, uninitialised.

@@ -69,7 +69,10 @@ class ExpertGateBackward {
         if (i < inputs.count()) return inputs.pack(i);
         packed_->pack(i - inputs.count());
       });
-      worker.run(tiles_.count, [&](int64_t tile) { part(tile, tiles_.at(tile), space); });
+      worker.run(tiles_.count, [&](int64_t i) {
+        const int64_t tile = tiles_.in_turn(i, depth + 1);
+        part(tile, tiles_.at(tile), space);
+      });
       worker.run(has_gates() + (out_columns > 0), [&](int64_t) {
         if (has_gates()) return finish_norm(depth, factors_[depth].all());
         finish_output(out_columns);
@@ -77,7 +80,8 @@ class ExpertGateBackward {
       for (int64_t l = depth - 1; l >= 0; --l) {
         worker.run(n_pieces(spec_.columns(l)),
                    [&](int64_t piece) { finish_norm(l, piece_of(factors_[l].all(), piece)); });
-        worker.run(tiles_.count, [&](int64_t tile) {
+        worker.run(tiles_.count, [&](int64_t i) {
+          const int64_t tile = tiles_.in_turn(i, 2 * depth + 1 - l);
           if (l > 0) return step_down(l, tile, tiles_.at(tile), space);
           first_layer(tiles_.at(tile));
         });
@@ -94,7 +98,7 @@ class ExpertGateBackward {
   struct Space {
     Scratch<T> h;         // of all columns of a block, or of an expert and a stretch of rows
     Scratch<float> dh;    // of the same, or of a tile and an expert
-    Scratch<T> operands;  // of a weight's gradient
+    Scratch<T> operands;  // of a weight's gradient in bf16
     Space(const ExpertGateLayer& spec, const Tiles& tiles)
         : h(h_size(spec, tiles)), dh(dh_size(spec, tiles)), operands(operands_size(spec, tiles)) {}
     static int64_t block_size(const ExpertGateLayer& spec) {
@@ -113,9 +117,8 @@ class ExpertGateBackward {
     }
     static int64_t operands_size(const ExpertGateLayer& spec, const Tiles& tiles) {
       int64_t size = 0;
-      for (int64_t l = 0; l < spec.depth(); ++l) {
-        const int64_t k = spec.fan_in(l);
-        size = std::max(size, kBf16 ? wgrad_scratch_size(tiles.rows, kPiece, k) : wgrad_f32_scratch_size(kPiece, k));
+      for (int64_t l = 0; kBf16 && l < spec.depth(); ++l) {
+        size = std::max(size, wgrad_scratch_size(tiles.rows, kPiece, spec.fan_in(l)));
       }
       return size;
     }
@@ -442,7 +445,7 @@ class ExpertGateBackward {
         if (is_small(n, k, n_rows)) {
           kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, t.to, k, row > 0);
         } else {
-          gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0, operands);
+          gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0);
         }
       } else if (t.below) {
         gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, t.to, k, row > 0, operands);

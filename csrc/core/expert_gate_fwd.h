@@ -54,14 +54,14 @@ class ExpertGateForward {
       const Space space(spec_, tiles_);
       pack(worker);
       for (int64_t l = 0; l < depth; ++l) {
-        worker.run(tiles_.count, [&](int64_t tile) { linear(l, tile, space); });
+        worker.run(tiles_.count, [&](int64_t i) { linear(l, tiles_.in_turn(i, l), space); });
         const int64_t pieces = n_pieces(spec_.columns(l)), gates = l == 0 && has_gates();
         worker.run(pieces + gates, [&](int64_t piece) {
           if (piece < pieces) return take(l, params_.hidden[l], saved_.hidden[l], piece_of(factors_[l].all(), piece));
           take(depth, params_.gate, saved_.gate, factors_[depth].all());
         });
       }
-      worker.run(tiles_.count, [&](int64_t tile) { join(tiles_.at(tile), space); });
+      worker.run(tiles_.count, [&](int64_t i) { join(tiles_.at(tiles_.in_turn(i, depth)), space); });
     });
   }
 

@@ -42,12 +42,6 @@ constexpr int64_t wgrad_scratch_size(int64_t m, int64_t n, int64_t k) {
   return n * stretch_stride(m) + packed_bf16_size(k, stretch_stride(m));
 }
 
-// The same in fp32: of its operands some rows lie packed in the innermost cache.
-constexpr int64_t kStretchRowsF32 = 128;
-constexpr int64_t wgrad_f32_scratch_size(int64_t n, int64_t k) {
-  return kStretchRowsF32 * (round_up(k, kPanel) + round_up(n, kPanel) + kPanel);
-}
-
 struct PackedGemm {
   const char* name;
   bool has_bf16;  // the processor multiplies bf16; otherwise a bf16 product costs a little more than one in fp32
@@ -63,9 +57,9 @@ struct PackedGemm {
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t ld_a, const Bf16* packed, float* c,
                     int64_t ld_c, bool accumulate);
 
-  // dw [n, k] = dz^T h, plus dw where it accumulates; dz is [m, n], h is [m, k]. `scratch` on a cache line.
+  // dw [n, k] = dz^T h, plus dw where it accumulates; dz is [m, n], h is [m, k]. Both are read as they lie.
   void (*wgrad_f32)(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
-                    float* dw, int64_t ld_dw, bool accumulate, float* scratch);
+                    float* dw, int64_t ld_dw, bool accumulate);
 
   // The same in bf16. `scratch` on a cache line. It
   // transposes dz and packs h; where n is much larger than k, swapping the two and taking dw transposed costs less.

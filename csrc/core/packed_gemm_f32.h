@@ -114,46 +114,46 @@ inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
   } while (start < k);
 }
 
-// The same for a weight's gradient, whose operands both lie by depth: a has the block's rows side by side, kRows of
-// them.
+// The same for a weight's gradient, whose operands both lie by depth: a has the block's rows side by side, b its
+// columns.
 template <int kR, int kP>
-void block_by_depth(int64_t lanes, int64_t depth, const float* a, const float* panels, float* c, int64_t ld_c,
-                    bool accumulate) {
+void block_by_depth(int64_t lanes, int64_t depth, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c,
+                    int64_t ld_c, bool accumulate) {
   Reg total[kR][kP * kRegs], w[kP * kRegs];
   clear_block(total);
-  for (int64_t p = 0; p < depth; ++p) {
-    FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) {
-      w[q] = load_reg(panels + q / kRegs * depth * kPanel + p * kPanel + q % kRegs * kRegLanes);
-    }
+  const auto add = [&](int64_t p) __attribute__((always_inline)) {
+    // what the next blocks of rows want of a: the rows lie too far apart for the processor to foresee it
+    __builtin_prefetch(a + p * ld_a + kPanel);
     FASTMTL_UNROLL for (int r = 0; r < kR; ++r) {
-      const float x = a[p * kRows + r];
+      const float x = a[p * ld_a + r];
       FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) total[r][q] += x * w[q];
     }
+  };
+  // a panel of less than kPanel columns is read beyond them, but for the rows where that would lead out of the matrix
+  const int64_t beyond = kPanel - lanes, whole = std::max<int64_t>(0, depth - (beyond + ld_b - 1) / ld_b);
+  for (int64_t p = 0; p < whole; ++p) {
+    FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) w[q] = load_reg(b + p * ld_b + q * kRegLanes);
+    add(p);
+  }
+  for (int64_t p = whole; p < depth; ++p) {
+    float row[kP * kPanel] = {};
+    std::copy_n(b + p * ld_b, kP * kPanel - beyond, row);
+    FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) w[q] = load_reg(row + q * kRegLanes);
+    add(p);
   }
   store_block(total, lanes, c, ld_c, accumulate);
 }
 
 inline void wgrad_f32(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
-                      float* dw, int64_t ld_dw, bool accumulate, float* scratch) {
-  float* columns = scratch + kStretchRowsF32 * round_up(k, kPanel);
+                      float* dw, int64_t ld_dw, bool accumulate) {
+  constexpr int64_t kChain = 256;
   int64_t row = 0;
   do {
-    const int64_t depth = std::min(kStretchRowsF32, m - row);
-    pack_f32(k, depth, h + row * ld_h, ld_h, true, scratch);
-    for (int64_t i = 0; i < n; i += kRows) {
-      const int64_t width = std::min<int64_t>(kRows, n - i);
-      float* to = columns + i * depth;
-      const float* from = dz + row * ld_dz + i;
-      if (width == kRows) {
-        for (int64_t p = 0; p < depth; ++p) std::memcpy(to + p * kRows, from + p * ld_dz, sizeof(float) * kRows);
-        continue;
-      }
-      for (int64_t p = 0; p < depth; ++p) std::copy_n(from + p * ld_dz, width, to + p * kRows);
-    }
+    const int64_t depth = std::min(kChain, m - row);
     int64_t column = 0;
     panels_of<kPanels>(n, k, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
-      block_by_depth<kR, kP>(lanes, depth, columns + i / kRows * kRows * depth + i % kRows, scratch + j * depth,
-                             dw + i * ld_dw + j, ld_dw, accumulate || row > 0);
+      block_by_depth<kR, kP>(lanes, depth, dz + row * ld_dz + i, ld_dz, h + row * ld_h + j, ld_h, dw + i * ld_dw + j,
+                             ld_dw, accumulate || row > 0);
     });
     row += depth;
   } while (row < m);

@@ -81,13 +81,11 @@ double check_wgrad_f32(const Tensor& dz, const Tensor& h, Tensor dw, bool accumu
   const int64_t m = dz.size(0), n = dz.size(1), k = h.size(1);
   STD_TORCH_CHECK(h.size(0) == m && dw.size(0) == n && dw.size(1) == k, "sizes do not match");
   STD_TORCH_CHECK(dz.stride(1) == 1 && h.stride(1) == 1 && dw.stride(1) == 1, "rows must be dense");
-  Tensor scratch = empty_f32({wgrad_f32_scratch_size(n, k)});
   double best = 1e9;
   for (int64_t i = 0; i < repeat; ++i) {
     const auto start = std::chrono::steady_clock::now();
     best_packed_gemm().wgrad_f32(m, n, k, dz.const_data_ptr<float>(), dz.stride(0), h.const_data_ptr<float>(),
-                                 h.stride(0), dw.mutable_data_ptr<float>(), dw.stride(0), accumulate,
-                                 scratch.mutable_data_ptr<float>());
+                                 h.stride(0), dw.mutable_data_ptr<float>(), dw.stride(0), accumulate);
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
