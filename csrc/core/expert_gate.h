@@ -221,6 +221,13 @@ ColumnFactors hidden_factors(const ExpertGateLayer& spec, const ExpertGateParams
   return factors;
 }
 
+// Some rows and columns of a matrix, which lie in one group, for Ahead.
+template <class T>
+Ahead::Part part_of(const Grouped<T>& matrix, Range rows, Range columns) {
+  constexpr int64_t kSize = sizeof(T);
+  return {matrix.at(rows.start, columns.start), rows.size(), columns.size() * kSize, matrix.ld * kSize};
+}
+
 // Key of a layer's dropout: layers and seeds must not share their masks.
 inline Dropout dropout_of(double p, int64_t seed, int64_t layer) {
   Dropout dropout;

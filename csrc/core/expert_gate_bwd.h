@@ -309,6 +309,11 @@ class ExpertGateBackward {
     of_tiles_.linear_grad(tile(l, rows, columns), at, dz.ld, mean_dy(l, columns.start), slope(l, columns.start), at,
                           dz.ld);
   }
+  // What finish_dz reads.
+  void want(Ahead& ahead, int64_t l, Range rows, Range columns) const {
+    ahead.add(part_of(saved_.z[l], rows, columns));
+    ahead.add(part_of(layers_[l].dz, rows, columns));
+  }
   void finish_gate_dz(Range rows) {
     float* at = gate_dz_.at(rows.start, 0);
     const int64_t norm = spec_.depth();
@@ -336,20 +341,21 @@ class ExpertGateBackward {
   }
 
   // to [rows, fan_in] = dz W.
-  void multiply(int64_t norm, Range rows, Range columns, float* to, int64_t ld, bool accumulate) const {
+  void multiply(int64_t norm, Range rows, Range columns, float* to, int64_t ld, bool accumulate,
+                const Ahead& ahead) const {
     const bool gate = norm == spec_.depth();
     const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
     const Grouped<T>& dz = operand(norm);
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
-                                   packed_->at(norm, columns.start), to, ld, accumulate);
+                                   packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
     } else if (is_small(rows.size(), columns.size(), fan_in)) {
       const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
       kernels_.small_gemm(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
                           weight + columns.start * fan_in, fan_in, false, to, ld, accumulate);
     } else {
       best_packed_gemm().gemm_f32(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
-                                  packed_->at(norm, columns.start), to, ld, accumulate);
+                                  packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
     }
   }
 
@@ -362,7 +368,11 @@ class ExpertGateBackward {
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       const int64_t column = e * fan_in;
       finish_dz(l, rows, {e * width, (e + 1) * width});
-      multiply(l, rows, {e * width, (e + 1) * width}, dh, ld, false);
+      Ahead ahead;
+      ahead.add(part_of(saved_.z[l - 1], rows, {column, column + fan_in}));
+      ahead.add(part_of(below.dz, rows, {column, column + fan_in}));
+      if (e + 1 < spec_.n_experts) want(ahead, l, rows, {(e + 1) * width, (e + 2) * width});
+      multiply(l, rows, {e * width, (e + 1) * width}, dh, ld, false, ahead);
       of_tiles_.hidden_grad(tile(l - 1, rows, {column, column + fan_in}), dh, ld, below.dz.at(rows.start, column),
                             below.dz.ld, sums_[l - 1].of(tile_index, column));
     }
@@ -375,16 +385,19 @@ class ExpertGateBackward {
       const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
       float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
       bool begun = false;
-      const auto send = [&](int64_t norm, Range columns) {
+      const auto send = [&](int64_t norm, Range columns, const Ahead& ahead) {
         if (!to || columns.size() == 0) return;
-        multiply(norm, rows, columns, to, fan_in, begun);
+        multiply(norm, rows, columns, to, fan_in, begun, ahead);
         begun = true;
       };
-      for (const Range& piece : pieces_of(experts, spec_.group_columns(0))) {
-        finish_dz(0, rows, piece);
-        send(0, piece);
+      const std::vector<Range> pieces = pieces_of(experts, spec_.group_columns(0));
+      for (size_t p = 0; p < pieces.size(); ++p) {
+        finish_dz(0, rows, pieces[p]);
+        Ahead ahead;
+        if (p + 1 < pieces.size()) want(ahead, 0, rows, pieces[p + 1]);
+        send(0, pieces[p], ahead);
       }
-      if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n]);
+      if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n], Ahead{});
       if (to && !begun) std::fill_n(to, rows.size() * fan_in, 0.0f);
     }
   }
@@ -437,6 +450,10 @@ class ExpertGateBackward {
     do {
       const int64_t rows = std::min(kStretchRows, n_rows - row);
       const T* from = dz.at(row, t.columns.start);
+      Ahead ahead;  // the next rows; in fp32 they would drive the operands out of the cache
+      const Range next{row + rows, std::min(row + rows + kStretchRows, n_rows)};
+      ahead.add(part_of(dz, next, t.columns));
+      if (t.below) ahead.add(part_of(saved_.z[t.norm - 1], next, {t.from, t.from + k}));
       T *const operands = space.operands.get(), *const h = space.h.get();
       if (t.below) of_tiles_.hidden(tile(t.norm - 1, {row, row + rows}, {t.from, t.from + k}), h, ld_h);
       if constexpr (!kBf16) {
@@ -448,10 +465,10 @@ class ExpertGateBackward {
           gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0);
         }
       } else if (t.below) {
-        gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, t.to, k, row > 0, operands);
+        gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, t.to, k, row > 0, operands, &ahead);
       } else {
         gemm.transpose_bf16(rows, n, from, dz.ld, operands, stretch_stride(n_rows));
-        gemm.gemm_bf16(n, k, rows, operands, stretch_stride(n_rows), inputs.at(t.from, row), t.to, k, row > 0);
+        gemm.gemm_bf16(n, k, rows, operands, stretch_stride(n_rows), inputs.at(t.from, row), t.to, k, row > 0, &ahead);
       }
       row += rows;
     } while (row < n_rows);

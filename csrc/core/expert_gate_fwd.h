@@ -125,7 +125,9 @@ class ExpertGateForward {
       for (int64_t n = 0; n < spec_.n_inputs; ++n) {
         const Operand x = input(n, rows);
         const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
-        for (const Range& piece : pieces_of(experts, spec_.group_columns(0))) product(0, tile_index, piece, x, space);
+        for (const Range& piece : pieces_of(experts, spec_.group_columns(0))) {
+          product(0, tile_index, piece, x, space, Ahead{});
+        }
         gate_product(tile_index, spec_.gate_columns_of[n], x);
       }
       return;
@@ -133,7 +135,9 @@ class ExpertGateForward {
     const int64_t ld = row_stride<T>(fan_in);
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       of_tiles_.hidden(tile(l - 1, rows, {e * fan_in, (e + 1) * fan_in}), space.h.get(), ld);
-      product(l, tile_index, {e * width, (e + 1) * width}, {space.h.get(), ld}, space);
+      Ahead ahead;
+      if (e + 1 < spec_.n_experts) ahead.add(part_of(saved_.z[l - 1], rows, {(e + 1) * fan_in, (e + 2) * fan_in}));
+      product(l, tile_index, {e * width, (e + 1) * width}, {space.h.get(), ld}, space, ahead);
     }
   }
 
@@ -154,21 +158,22 @@ class ExpertGateForward {
   }
 
   // z of some columns of a layer, and their statistics, before z is rounded.
-  void product(int64_t l, int64_t tile_index, Range columns, const Operand& h, const Space& space) {
+  void product(int64_t l, int64_t tile_index, Range columns, const Operand& h, const Space& space, Ahead ahead) {
     const Range rows = tiles_.at(tile_index);
     const Grouped<T>& to = saved_.z[l];
     T* z = to.at(rows.start, columns.start);
     if constexpr (kBf16) {
       const int64_t ld = product_stride(columns.size());
       float* exact = space.product.get();
-      multiply(l, rows, columns, h, exact, ld);
+      ahead.add(part_of(to, rows, columns));
+      multiply(l, rows, columns, h, exact, ld, &ahead);
       if (batch_statistics_) {
         note(l, tile_index, columns, exact, ld, z, to.ld);
       } else {
         best_packed_gemm().round_bf16(rows.size(), columns.size(), exact, ld, z, to.ld);
       }
     } else {
-      multiply(l, rows, columns, h, z, to.ld);
+      multiply(l, rows, columns, h, z, to.ld, &ahead);
       note(l, tile_index, columns, z, to.ld, nullptr, 0);
     }
   }
@@ -177,24 +182,25 @@ class ExpertGateForward {
     if (columns.size() == 0) return;
     const Range rows = tiles_.at(tile_index);
     float* z = saved_.gate_z.at(rows.start, columns.start);
-    multiply(spec_.depth(), rows, columns, x, z, saved_.gate_z.ld);
+    multiply(spec_.depth(), rows, columns, x, z, saved_.gate_z.ld, nullptr);
     note(spec_.depth(), tile_index, columns, z, saved_.gate_z.ld, nullptr, 0);
   }
 
   // Norms are counted through the hidden layers, the gates' is last.
-  void multiply(int64_t norm, Range rows, Range columns, const Operand& h, float* z, int64_t ld) const {
+  void multiply(int64_t norm, Range rows, Range columns, const Operand& h, float* z, int64_t ld,
+                const Ahead* ahead) const {
     const bool gate = norm == spec_.depth();
     const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
-                                   z, ld, false);
+                                   z, ld, false, ahead);
     } else if (is_small(rows.size(), columns.size(), fan_in)) {
       const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
       kernels_.small_gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, weight + columns.start * fan_in,
                           fan_in, true, z, ld, false);
     } else {
       best_packed_gemm().gemm_f32(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
-                                  z, ld, false);
+                                  z, ld, false, ahead);
     }
   }
 

@@ -335,9 +335,9 @@ class PackedInference final : public Inference {
                       sums_.data() + linear.sums, SmallTables::stride(linear.n), c, ld_c);
     }
     if constexpr (kBf16) {
-      gemm_.gemm_bf16(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, false);
+      gemm_.gemm_bf16(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, false, nullptr);
     } else {
-      gemm_.gemm_f32(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, linear.sums >= 0);
+      gemm_.gemm_f32(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, linear.sums >= 0, nullptr);
     }
   }
 

@@ -11,7 +11,7 @@ namespace fastmtl::FASTMTL_ISA {
 namespace {
 
 void wgrad_bf16(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, const Bf16* h, int64_t ld_h, float* dw,
-                int64_t ld_dw, bool accumulate, Bf16* scratch) {
+                int64_t ld_dw, bool accumulate, Bf16* scratch, const Ahead* ahead) {
   const int64_t ld = stretch_stride(m);
   Bf16* packed = scratch + n * ld;
   int64_t row = 0;
@@ -19,7 +19,7 @@ void wgrad_bf16(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, 
     const int64_t rows = std::min(kStretchRows, m - row);
     transpose_bf16(rows, n, dz + row * ld_dz, ld_dz, scratch, ld);
     repack_bf16(k, rows, h + row * ld_h, ld_h, true, packed);
-    gemm_bf16(n, k, rows, scratch, ld, packed, dw, ld_dw, accumulate || row > 0);
+    gemm_bf16(n, k, rows, scratch, ld, packed, dw, ld_dw, accumulate || row > 0, ahead);
     row += rows;
   } while (row < m);
 }

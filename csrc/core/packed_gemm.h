@@ -42,6 +42,21 @@ constexpr int64_t wgrad_scratch_size(int64_t m, int64_t n, int64_t k) {
   return n * stretch_stride(m) + packed_bf16_size(k, stretch_stride(m));
 }
 
+// Memory that the work behind a product will want. A product is bound by its arithmetic and leaves the memory idle: it
+// asks for these lines on its way. Advice, which changes no result.
+struct Ahead {
+  struct Part {
+    const void* data;
+    int64_t rows, row_bytes, stride_bytes;
+  };
+  static constexpr int kMost = 4;
+  Part parts[kMost];
+  int count = 0;
+  void add(const Part& part) {
+    if (part.rows > 0) parts[count++] = part;
+  }
+};
+
 struct PackedGemm {
   const char* name;
   bool has_bf16;  // the processor multiplies bf16; otherwise a bf16 product costs a little more than one in fp32
@@ -51,20 +66,20 @@ struct PackedGemm {
   void (*pack_bf16)(int64_t n, int64_t k, const float* w, int64_t ld, bool by_depth, Bf16* packed);  // rounds
   void (*repack_bf16)(int64_t n, int64_t k, const Bf16* w, int64_t ld, bool by_depth, Bf16* packed);
 
-  // c [m, n] = a [m, k] times the packed weight, plus c where it accumulates.
+  // c [m, n] = a [m, k] times the packed weight, plus c where it accumulates. `ahead` may be null.
   void (*gemm_f32)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* packed, float* c,
-                   int64_t ld_c, bool accumulate);
+                   int64_t ld_c, bool accumulate, const Ahead* ahead);
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t ld_a, const Bf16* packed, float* c,
-                    int64_t ld_c, bool accumulate);
+                    int64_t ld_c, bool accumulate, const Ahead* ahead);
 
   // dw [n, k] = dz^T h, plus dw where it accumulates; dz is [m, n], h is [m, k]. Both are read as they lie.
   void (*wgrad_f32)(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
                     float* dw, int64_t ld_dw, bool accumulate);
 
-  // The same in bf16. `scratch` on a cache line. It
-  // transposes dz and packs h; where n is much larger than k, swapping the two and taking dw transposed costs less.
+  // The same in bf16. `scratch` on a cache line, `ahead` may be null. It transposes dz and packs h; where n is much
+  // larger than k, swapping the two and taking dw transposed costs less.
   void (*wgrad_bf16)(int64_t m, int64_t n, int64_t k, const Bf16* dz, int64_t ld_dz, const Bf16* h, int64_t ld_h,
-                     float* dw, int64_t ld_dw, bool accumulate, Bf16* scratch);
+                     float* dw, int64_t ld_dw, bool accumulate, Bf16* scratch, const Ahead* ahead);
 
   // to [cols, ld_to] = from^T, each row filled up with zeros to a multiple of kPairDepth rows of `from`.
   void (*transpose_bf16)(int64_t rows, int64_t cols, const Bf16* from, int64_t ld, Bf16* to, int64_t ld_to);

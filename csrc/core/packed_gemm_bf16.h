@@ -79,10 +79,12 @@ void block_bf16(int64_t lanes, int64_t k, const Bf16* a, int64_t ld_a, const Bf1
 
 #ifndef __AMX_BF16__
 inline void gemm_bf16(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t ld_a, const Bf16* packed, float* c,
-                      int64_t ld_c, bool accumulate) {
+                      int64_t ld_c, bool accumulate, const Ahead* ahead) {
   const int64_t depth = round_up(k, kPairDepth);
+  Fetch fetch(ahead, m, n);
   int64_t column = 0;
   panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
+    fetch.some();
     block_bf16<kR, kP>(lanes, k, a + i * ld_a, ld_a, packed + j * depth, c + i * ld_c + j, ld_c, accumulate);
   });
 }

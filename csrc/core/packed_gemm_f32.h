@@ -99,14 +99,43 @@ FASTMTL_INLINE void panels_of(int64_t m, int64_t n, int64_t& j, const Block& blo
   if constexpr (kP > 1) panels_of<kP - 1>(m, n, j, block);
 }
 
+// Asks for what lies ahead, spread evenly over the blocks of a product of m x n.
+class Fetch {
+ public:
+  Fetch(const Ahead* ahead, int64_t m, int64_t n) : ahead_(ahead) {
+    if (!ahead) return;
+    int64_t rows = 0;
+    for (int part = 0; part < ahead->count; ++part) rows += ahead->parts[part].rows;
+    const int64_t blocks = m / kRows * (n / (kPanels * kPanel));
+    share_ = rows / std::max<int64_t>(1, blocks) + 1;
+  }
+  FASTMTL_INLINE void some() {
+    for (int64_t i = 0; i < share_ && part_ < ahead_->count; ++i) {
+      const Ahead::Part& part = ahead_->parts[part_];
+      const char* row = static_cast<const char*>(part.data) + row_ * part.stride_bytes;
+      for (int64_t at = 0; at < part.row_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+      if (++row_ < part.rows) continue;
+      row_ = 0;
+      ++part_;
+    }
+  }
+
+ private:
+  const Ahead* ahead_;
+  int64_t share_ = 0, row_ = 0;
+  int part_ = 0;
+};
+
 inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* packed, float* c,
-                     int64_t ld_c, bool accumulate) {
+                     int64_t ld_c, bool accumulate, const Ahead* ahead) {
   constexpr int64_t kChain = 384;
+  Fetch fetch(ahead, m, n);
   int64_t start = 0;
   do {
     const int64_t depth = std::min(kChain, k - start);
     int64_t column = 0;
     panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
+      fetch.some();
       block_f32<kR, kP>(lanes, depth, a + i * ld_a + start, ld_a, packed + j * k + start * kPanel, k * kPanel,
                         c + i * ld_c + j, ld_c, accumulate || start > 0);
     });
@@ -130,7 +159,8 @@ void block_by_depth(int64_t lanes, int64_t depth, const float* a, int64_t ld_a, 
     }
   };
   // a panel of less than kPanel columns is read beyond them, but for the rows where that would lead out of the matrix
-  const int64_t beyond = kPanel - lanes, whole = std::max<int64_t>(0, depth - (beyond + ld_b - 1) / ld_b);
+  const int64_t beyond = kPanel - lanes, ld = std::max<int64_t>(1, ld_b);  // a single row may have any stride
+  const int64_t whole = std::max<int64_t>(0, depth - (beyond + ld - 1) / ld);
   for (int64_t p = 0; p < whole; ++p) {
     FASTMTL_UNROLL for (int q = 0; q < kP * kRegs; ++q) w[q] = load_reg(b + p * ld_b + q * kRegLanes);
     add(p);

@@ -43,11 +43,12 @@ double check_packed_gemm(const Tensor& a, const Tensor& w, bool by_depth, bool b
     const auto start = std::chrono::steady_clock::now();
     float* to = c.mutable_data_ptr<float>();
     if (given) {
-      gemm.gemm_bf16(m, n, k, bf16_of(a), ld_a, bf16_of(packed), to, ld_c, accumulate);
+      gemm.gemm_bf16(m, n, k, bf16_of(a), ld_a, bf16_of(packed), to, ld_c, accumulate, nullptr);
     } else if (bf16) {
-      gemm.gemm_bf16(m, n, k, bf16_of(rounded), k, bf16_of(packed), to, ld_c, accumulate);
+      gemm.gemm_bf16(m, n, k, bf16_of(rounded), k, bf16_of(packed), to, ld_c, accumulate, nullptr);
     } else {
-      gemm.gemm_f32(m, n, k, a.const_data_ptr<float>(), ld_a, packed_f32.const_data_ptr<float>(), to, ld_c, accumulate);
+      gemm.gemm_f32(m, n, k, a.const_data_ptr<float>(), ld_a, packed_f32.const_data_ptr<float>(), to, ld_c, accumulate,
+                    nullptr);
     }
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
@@ -67,7 +68,7 @@ double check_wgrad(const Tensor& dz, const Tensor& h, Tensor dw, bool accumulate
   for (int64_t i = 0; i < repeat; ++i) {
     const auto start = std::chrono::steady_clock::now();
     best_packed_gemm().wgrad_bf16(m, n, k, bf16_of(dz), dz.stride(0), bf16_of(h), h.stride(0),
-                                  dw.mutable_data_ptr<float>(), dw.stride(0), accumulate, bf16_of(scratch));
+                                  dw.mutable_data_ptr<float>(), dw.stride(0), accumulate, bf16_of(scratch), nullptr);
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
