@@ -56,7 +56,7 @@ class ExpertGateBackward {
       list_mixers();
     }
     packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), true);
-    const PackedInputs inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
+    const PackedInputs<T> inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
         spec_.output_layer ? spec_.n_experts * (1 + (depth ? spec_.dims[depth - 1] : spec_.in_features)) : 0;
@@ -152,31 +152,6 @@ class ExpertGateBackward {
     Grouped<T> dz;
     LayerGrad(int64_t n_rows, int64_t columns, int64_t group)
         : memory(Grouped<T>::size(n_rows, columns, group)), dz(memory.get(), n_rows, group) {}
-  };
-
-  // The rounded inputs, packed for the gradient of the weights that read them, some rows at a time.
-  class PackedInputs {
-   public:
-    PackedInputs(const ExpertGateLayer& spec, const ExpertGateSaved<T>& saved, int64_t n_rows)
-        : saved_(saved),
-          features_(spec.in_features),
-          rows_(n_rows),
-          inputs_(spec.n_inputs),
-          stretches_((n_rows + kStretchRows - 1) / kStretchRows),
-          size_(packed_bf16_size(features_, kStretchRows)),
-          packed_(inputs_ * stretches_ * size_) {}
-    int64_t count() const { return inputs_ * stretches_; }
-    void pack(int64_t index) const {
-      const int64_t n = index / stretches_, start = index % stretches_ * kStretchRows;
-      best_packed_gemm().repack_bf16(features_, std::min(kStretchRows, rows_ - start),
-                                     saved_.x + (n * rows_ + start) * saved_.ld_x, saved_.ld_x, true, at(n, start));
-    }
-    Bf16* at(int64_t n, int64_t row) const { return packed_.get() + (n * stretches_ + row / kStretchRows) * size_; }
-
-   private:
-    const ExpertGateSaved<T>& saved_;
-    const int64_t features_, rows_, inputs_, stretches_, size_;
-    const Scratch<Bf16> packed_;
   };
 
   bool has_gates() const { return !spec_.gates.empty(); }
@@ -442,7 +417,7 @@ class ExpertGateBackward {
   }
 
   // Some rows of the batch at a time, so that both operands stay in the cache with the result; h is computed again.
-  void weight_gradient(const WeightTask& t, const PackedInputs& inputs, const Space& space) const {
+  void weight_gradient(const WeightTask& t, const PackedInputs<T>& inputs, const Space& space) const {
     const PackedGemm& gemm = best_packed_gemm();
     const int64_t n = t.columns.size(), k = t.fan_in, n_rows = tiles_.rows, ld_h = row_stride<T>(k);
     const Grouped<T>& dz = operand(t.norm);

@@ -1,4 +1,4 @@
-// The weights of expert_gate as its products read them: packed once a call.
+// The weights and the inputs of expert_gate as its products read them: packed once a call.
 #pragma once
 
 #include <memory>
@@ -85,6 +85,32 @@ class PackedWeights {
   std::vector<std::vector<int64_t>> starts_;  // [norm][first column of a piece]
   int64_t size_ = 0;
   std::unique_ptr<Scratch<T>> packed_;
+};
+
+// The rounded inputs, packed for the gradient of the weights that read them, some rows at a time.
+template <class T>
+class PackedInputs {
+ public:
+  PackedInputs(const ExpertGateLayer& spec, const ExpertGateSaved<T>& saved, int64_t n_rows)
+      : saved_(saved),
+        features_(spec.in_features),
+        rows_(n_rows),
+        inputs_(spec.n_inputs),
+        stretches_((n_rows + kStretchRows - 1) / kStretchRows),
+        size_(packed_bf16_size(features_, kStretchRows)),
+        packed_(inputs_ * stretches_ * size_) {}
+  int64_t count() const { return inputs_ * stretches_; }
+  void pack(int64_t index) const {
+    const int64_t n = index / stretches_, start = index % stretches_ * kStretchRows;
+    best_packed_gemm().repack_bf16(features_, std::min(kStretchRows, rows_ - start),
+                                   saved_.x + (n * rows_ + start) * saved_.ld_x, saved_.ld_x, true, at(n, start));
+  }
+  Bf16* at(int64_t n, int64_t row) const { return packed_.get() + (n * stretches_ + row / kStretchRows) * size_; }
+
+ private:
+  const ExpertGateSaved<T>& saved_;
+  const int64_t features_, rows_, inputs_, stretches_, size_;
+  const Scratch<Bf16> packed_;
 };
 
 }  // namespace fastmtl
