@@ -428,7 +428,7 @@ def test_rows_of_reliability_run_on_triton(seed):
         "    gradients.check_several_backwards(i, 'triton')\n"
         f"a.check_chain({seed}, 'triton')\n"
         f"[bad_ids.check('triton', oov, {seed}) for oov in bad_ids.CHOICES]\n"
-        f"hashes = [r.weights_hash('MMOE', 'Adam', 'fp32', 1, 'triton', {seed}) for _ in range(2)]\n"
+        f"hashes = [r.weights_hash('MMOE', 'Adam', 'fp32', 1, 'triton', {seed}, 240) for _ in range(2)]\n"
         "assert hashes[0] == hashes[1]; print('all done')\n"
     )
     paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))

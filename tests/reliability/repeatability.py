@@ -29,20 +29,23 @@ OPTIMIZERS = ("Adam", "AdamW", "SGD", "Adagrad")
 KINDS = ["classification", "regression"]
 
 
-def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int, backend: str, seed: int) -> str:
-    """SHA-256 of every tensor of the state_dict after training with shuffling, dropout and exact sparse updates."""
+def weights_hash(
+    model_name: str, optimizer: str, precision: str, n_threads: int, backend: str, seed: int, n: int = 1500
+) -> str:
+    """SHA-256 of every tensor of the state_dict after training on ``n`` rows, in three batches and twice, with
+    shuffling, dropout and exact sparse updates."""
     torch.set_num_threads(n_threads)
+    torch.use_deterministic_algorithms(DEVICE.type == "cpu")
     rng = torch.Generator().manual_seed(seed)
-    n = 1500
     x = {
-        "user": torch.randint(0, 500, (n,), generator=rng),
+        "user": torch.randint(0, n // 3, (n,), generator=rng),
         "item": torch.randint(0, 40, (n,), generator=rng),
         "history": torch.randint(-1, 40, (n, 4), generator=rng),
         "age": torch.randn(n, generator=rng),
     }
     y = torch.stack([(x["age"] > 0).float(), x["age"] ** 2], dim=1)
     features = [
-        SparseFeature("user", 500, 16),
+        SparseFeature("user", n // 3, 16),
         SparseFeature("item", 40, 16),
         SequenceFeature("history", 40, 16, pooling="mean", shared_with="item"),
         DenseFeature("age"),
@@ -58,7 +61,7 @@ def weights_hash(model_name: str, optimizer: str, precision: str, n_threads: int
     made = place(made)
     if model_name == "AITM":
         y = (y > 0.5).float()
-    loader = ColumnLoader(TorchDataset(x, y), 500, shuffle=True)
+    loader = ColumnLoader(TorchDataset(x, y), n // 3, shuffle=True)
     with tempfile.TemporaryDirectory() as folder, use_backend(backend):
         trainer = MTLTrainer(
             made, optimizer_fn=getattr(torch.optim, optimizer), optimizer_params={"lr": 0.01, "weight_decay": 1e-4},

@@ -35,9 +35,20 @@ class AIT(BatchedModule):
 
     def forward(self, own: Tensor, info: Tensor) -> Tensor:
         pair = torch.stack([own, info], dim=1)
-        q, k, v = nn.functional.linear(pair, self.qkv).chunk(3, dim=-1)
+        fixed = pair.device.type == "cpu" and torch.are_deterministic_algorithms_enabled()
+        q, k, v = (_linear_by_pieces if fixed else nn.functional.linear)(pair, self.qkv).chunk(3, dim=-1)
         attention = torch.softmax((q * k).sum(dim=-1) / self.dim**0.5, dim=1)
         return (attention.unsqueeze(-1) * v).sum(dim=1)
+
+
+def _linear_by_pieces(x: Tensor, weight: Tensor) -> Tensor:
+    """``nn.functional.linear`` with the same bits for every number of threads, backward too: the library cuts the sums
+    of one product by that number, but not those of a stack of small products."""
+    rows, height = x.reshape(-1, x.shape[-1]), 64
+    count = max(2, -(-len(rows) // height))
+    pieces = nn.functional.pad(rows, (0, 0, 0, count * height - len(rows))).view(count, height, rows.shape[1])
+    out = torch.bmm(pieces, weight.t().expand(len(pieces), *weight.t().shape))
+    return out.view(-1, len(weight))[: len(rows)].view(*x.shape[:-1], len(weight))
 
 
 class AITM(MTLModel):

@@ -170,7 +170,12 @@ def test_several_backwards_over_one_graph(seed, device):
 
 
 def test_strided_inputs_and_gradients(seed, device):
-    """An input that is a slice, one whose units are not contiguous, and a gradient that was expanded."""
+    """An input that is a slice, one whose units are not contiguous, and a gradient that was expanded: the same numbers
+    to rounding, since the library's product may take another way through another layout."""
+
+    def assert_same(one, other):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(other.abs().max()))
+
     layer = random_layer(seed, kind="gates", batch=17, activation="relu").cast(torch.float32, device)
     x, params, spec = layer.x, layer.params, layer.spec
     ref, saved = backend.expert_gate_fwd(x, layer.cast(torch.float32, device).params, spec, True)
@@ -179,9 +184,9 @@ def test_strided_inputs_and_gradients(seed, device):
     dx, _ = backend.expert_gate_bwd(torch.ones_like(ref), x, params, spec, True, list(saved), True)
     for other in (wide, turned):
         out, kept = backend.expert_gate_fwd(other, layer.cast(torch.float32, device).params, spec, True)
-        assert torch.equal(out, ref)
+        assert_same(out, ref)
         ones = torch.ones((), device=device).expand(out.shape)
-        assert torch.equal(backend.expert_gate_bwd(ones, other, params, spec, True, list(kept), True)[0], dx)
+        assert_same(backend.expert_gate_bwd(ones, other, params, spec, True, list(kept), True)[0], dx)
 
 
 def test_not_a_number_goes_through(seed, device):
