@@ -105,7 +105,8 @@ def layers(rng: random.Random) -> list[Call]:
 
 
 def tables(rng: random.Random) -> list[Call]:
-    """The optimizers' ops on a small table and a small parameter, the losses, and the steps of a shuffle."""
+    """The optimizers' ops on a small table and a small parameter, the losses, and the steps of a shuffle; now and then
+    memory that is large enough for huge pages."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     height, dim, rule = rng.choice((1, 5, 40)), rng.choice((1, 4, 17)), rng.randrange(len(RULES))
     now = rng.randrange(1, 5)  # steps 0 .. now are kept
@@ -126,6 +127,7 @@ def tables(rng: random.Random) -> list[Call]:
         ("table_wait", [waits, now, rng.randrange(now), [0.5] * len(FIELDS)]),
         ("table_close", [p, adam, last, RULES.index("adamw"), waits, now + 1, 0, rng.choice((rows, None))]),
         ("dense_step", [[p], [p.clone()], states, counters, rule, [0.1] * len(FIELDS), 1.0]),
+        ("in_huge_pages", [[p, waits, *([torch.zeros(4 << 20)] if rng.random() < 0.02 else [])]]),
         ("task_losses", [logits, (logits > 0).float(), kinds, torch.ones(dim)]),
         (
             "shuffle_ahead",
@@ -280,7 +282,7 @@ NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
     "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
     "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
-    "embedding_bag_general_bwd", "shuffle_ahead",
+    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages",
 )  # fmt: skip
 WRITING = (
     "expert_gate_fwd",
