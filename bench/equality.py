@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: Greatest relative distance of a loss from float64's, by precision: before the first update, and after it where
-#: rounding alone goes less far. A learning rate that is wrong by 0.3%, or no decay, goes further in MMoE.
+#: rounding alone goes less far. A learning rate that is wrong by 1%, or no decay, goes further in MMoE.
 TOLERANCE = {"fp32": (1e-6, 2e-5), "bf16": (1e-2, 1e-2)}
 #: A contender's distance may be so many times that of rounding alone, of which only a few samples are taken.
 EXCUSED = 4
