@@ -41,21 +41,22 @@ def errors(result: Result, reference: Result) -> list[float]:
 
 
 def test_random_layers(base_seed):
-    """On average no worse than eager. A few tensors may be unlucky: in a narrow layer few errors make up the norm, and
-    with a kink an element may lie on its other side."""
+    """On average no worse than eager. A few cases may be unlucky, in all of their tensors at once: in a narrow layer,
+    few errors make up the norm, and with a kink an element may lie on its other side. Of 2,000 cases 33 were, and 685
+    for eager against native; six of 30 come once in 70,000 runs."""
     ratios, unlucky = [], []
     for i in range(CASES):
         rng = random.Random(base_seed + i)
         case = random_case(base_seed + i, random_spec(rng), rng.choice((64, 100, 257, 600)))
         reference = run(case, "eager", torch.float64)
         native, eager = errors(run_bf16(case, "native"), reference), errors(run_bf16(case, "eager"), reference)
-        for t, (mine, theirs) in enumerate(zip(native, eager, strict=True)):
-            assert math.isfinite(mine)
-            if mine > 4 * (theirs + EPSILON):
-                unlucky.append(f"seed {base_seed + i}, tensor {t}: {mine}, eager {theirs}; {case.spec}")
-            if min(mine, theirs) > EPSILON / 8:
-                ratios.append(math.log(mine / theirs))
-    assert len(unlucky) <= 0.02 * len(ratios), unlucky
+        assert all(map(math.isfinite, native))
+        pairs = list(zip(native, eager, strict=True))
+        worst = max(range(len(pairs)), key=lambda t: pairs[t][0] / (pairs[t][1] + EPSILON))
+        if pairs[worst][0] > 4 * (pairs[worst][1] + EPSILON):
+            unlucky.append(f"seed {base_seed + i}, tensor {worst}: (native, eager) {pairs[worst]}; {case.spec}")
+        ratios += [math.log(mine / theirs) for mine, theirs in pairs if min(mine, theirs) > EPSILON / 8]
+    assert len(unlucky) <= 3 + 0.08 * CASES, unlucky
     assert math.exp(sum(ratios) / len(ratios)) < 1.1
 
 
