@@ -104,11 +104,16 @@ def test_fit_returns_the_same_log(backend, tmp_path):
     np.testing.assert_allclose(ours[:, 3], theirs[:, 3], rtol=5e-3)
 
 
+LR = 0.1
+
+
 @pytest.mark.parametrize(
     "regularization", [{"embedding_l1": 1e-4, "dense_l2": 1e-3}, {"embedding_l2": 1e-2, "dense_l1": 1e-4}], ids=str
 )
 def test_regularisation_loss_moves_the_weights_alike(regularization, backend, tmp_path):
-    states, losses = [], []
+    """But for a weight that an L1 step leaves within a rounding of zero: the next one may take it to either side, two
+    steps apart. Of the some 15,000 weights that was one in one of hundreds of runs."""
+    states, losses, crossed = [], [], 0
     for package in (THEIRS, OURS):
         case = problem("PLE", smooth=True)
         model = build(case, package)
@@ -120,10 +125,14 @@ def test_regularisation_loss_moves_the_weights_alike(regularization, backend, tm
             model_path=str(tmp_path),
             regularization_params=regularization,
             optimizer_fn=torch.optim.SGD,
-            optimizer_params={"lr": 0.1},
+            optimizer_params={"lr": LR},
         )
         losses.append([runner.train_one_epoch(train) for _ in range(4)])
         states.append(fetch(model.state_dict()))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    apart = 2 * LR * max(value for kind, value in regularization.items() if kind.endswith("l1"))
     for name, theirs in states[0].items():
-        np.testing.assert_allclose(states[1][name], theirs, rtol=1e-4, atol=2e-6, err_msg=name)
+        distance, limit = (states[1][name] - theirs).abs(), 1e-4 * theirs.abs() + 2e-6
+        assert (distance <= limit + apart).all(), name
+        crossed += int((distance > limit).sum())
+    assert crossed <= 2
