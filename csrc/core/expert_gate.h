@@ -53,6 +53,7 @@ inline std::vector<Range> pieces_of(Range columns, int64_t group_columns) {
 // A layer of E experts and G gates, see fastmtl.spec.ExpertGateSpec.
 struct ExpertGateLayer {
   int64_t in_features, n_inputs, n_experts, activation, gate_columns;
+  int64_t weight_columns;  // of the first layer and the gates: in_features, and those of tables folded into them
   bool output_layer;
   std::vector<int64_t> dims;
   std::vector<Range> experts_of, gate_columns_of;  // of each input
@@ -72,6 +73,7 @@ struct ExpertGateLayer {
     return dims[layer] * std::clamp<int64_t>(kPiece / dims[layer], 1, n_experts);
   }
   int64_t fan_in(int64_t layer) const { return layer == 0 ? in_features : dims[layer - 1]; }
+  int64_t weight_size(int64_t layer) const { return columns(layer) * (layer == 0 ? weight_columns : fan_in(layer)); }
 };
 
 // Row stride of a matrix of our own: whole cache lines, and no multiple of 4 KiB, which would map a column of a tile to

@@ -5,24 +5,21 @@
 #pragma once
 
 #include "core/expert_gate.h"
+#include "core/expert_gate_grads.h"
 #include "core/expert_gate_products.h"
+#include "core/expert_gate_small.h"
 
 namespace fastmtl {
-
-// Output gradient: pointers to each of its G or E matrices [B, H], or to the one [B, E].
-struct OutputGrad {
-  const float* data;
-  int64_t matrix_stride, row_stride;
-  const float* at(int64_t matrix, int64_t row) const { return data + matrix * matrix_stride + row * row_stride; }
-};
 
 template <class T, class Runtime>
 class ExpertGateBackward {
  public:
-  // dx is [N, B, I] dense, or null where it is not wanted.
+  // dx is [N, B, dx_columns] dense, the first columns of x, or null where it is not wanted. small: see
+  // expert_gate_small.h, and dsmall the gradients of its tables; both may be null.
   ExpertGateBackward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
                      int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved<T>& saved,
-                     OutputGrad dout, const ExpertGateGrads& grads, float* dx)
+                     OutputGrad dout, const ExpertGateGrads& grads, float* dx, int64_t dx_columns,
+                     const SmallInputs* small, float* dsmall)
       : runtime_(runtime),
         kernels_(best_kernels()),
         of_tiles_(best_tile_kernels<T>()),
@@ -38,10 +35,14 @@ class ExpertGateBackward {
         dout_(dout),
         grads_(grads),
         dx_(dx),
+        dx_columns_(dx_columns),
+        small_(small),
         gate_memory_(n_rows * row_stride<float>(spec.gate_columns)),
         gate_dz_(gate_memory_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)),
         gate_memory_near_(kBf16 ? n_rows * row_stride<Bf16>(spec.gate_columns) : 0),
-        gate_near_(gate_memory_near_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)) {}
+        gate_near_(gate_memory_near_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)) {
+    if (small) of_small_ = std::make_unique<SmallGrads>(spec, params, grads, *small, dsmall);
+  }
 
   void run() {
     const int64_t depth = spec_.depth();
@@ -55,7 +56,8 @@ class ExpertGateBackward {
       sums_.emplace_back(tiles_, spec_.gate_columns, false);
       list_mixers();
     }
-    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), true);
+    packed_ =
+        std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), dx_columns_, small_);
     const PackedInputs<T> inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
@@ -64,7 +66,7 @@ class ExpertGateBackward {
     const std::vector<WeightTask> weights = weight_tasks();
 
     runtime_.team(2 * depth + 4, tiles_.count, 2 * tiles_.rows * spec_.row_work(), [&](Phases::Worker& worker) {
-      const Space space(spec_, tiles_);
+      const Space space(spec_, tiles_, small_);
       worker.run(packed_->count() + inputs.count(), [&](int64_t i) {
         if (i < inputs.count()) return inputs.pack(i);
         packed_->pack(i - inputs.count());
@@ -86,8 +88,13 @@ class ExpertGateBackward {
           first_layer(tiles_.at(tile));
         });
       }
-      worker.run(static_cast<int64_t>(weights.size()), [&](int64_t i) { weight_gradient(weights[i], inputs, space); });
+      const int64_t n_weights = static_cast<int64_t>(weights.size());
+      worker.run(n_weights + (of_small_ ? of_small_->count() : 0), [&](int64_t i) {
+        if (i < n_weights) return weight_gradient(weights[i], inputs, space);
+        small_gradient(i - n_weights, space);
+      });
     });
+    if (of_small_) of_small_->finish();
     for (int64_t l = 0; l < depth; ++l) finish_alpha(l);
   }
 
@@ -99,8 +106,14 @@ class ExpertGateBackward {
     Scratch<T> h;         // of all columns of a block, or of an expert and a stretch of rows
     Scratch<float> dh;    // of the same, or of a tile and an expert
     Scratch<T> operands;  // of a weight's gradient in bf16
-    Space(const ExpertGateLayer& spec, const Tiles& tiles)
-        : h(h_size(spec, tiles)), dh(dh_size(spec, tiles)), operands(operands_size(spec, tiles)) {}
+    // where tables are folded: a weight's gradient without their columns, and the sums for theirs
+    Scratch<float> kept, sums;
+    Space(const ExpertGateLayer& spec, const Tiles& tiles, const SmallInputs* small)
+        : h(h_size(spec, tiles)),
+          dh(dh_size(spec, tiles)),
+          operands(operands_size(spec, tiles)),
+          kept(small ? kPiece * spec.in_features : 0),
+          sums(small ? SmallGrads::scratch_size(small->tables) : 0) {}
     static int64_t block_size(const ExpertGateLayer& spec) {
       return spec.depth() ? kBlock * spec.columns(spec.depth() - 1) : 0;
     }
@@ -122,36 +135,6 @@ class ExpertGateBackward {
       }
       return size;
     }
-  };
-
-  // What is summed over the rows of one BatchNorm, tile by tile.
-  struct NormSums {
-    int64_t columns, n_sums;
-    std::vector<double> sums;            // [tiles, n_sums, columns]
-    std::vector<double> mean_dy, slope;  // see TileKernels::linear_grad
-    NormSums(const Tiles& tiles, int64_t n, bool learned)
-        : columns(n),
-          n_sums(learned ? 3 : 2),
-          sums(static_cast<size_t>(tiles.count * n_sums * n)),
-          mean_dy(static_cast<size_t>(n)),
-          slope(static_cast<size_t>(n)) {}
-    GradSums of(int64_t tile, int64_t column) {
-      double* first = sums.data() + tile * n_sums * columns + column;
-      return {first, first + columns, n_sums == 3 ? first + 2 * columns : nullptr};
-    }
-    double total(int64_t which, int64_t column, int64_t tiles) const {
-      double sum = 0;
-      for (int64_t tile = 0; tile < tiles; ++tile) sum += sums[(tile * n_sums + which) * columns + column];
-      return sum;
-    }
-  };
-
-  // dy, then dz, of a hidden layer.
-  struct LayerGrad {
-    Scratch<T> memory;
-    Grouped<T> dz;
-    LayerGrad(int64_t n_rows, int64_t columns, int64_t group)
-        : memory(Grouped<T>::size(n_rows, columns, group)), dz(memory.get(), n_rows, group) {}
   };
 
   bool has_gates() const { return !spec_.gates.empty(); }
@@ -315,28 +298,28 @@ class ExpertGateBackward {
     }
   }
 
-  // to [rows, fan_in] = dz W.
+  // to [rows, fan_in] = dz W; of the inputs' columns the first dx_columns.
   void multiply(int64_t norm, Range rows, Range columns, float* to, int64_t ld, bool accumulate,
                 const Ahead& ahead) const {
     const bool gate = norm == spec_.depth();
     const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
+    const int64_t n = gate || norm == 0 ? dx_columns_ : fan_in;
     const Grouped<T>& dz = operand(norm);
     if constexpr (kBf16) {
-      best_packed_gemm().gemm_bf16(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
+      best_packed_gemm().gemm_bf16(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld,
                                    packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
     } else if (is_small(rows.size(), columns.size(), fan_in)) {
-      const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
-      kernels_.small_gemm(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
-                          weight + columns.start * fan_in, fan_in, false, to, ld, accumulate);
+      kernels_.small_gemm(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
+                          packed_->plain(norm, columns.start), fan_in, false, to, ld, accumulate);
     } else {
-      best_packed_gemm().gemm_f32(rows.size(), fan_in, columns.size(), dz.at(rows.start, columns.start), dz.ld,
+      best_packed_gemm().gemm_f32(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld,
                                   packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
     }
   }
 
   // dy of layer l to dz, and on to dy of layer l - 1.
   void step_down(int64_t l, int64_t tile_index, Range rows, const Space& space) {
-    const LayerGrad& below = layers_[l - 1];
+    const LayerGrad<T>& below = layers_[l - 1];
     const int64_t width = spec_.dims[l], fan_in = spec_.fan_in(l);
     const int64_t ld = product_stride(fan_in);
     float* dh = space.dh.get();
@@ -354,15 +337,15 @@ class ExpertGateBackward {
   }
 
   void first_layer(Range rows) {
-    const int64_t width = spec_.dims[0], fan_in = spec_.in_features;
+    const int64_t width = spec_.dims[0];
     if (has_gates()) finish_gate_dz(rows);
     for (int64_t n = 0; n < spec_.n_inputs; ++n) {
       const Range experts{spec_.experts_of[n].start * width, spec_.experts_of[n].stop * width};
-      float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * fan_in : nullptr;
+      float* to = dx_ ? dx_ + (n * tiles_.rows + rows.start) * dx_columns_ : nullptr;
       bool begun = false;
       const auto send = [&](int64_t norm, Range columns, const Ahead& ahead) {
         if (!to || columns.size() == 0) return;
-        multiply(norm, rows, columns, to, fan_in, begun, ahead);
+        multiply(norm, rows, columns, to, dx_columns_, begun, ahead);
         begun = true;
       };
       const std::vector<Range> pieces = pieces_of(experts, spec_.group_columns(0));
@@ -373,7 +356,7 @@ class ExpertGateBackward {
         send(0, pieces[p], ahead);
       }
       if (has_gates()) send(spec_.depth(), spec_.gate_columns_of[n], Ahead{});
-      if (to && !begun) std::fill_n(to, rows.size() * fan_in, 0.0f);
+      if (to && !begun) std::fill_n(to, rows.size() * dx_columns_, 0.0f);
     }
   }
 
@@ -384,18 +367,19 @@ class ExpertGateBackward {
     bool below;
     Range columns;
     int64_t from, fan_in;
-    float* to;
+    float* to;  // [columns, fan_in], or where tables are folded [columns, weight_columns]
   };
 
   std::vector<WeightTask> weight_tasks() {
     std::vector<WeightTask> tasks;
     const auto add = [&](int64_t norm, Range columns, bool below, int64_t from, int64_t fan_in, float* weight) {
+      const int64_t width = below ? fan_in : spec_.weight_columns;
       // about eight pieces, and where other experts keep the threads busy not so small that h is prepared again
       const int64_t least = below && spec_.n_experts > 2 ? kPiece : 64;
       const int64_t piece = std::clamp<int64_t>((columns.size() / 8 + 15) / 16 * 16, least, kPiece);
       for (const Range& group : pieces_of(columns, operand(norm).group_columns)) {
         for (int64_t c = group.start; c < group.stop; c += piece) {
-          tasks.push_back({norm, below, {c, std::min(group.stop, c + piece)}, from, fan_in, weight + c * fan_in});
+          tasks.push_back({norm, below, {c, std::min(group.stop, c + piece)}, from, fan_in, weight + c * width});
         }
       }
     };
@@ -421,6 +405,8 @@ class ExpertGateBackward {
     const PackedGemm& gemm = best_packed_gemm();
     const int64_t n = t.columns.size(), k = t.fan_in, n_rows = tiles_.rows, ld_h = row_stride<T>(k);
     const Grouped<T>& dz = operand(t.norm);
+    const bool parts = small_ && !t.below;
+    float* const to = parts ? space.kept.get() : t.to;
     int64_t row = 0;
     do {
       const int64_t rows = std::min(kStretchRows, n_rows - row);
@@ -435,18 +421,24 @@ class ExpertGateBackward {
         const float* source = t.below ? h : x_.at(t.from, row);
         const int64_t ld = t.below ? ld_h : x_.row_stride;
         if (is_small(n, k, n_rows)) {
-          kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, t.to, k, row > 0);
+          kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, to, k, row > 0);
         } else {
-          gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, t.to, k, row > 0);
+          gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, to, k, row > 0);
         }
       } else if (t.below) {
-        gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, t.to, k, row > 0, operands, &ahead);
+        gemm.wgrad_bf16(rows, n, k, from, dz.ld, h, ld_h, to, k, row > 0, operands, &ahead);
       } else {
         gemm.transpose_bf16(rows, n, from, dz.ld, operands, stretch_stride(n_rows));
-        gemm.gemm_bf16(n, k, rows, operands, stretch_stride(n_rows), inputs.at(t.from, row), t.to, k, row > 0, &ahead);
+        gemm.gemm_bf16(n, k, rows, operands, stretch_stride(n_rows), inputs.at(t.from, row), to, k, row > 0, &ahead);
       }
       row += rows;
     } while (row < n_rows);
+    if (parts) small_->tables.put_columns(n, spec_.weight_columns, to, t.to);
+  }
+
+  void small_gradient(int64_t index, const Space& space) const {
+    if (of_small_->of_gates(index)) return of_small_->make(index, gate_dz_, tiles_.rows, space.sums.get());
+    of_small_->make(index, layers_[0].dz, tiles_.rows, space.sums.get());
   }
 
   const Runtime& runtime_;
@@ -464,10 +456,13 @@ class ExpertGateBackward {
   const OutputGrad dout_;
   const ExpertGateGrads& grads_;
   float* const dx_;
+  const int64_t dx_columns_;
+  const SmallInputs* const small_;
+  std::unique_ptr<SmallGrads> of_small_;
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
   std::vector<NormSums> sums_;
-  std::vector<LayerGrad> layers_;
+  std::vector<LayerGrad<T>> layers_;
   const Scratch<float> gate_memory_;
   const Grouped<float> gate_dz_;
   const Scratch<Bf16> gate_memory_near_;

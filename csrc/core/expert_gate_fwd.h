@@ -5,16 +5,17 @@
 
 #include "core/expert_gate.h"
 #include "core/expert_gate_products.h"
+#include "core/expert_gate_small.h"
 
 namespace fastmtl {
 
 template <class T, class Runtime>
 class ExpertGateForward {
  public:
-  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer.
+  // out: [G, B, H] or [E, B, H] dense, or [B, E] with an output layer. small: see expert_gate_small.h; may be null.
   ExpertGateForward(const Runtime& runtime, const ExpertGateLayer& spec, const ExpertGateParams& params, Inputs x,
                     int64_t n_rows, bool training, double dropout, int64_t seed, const ExpertGateSaved<T>& saved,
-                    float* out)
+                    float* out, const SmallInputs* small)
       : runtime_(runtime),
         kernels_(best_kernels()),
         of_tiles_(best_tile_kernels<T>()),
@@ -27,13 +28,15 @@ class ExpertGateForward {
         dropout_(training ? dropout : 0),
         seed_(seed),
         saved_(saved),
-        out_(out) {}
+        out_(out),
+        small_(small) {}
 
   void run() {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
     if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), false);
+    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), -1, small_);
+    if (small_) sums_ = std::make_unique<SmallSums>(spec_, params_, *small_);
     const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
       for (int64_t l = 0; l < depth; ++l) use_running(params_.hidden[l], saved_.hidden[l], factors_[l]);
@@ -95,7 +98,11 @@ class ExpertGateForward {
   };
 
   void pack(Phases::Worker& worker) const {
-    worker.run(packed_->count(), [&](int64_t i) { packed_->pack(i); });
+    const int64_t weights = packed_->count();
+    worker.run(weights + (sums_ ? sums_->count() : 0), [&](int64_t i) {
+      if (i < weights) return packed_->pack(i);
+      sums_->make(i - weights);
+    });
   }
 
   bool has_gates() const { return !spec_.gates.empty(); }
@@ -191,16 +198,17 @@ class ExpertGateForward {
                 const Ahead* ahead) const {
     const bool gate = norm == spec_.depth();
     const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
+    const bool adds = sums_ && (norm == 0 || gate);
+    if (adds) sums_->add_up(norm, rows, columns, z, ld);
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
-                                   z, ld, false, ahead);
+                                   z, ld, adds, ahead);
     } else if (is_small(rows.size(), columns.size(), fan_in)) {
-      const float* weight = gate ? params_.gate.weight : params_.hidden[norm].weight;
-      kernels_.small_gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, weight + columns.start * fan_in,
-                          fan_in, true, z, ld, false);
+      kernels_.small_gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, packed_->plain(norm, columns.start),
+                          fan_in, true, z, ld, adds);
     } else {
       best_packed_gemm().gemm_f32(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
-                                  z, ld, false, ahead);
+                                  z, ld, adds, ahead);
     }
   }
 
@@ -301,10 +309,12 @@ class ExpertGateForward {
   const int64_t seed_;
   const ExpertGateSaved<T>& saved_;
   float* const out_;
+  const SmallInputs* const small_;
   // of each hidden layer, then of the gates
   std::vector<ColumnFactors> factors_;
   std::vector<Partials> partials_;
   std::unique_ptr<PackedWeights<T>> packed_;
+  std::unique_ptr<SmallSums> sums_;
 };
 
 }  // namespace fastmtl

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/expert_gate.h"
+#include "core/expert_gate_small.h"
 #include "core/packed_gemm.h"
 
 namespace fastmtl {
@@ -18,9 +19,11 @@ inline bool is_small(int64_t m, int64_t n, int64_t k) { return m * n * k <= kSma
 template <class T>
 class PackedWeights {
  public:
-  // by_depth: for dz W, otherwise for x W^T; rows: the most that a product has, by which small ones are left out.
-  PackedWeights(const ExpertGateLayer& spec, const ExpertGateParams& params, int64_t rows, bool by_depth)
-      : rows_(rows), by_depth_(by_depth) {
+  // dx_columns: for dz W, of whose result for the inputs so many columns are wanted; -1: for x W^T. rows: the most that
+  // a product has, by which small ones are left out. small: tables whose columns the products leave out; null: none.
+  PackedWeights(const ExpertGateLayer& spec, const ExpertGateParams& params, int64_t rows, int64_t dx_columns,
+                const SmallInputs* small)
+      : spec_(spec), params_(params), rows_(rows), dx_columns_(dx_columns), small_(small) {
     starts_.resize(static_cast<size_t>(spec.depth() + 1));
     for (int64_t l = 0; l < spec.depth(); ++l) {
       const float* weight = params.hidden[l].weight;
@@ -41,20 +44,36 @@ class PackedWeights {
       }
     }
     packed_ = std::make_unique<Scratch<T>>(size_);
+    const int64_t read = spec.depth() ? spec.columns(0) + spec.gate_columns : 0;
+    kept_ = std::make_unique<Scratch<float>>(small ? read * spec.in_features : 0);
   }
 
   int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
 
   void pack(int64_t index) const {
     const Piece& p = pieces_[index];
-    const float* weight = p.weight + p.columns.start * p.fan_in;
-    const int64_t n = by_depth_ ? p.fan_in : p.columns.size(), k = by_depth_ ? p.columns.size() : p.fan_in;
+    const float* weight = plain(p.norm, p.columns.start);
+    if (leaves_out(p.norm)) {
+      const int64_t width = spec_.weight_columns;
+      float* kept = kept_->get() + (weight - kept_->get());
+      small_->tables.keep_columns(p.columns.size(), width, p.weight + p.columns.start * width, kept);
+    }
+    if (p.start < 0) return;
+    const int64_t n = width_of(p.norm, p.columns), k = by_depth() ? p.columns.size() : p.fan_in;
     T* to = packed_->get() + p.start;
     if constexpr (kBf16) {
-      best_packed_gemm().pack_bf16(n, k, weight, p.fan_in, by_depth_, to);
+      best_packed_gemm().pack_bf16(n, k, weight, p.fan_in, by_depth(), to);
     } else {
-      best_packed_gemm().pack_f32(n, k, weight, p.fan_in, by_depth_, to);
+      best_packed_gemm().pack_f32(n, k, weight, p.fan_in, by_depth(), to);
     }
+  }
+
+  // The weight of a norm as it is (once it was packed, where tables are folded), from that column on: [.., fan_in].
+  const float* plain(int64_t norm, int64_t column) const {
+    const bool gate = norm == spec_.depth();
+    const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
+    if (leaves_out(norm)) return kept_->get() + ((gate ? spec_.columns(0) : 0) + column) * fan_in;
+    return (gate ? params_.gate.weight : params_.hidden[norm].weight) + column * fan_in;
   }
 
   // The piece that starts with that column.
@@ -64,27 +83,45 @@ class PackedWeights {
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 
   struct Piece {
+    int64_t norm;
     const float* weight;
     Range columns;
-    int64_t fan_in, start;
+    int64_t fan_in, start;  // start < 0: nothing reads it packed
   };
 
+  bool by_depth() const { return dx_columns_ >= 0; }
+  // Columns of a product's result.
+  int64_t width_of(int64_t norm, Range columns) const {
+    if (!by_depth()) return columns.size();
+    return norm == 0 || norm == spec_.depth() ? dx_columns_ : spec_.fan_in(norm);
+  }
+
+  // Whether products with this norm's weight leave out the columns of folded tables.
+  bool leaves_out(int64_t norm) const { return small_ && (norm == 0 || norm == spec_.depth()); }
+
   void add(int64_t norm, const float* weight, Range columns, int64_t fan_in, int64_t all_columns) {
-    if (!kBf16 && is_small(rows_, columns.size(), fan_in)) return;
+    if (!kBf16 && is_small(rows_, columns.size(), fan_in)) {
+      if (leaves_out(norm)) pieces_.push_back({norm, weight, columns, fan_in, -1});
+      return;
+    }
     starts_[norm].resize(static_cast<size_t>(all_columns));
     starts_[norm][columns.start] = size_;
-    pieces_.push_back({weight, columns, fan_in, size_});
-    const int64_t n = by_depth_ ? fan_in : columns.size(), k = by_depth_ ? columns.size() : fan_in;
+    pieces_.push_back({norm, weight, columns, fan_in, size_});
+    const int64_t n = width_of(norm, columns), k = by_depth() ? columns.size() : fan_in;
     // each on a cache line
     size_ += kBf16 ? packed_bf16_size(n, k) : packed_f32_size(n, k);
   }
 
+  const ExpertGateLayer& spec_;
+  const ExpertGateParams& params_;
   const int64_t rows_;
-  const bool by_depth_;
+  const int64_t dx_columns_;
+  const SmallInputs* const small_;
   std::vector<Piece> pieces_;
   std::vector<std::vector<int64_t>> starts_;  // [norm][first column of a piece]
   int64_t size_ = 0;
   std::unique_ptr<Scratch<T>> packed_;
+  std::unique_ptr<Scratch<float>> kept_;  // [first layer's columns, then the gates', in_features]
 };
 
 // The rounded inputs, packed for the gradient of the weights that read them, some rows at a time.

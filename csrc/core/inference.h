@@ -73,8 +73,8 @@ class PackedInference final : public Inference {
       }
     } else {
       source.fill(0, rows, x, ld_x);
-      if (small_.count() > 0) source.pick(0, rows, space.template at<int32_t>(picks_), stride<int32_t>(small_.count()));
     }
+    if (small_.count() > 0) source.pick(0, rows, space.template at<int32_t>(picks_), stride<int32_t>(small_.count()));
     // a few rows are done when the weights are read: those that the last call left in the cache come first
     const bool backwards = rows <= kFew && (turn_.fetch_add(1, std::memory_order_relaxed) & 1);
     for (const Packed& stage : stages_) {
@@ -189,7 +189,7 @@ class PackedInference final : public Inference {
     int64_t sums = -1;
     if (small_.count() > 0 && input != nullptr && input->buffer == views_[0].buffer) {
       sums = small_.append_sums(n, k, folded.data(), sums_);
-      small_.keep_columns(n, k, folded.data());
+      small_.keep_columns(n, k, folded.data(), folded.data());
       k = small_.kept_columns();
     }
     work_ += n * k;
@@ -331,11 +331,11 @@ class PackedInference final : public Inference {
                 const int32_t* picks = nullptr) const {
     const T* weight = weights_.data() + linear.weight;
     if (linear.sums >= 0) {
-      between_.add_up(rows, linear.n, picks, stride<int32_t>(small_.count()), small_.count(),
-                      sums_.data() + linear.sums, SmallTables::stride(linear.n), c, ld_c);
+      best_kernels().add_up(rows, linear.n, picks, stride<int32_t>(small_.count()), small_.count(),
+                            sums_.data() + linear.sums, SmallTables::stride(linear.n), c, ld_c);
     }
     if constexpr (kBf16) {
-      gemm_.gemm_bf16(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, false, nullptr);
+      gemm_.gemm_bf16(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, linear.sums >= 0, nullptr);
     } else {
       gemm_.gemm_f32(rows, linear.n, linear.k, a, ld_a, weight, c, ld_c, linear.sums >= 0, nullptr);
     }

@@ -120,22 +120,11 @@ void sigmoid_of(int64_t n, const float* x, float* out) {
                      __attribute__((always_inline)) { store(out + c, sigmoid(load(x + c, lanes)), lanes); });
 }
 
-void add_up_of(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const float* sums,
-               int64_t ld_sums, float* z, int64_t ld_z) {
-  for (int64_t r = 0; r < rows; ++r, picks += ld_picks, z += ld_z) {
-    for_columns(cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      F32 total{};
-      for (int64_t i = 0; i < n_picks; ++i) total += load(sums + picks[i] * ld_sums + c, n);
-      store(z + c, total, n);
-    });
-  }
-}
-
 }  // namespace
 
 const InferenceKernels& inference_kernels() {
   static const InferenceKernels table = {activate<float>,    activate<Bf16>,    mix_of<float>, mix_of<Bf16>,
-                                         transfer_of<float>, transfer_of<Bf16>, sigmoid_of,    add_up_of};
+                                         transfer_of<float>, transfer_of<Bf16>, sigmoid_of};
   return table;
 }
 

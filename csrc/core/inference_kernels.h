@@ -39,10 +39,6 @@ struct InferenceKernels {
                         int64_t ld_out);
 
   void (*sigmoid)(int64_t n, const float* x, float* out);
-
-  // z = sum over i of the rows picks[i] of `sums`.
-  void (*add_up)(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const float* sums,
-                 int64_t ld_sums, float* z, int64_t ld_z);
 };
 
 // The kernels as built for one instruction set.

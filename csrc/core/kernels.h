@@ -105,6 +105,10 @@ struct TileKernels {
                    int64_t ld_h, const float* const* dout, int64_t ld_dout, float* dh, int64_t ld_dh, float* ds,
                    int64_t ld_ds);
 
+  // Adds each row of dz to the rows picks[i] of `sums`, which are fp32: the way back of Kernels::add_up.
+  void (*sum_by_pick)(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const T* dz,
+                      int64_t ld_dz, float* sums, int64_t ld_sums);
+
   // logits[r, e] = <h[r, e], weight[e]> + bias[e].
   void (*logits)(int64_t rows, int64_t width, int64_t n_experts, const T* h, int64_t ld_h, const float* weight,
                  const float* bias, float* out, int64_t ld_out);
@@ -121,6 +125,10 @@ struct Kernels {
   // For products of at most kSmallProduct multiply-adds, where calling a library costs more than it gains.
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                      int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate);
+
+  // z = the sum over i of the rows picks[i] of `sums`: what small tables give to a linear layer (small_tables.h).
+  void (*add_up)(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const float* sums,
+                 int64_t ld_sums, float* z, int64_t ld_z);
 
   // Mixing weights [rows, ld_w] from the gates' z: normalised, then softmax gate by gate.
   void (*gate_softmax)(const Tile<float>& tile, const GateView* gates, int64_t n_gates, float* weights, int64_t ld_w);

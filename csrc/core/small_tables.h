@@ -1,5 +1,6 @@
 // Embedding tables of few rows, folded into the linear layers that read them: what such a layer makes of a row of the
-// table is computed when the model is packed, so that a lookup adds a row of sums instead of multiplying the embedding.
+// table is computed once (when a model is packed, or once a training step, expert_gate_small.h), so that a lookup adds
+// a row of sums instead of multiplying the embedding.
 //
 // Layout      the sums of all tables' rows lie one below the other, [R + 1, ld], and the last of them is zero: that of
 // an
@@ -55,6 +56,7 @@ class SmallTables {
   // The number of a table's first row among all sums.
   int64_t first_row(int64_t t) const { return first_rows_[static_cast<size_t>(t)]; }
   int64_t zero_row() const { return rows_; }
+  const SmallTable& table(int64_t t) const { return tables_[static_cast<size_t>(t)]; }
   int64_t kept_columns() const { return static_cast<int64_t>(kept_.size()); }
 
   static int64_t stride(int64_t n) { return round_up(n, kPanel); }
@@ -78,11 +80,19 @@ class SmallTables {
     return begin;
   }
 
-  // The columns of a weight [n, width] that are still multiplied, [n, kept_columns()], in place.
-  void keep_columns(int64_t n, int64_t width, float* weight) const {
+  // The columns of a weight [n, width] that are still multiplied, [n, kept_columns()]; `to` may be `weight`.
+  void keep_columns(int64_t n, int64_t width, const float* weight, float* to) const {
     const int64_t k = kept_columns();
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t p = 0; p < k; ++p) weight[i * k + p] = weight[i * width + kept_[static_cast<size_t>(p)]];
+      for (int64_t p = 0; p < k; ++p) to[i * k + p] = weight[i * width + kept_[static_cast<size_t>(p)]];
+    }
+  }
+
+  // The other way: [n, kept_columns()] to their places in [n, width], whose other columns stay.
+  void put_columns(int64_t n, int64_t width, const float* kept, float* to) const {
+    const int64_t k = kept_columns();
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t p = 0; p < k; ++p) to[i * width + kept_[static_cast<size_t>(p)]] = kept[i * k + p];
     }
   }
 

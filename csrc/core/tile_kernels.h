@@ -8,6 +8,7 @@
 #include "core/elementwise.h"
 #include "core/kernels.h"
 #include "core/mixing.h"
+#include "core/picked_rows.h"
 #include "core/row_activations.h"
 
 namespace fastmtl::FASTMTL_ISA {
@@ -96,7 +97,7 @@ void linear_grad(const Tile<T>& t, const T* dy, int64_t ld_dy, const double* mea
 template <class T>
 constexpr TileKernels<T> tile_kernels_of() {
   return {column_stats<T>, hidden<T, T>, hidden<T, float>, hidden_grad<T>, linear_grad<T>,
-          mix<T>,          mix_grad<T>,  logits<T>,        logits_grad<T>};
+          mix<T>,          mix_grad<T>,  sum_by_pick<T>,   logits<T>,      logits_grad<T>};
 }
 
 }  // namespace fastmtl::FASTMTL_ISA

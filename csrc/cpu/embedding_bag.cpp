@@ -79,12 +79,44 @@ struct Wanted {
   explicit Wanted(const std::vector<int64_t>& shapes) {
     for (size_t t = 0; t + 1 < shapes.size(); t += 2) {
       needs.push_back(shapes[t] >= 0);
-      rows.push_back(shapes[t] >= 0 ? shapes[t] : -shapes[t] - 1);
+      rows.push_back(shapes[t] >= 0 ? shapes[t] : -(shapes[t] + 1));
       dims.push_back(shapes[t + 1]);
     }
   }
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 };
+
+// For each bag, which reads one id: of all bags' rows counted through, the one that a row of the batch reads, or their
+// number where it reads none. [B, F] int32.
+Tensor embedding_bag_picks(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes) {
+  check_ids(ids);
+  const Wanted weights(shapes);
+  const Bag* bags =
+      checked_bags(plan, weights.rows, weights.dims, ids.size(1), std::numeric_limits<int64_t>::max() / 2);
+  const int64_t n_rows = ids.size(0), n_bags = plan.size(0);
+  int64_t all = 0;
+  for (int64_t f = 0; f < n_bags; ++f) {
+    STD_TORCH_CHECK(bags[f].length == 1, "bag ", f, " reads ", bags[f].length, " ids of a row, not one");
+    all += bags[f].vocab;
+    STD_TORCH_CHECK(all <= std::numeric_limits<int32_t>::max(), "the bags have too many rows");
+  }
+  Tensor result = torch::stable::empty({n_rows, n_bags}, ScalarType::Int, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  int32_t* to = result.mutable_data_ptr<int32_t>();
+  BadId bad;
+  with_ids(ids, [&](const auto& view) {
+    for (int64_t b = 0; b < n_rows; ++b) {
+      int64_t first = 0;
+      for (int64_t f = 0; f < n_bags; first += bags[f++].vocab) {
+        const int64_t id = view(b, bags[f].column), row = resolve(bags[f], id);
+        if (row == kRefused) bad.note({f, b, bags[f].column, id});
+        *to++ = static_cast<int32_t>(row >= 0 ? first + row : all);
+      }
+    }
+  });
+  STD_TORCH_CHECK(bad.bag < 0, "bad id ", bad.id, " in row ", bad.row, ", bag ", bad.bag);
+  return result;
+}
 
 // Returns the wanted gradients.
 std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, const Tensor& plan,
@@ -243,6 +275,7 @@ std::vector<Tensor> embedding_bag_bwd_sparse(const Tensor& grad, const Tensor& i
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def("embedding_bag_fwd(Tensor[] weights, Tensor ids, Tensor? dense, Tensor plan, int width) -> Tensor");
+  m.def("embedding_bag_picks(Tensor ids, Tensor plan, int[] shapes) -> Tensor");
   m.def("embedding_bag_bwd(Tensor grad, Tensor ids, Tensor plan, int[] shapes) -> Tensor[]");
   m.def("embedding_bag_index(Tensor ids, Tensor plan, int[] shapes, bool alone=False) -> Tensor[]");
   m.def("embedding_bag_bwd_sparse(Tensor grad, Tensor ids, Tensor plan, int[] shapes, Tensor[] index) -> Tensor[]");
@@ -250,6 +283,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("embedding_bag_fwd", TORCH_BOX(&embedding_bag_fwd));
+  m.impl("embedding_bag_picks", TORCH_BOX(&embedding_bag_picks));
   m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
   m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
   m.impl("embedding_bag_bwd_sparse", TORCH_BOX(&embedding_bag_bwd_sparse));

@@ -1,4 +1,7 @@
 // expert_gate on torch tensors: check, allocate, run. What the op means is in fastmtl/ops/expert_gate.py.
+#include <algorithm>
+#include <optional>
+
 #include "core/expert_gate_bwd.h"
 #include "core/expert_gate_fwd.h"
 #include "cpu/expert_gate_args.h"
@@ -71,13 +74,66 @@ Inputs read_inputs(const ExpertGateLayer& spec, const Tensor& x) {
   return {x.const_data_ptr<float>(), x.stride(0), x.stride(1)};
 }
 
+// Small tables that are folded into the first layer and the gates; the layer's x then lacks their columns.
+class Folded {
+ public:
+  // places: [n, 3] int64, for each table the first of its columns in the weights, its first row in `table` and its
+  // rows; picks: [B, n] int32, of the tables' rows counted through, the one that each row of the batch reads, or the
+  // number of all of them, which stands for none. All three or none of them.
+  Folded(ExpertGateLayer& spec, const std::optional<Tensor>& places, const std::optional<Tensor>& table,
+         const std::optional<Tensor>& picks) {
+    STD_TORCH_CHECK(places.has_value() == table.has_value() && places.has_value() == picks.has_value(),
+                    "places, table and picks must be given together");
+    if (!places) return;
+    check_cpu(*places, ScalarType::Long, 2, "places");
+    check_cpu(*table, ScalarType::Float, 2, "table");
+    check_cpu(*picks, ScalarType::Int, 2, "picks");
+    const int64_t n = places->size(0), dim = table->size(1);
+    STD_TORCH_CHECK(places->is_contiguous() && places->size(1) == 3, "places must be [n, 3] contiguous");
+    STD_TORCH_CHECK(picks->is_contiguous() && picks->size(1) == n, "picks must be [B, ", n, "] contiguous");
+    STD_TORCH_CHECK(table->is_contiguous(), "table must be contiguous");
+    STD_TORCH_CHECK(spec.n_inputs == 1 && spec.depth() > 0, "tables are folded into hidden layers that read one input");
+    const int64_t* at = places->const_data_ptr<int64_t>();
+    std::vector<SmallTable> tables;
+    int64_t column = 0;
+    for (int64_t t = 0; t < n; ++t, at += 3) {
+      STD_TORCH_CHECK(at[0] >= column && at[0] <= spec.in_features - dim, "table ", t, " has no columns of its own");
+      STD_TORCH_CHECK(at[1] >= 0 && at[2] >= 0 && at[1] <= table->size(0) - at[2], "table ", t,
+                      " ends behind its rows");
+      STD_TORCH_CHECK(at[2] <= kMostRows, "table ", t, " has ", at[2], " rows, which are too many to be folded");
+      column = at[0] + dim;
+      tables.push_back({at[0], dim, at[2], table->const_data_ptr<float>() + at[1] * dim});
+    }
+    small_.emplace(SmallInputs{SmallTables(tables, spec.in_features), picks->const_data_ptr<int32_t>()});
+    STD_TORCH_CHECK(small_->tables.zero_row() <= kMostRows, "the tables have too many rows to be folded");
+    rows_ = picks->size(0);
+    uint32_t most = 0;  // a negative one is larger than any row
+    for (int64_t i = 0; i < rows_ * n; ++i) most = std::max(most, static_cast<uint32_t>(small_->picks[i]));
+    STD_TORCH_CHECK(most <= small_->tables.zero_row(), "picks name no row");
+    spec.in_features = small_->tables.kept_columns();
+  }
+  const SmallInputs* get() const { return small_ ? &*small_ : nullptr; }
+  void check_rows(int64_t n_rows) const {
+    STD_TORCH_CHECK(!small_ || rows_ == n_rows, "picks has ", rows_, " rows, x has ", n_rows);
+  }
+
+ private:
+  static constexpr int64_t kMostRows = 1 << 14;  // whose sums fit into memory
+  std::optional<SmallInputs> small_;
+  int64_t rows_ = 0;
+};
+
 // Returns the output, then the saved tensors.
 std::vector<Tensor> expert_gate_fwd(const Tensor& input, std::vector<Tensor> learned, std::vector<Tensor> running,
-                                    const Tensor& plan, bool training, double dropout, int64_t seed, bool bf16) {
-  const ExpertGateLayer spec = checked_layer(plan);
+                                    const Tensor& plan, bool training, double dropout, int64_t seed, bool bf16,
+                                    std::optional<Tensor> places, std::optional<Tensor> table,
+                                    std::optional<Tensor> picks) {
+  ExpertGateLayer spec = checked_layer(plan);
+  const Folded folded(spec, places, table, picks);
   const Tensor x = dense_rows(input);
   const Inputs inputs = read_inputs(spec, x);
   const int64_t n_rows = x.size(1), depth = spec.depth();
+  folded.check_rows(n_rows);
   ExpertGateParams params = read_learned(spec, learned);
   read_running(spec, running, params);
   const int64_t matrices = spec.gates.empty() ? spec.n_experts : static_cast<int64_t>(spec.gates.size());
@@ -88,7 +144,7 @@ std::vector<Tensor> expert_gate_fwd(const Tensor& input, std::vector<Tensor> lea
     const ExpertGateSaved<T> to_save = read_saved<T>(spec, n_rows, listed);
     const TorchRuntime runtime;
     ExpertGateForward<T, TorchRuntime>(runtime, spec, params, inputs, n_rows, training, dropout, seed, to_save,
-                                       out.mutable_data_ptr<float>())
+                                       out.mutable_data_ptr<float>(), folded.get())
         .run();
     saved.insert(saved.begin(), out);
     return saved;
@@ -96,14 +152,18 @@ std::vector<Tensor> expert_gate_fwd(const Tensor& input, std::vector<Tensor> lea
   return bf16 ? run(Bf16{}) : run(float{});
 }
 
-// Returns the gradients of `learned`, in its order, then that of x where it is wanted.
+// Returns the gradients of `learned`, in its order, then where x_columns >= 0 that of so many of x's first columns and,
+// where tables are folded, those of their rows counted through.
 std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std::vector<Tensor> learned,
                                     std::vector<Tensor> saved, const Tensor& plan, bool training, double dropout,
-                                    int64_t seed, bool needs_x) {
-  const ExpertGateLayer spec = checked_layer(plan);
+                                    int64_t seed, int64_t x_columns, std::optional<Tensor> places,
+                                    std::optional<Tensor> table, std::optional<Tensor> picks) {
+  ExpertGateLayer spec = checked_layer(plan);
+  const Folded folded(spec, places, table, picks);
   const Tensor x = dense_rows(input);
   const Inputs inputs = read_inputs(spec, x);
   const int64_t n_rows = x.size(1), depth = spec.depth();
+  folded.check_rows(n_rows);
   const ExpertGateParams params = read_learned(spec, learned);
   const Tensor dout = dense_rows(grad);
   OutputGrad dout_view;
@@ -135,22 +195,30 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
     grads.out_bias = reader.take_mutable(spec.n_experts);
   }
   if (!spec.gates.empty()) {
-    grads.gate.weight = reader.take_mutable(spec.gate_columns * spec.in_features);
+    grads.gate.weight = reader.take_mutable(spec.gate_columns * spec.weight_columns);
     grads.gate.bias = reader.take_mutable(spec.gate_columns);
     grads.gate.gamma = reader.take_mutable(spec.gate_columns);
     grads.gate.beta = reader.take_mutable(spec.gate_columns);
   }
   reader.done();
-  float* dx = nullptr;
+  float *dx = nullptr, *dsmall = nullptr;
+  const bool needs_x = x_columns >= 0;
+  STD_TORCH_CHECK(x_columns <= spec.in_features, "x has ", spec.in_features, " columns, not ", x_columns);
+  STD_TORCH_CHECK(!needs_x || depth > 0 || x_columns == spec.in_features,
+                  "an output layer alone gives all of x's columns");
   if (needs_x) {
-    results.push_back(empty_f32({spec.n_inputs, n_rows, spec.in_features}));
+    results.push_back(empty_f32({spec.n_inputs, n_rows, x_columns}));
     dx = results.back().mutable_data_ptr<float>();
+  }
+  if (needs_x && folded.get()) {
+    results.push_back(empty_f32({folded.get()->tables.zero_row(), table->size(1)}));
+    dsmall = results.back().mutable_data_ptr<float>();
   }
   const auto run = [&]<class T>(T) {
     const ExpertGateSaved<T> from_saved = read_saved<T>(spec, n_rows, saved);
     const TorchRuntime runtime;
     ExpertGateBackward<T, TorchRuntime>(runtime, spec, params, inputs, n_rows, training, dropout, seed, from_saved,
-                                        dout_view, grads, dx)
+                                        dout_view, grads, dx, std::max<int64_t>(0, x_columns), folded.get(), dsmall)
         .run();
   };
   if (saved_in_bf16(saved)) {
@@ -189,10 +257,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
   m.def(
       "expert_gate_fwd(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor plan, bool training, float dropout, "
       "int "
-      "seed, bool bf16=False) -> Tensor[]");
+      "seed, bool bf16=False, Tensor? places=None, Tensor? table=None, Tensor? picks=None) -> Tensor[]");
   m.def(
       "expert_gate_bwd(Tensor grad, Tensor x, Tensor[] learned, Tensor[] saved, Tensor plan, bool training, float "
-      "dropout, int seed, bool needs_x) -> Tensor[]");
+      "dropout, int seed, int x_columns, Tensor? places=None, Tensor? table=None, Tensor? picks=None) -> Tensor[]");
   m.def("task_losses(Tensor logits, Tensor labels, Tensor is_classification, Tensor factors) -> Tensor[]");
   m.def("isa() -> str");
 }

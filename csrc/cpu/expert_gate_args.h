@@ -18,7 +18,7 @@ inline ExpertGateLayer checked_layer(const int64_t* at, const int64_t* const end
   };
   const int64_t* head = take(8);
   ExpertGateLayer spec;
-  spec.in_features = head[0];
+  spec.in_features = spec.weight_columns = head[0];
   spec.n_inputs = head[1];
   spec.n_experts = head[2];
   spec.activation = head[4];
@@ -117,7 +117,7 @@ inline ExpertGateParams read_learned(const ExpertGateLayer& spec, std::vector<Te
   Reader reader(learned, "learned");
   const int64_t depth = spec.depth();
   params.hidden.resize(static_cast<size_t>(depth));
-  for (int64_t l = 0; l < depth; ++l) params.hidden[l].weight = reader.take(spec.columns(l) * spec.fan_in(l));
+  for (int64_t l = 0; l < depth; ++l) params.hidden[l].weight = reader.take(spec.weight_size(l));
   for (int64_t l = 0; l < depth; ++l) params.hidden[l].bias = reader.take(spec.columns(l));
   for (int64_t l = 0; l < depth; ++l) params.hidden[l].gamma = reader.take(spec.columns(l));
   for (int64_t l = 0; l < depth; ++l) params.hidden[l].beta = reader.take(spec.columns(l));
@@ -128,7 +128,7 @@ inline ExpertGateParams read_learned(const ExpertGateLayer& spec, std::vector<Te
     params.out_bias = reader.take(spec.n_experts);
   }
   if (!spec.gates.empty()) {
-    params.gate.weight = reader.take(spec.gate_columns * spec.in_features);
+    params.gate.weight = reader.take(spec.gate_columns * spec.weight_columns);
     params.gate.bias = reader.take(spec.gate_columns);
     params.gate.gamma = reader.take(spec.gate_columns);
     params.gate.beta = reader.take(spec.gate_columns);

@@ -167,7 +167,6 @@ int64_t inference_new(const Tensor& plan, std::vector<Tensor> learned, std::vect
   Numbers numbers(plan);
   std::vector<std::vector<Tensor>> held;
   const Program program = checked_program(numbers, learned, running, held);
-  STD_TORCH_CHECK(!bf16 || program.small.empty(), "plan: small tables are folded in fp32 only");
   if (bf16) return registry().add(std::make_shared<PackedInference<Bf16>>(program));
   return registry().add(std::make_shared<PackedInference<float>>(program));
 }

@@ -77,8 +77,8 @@ def _keep_plan(key: tuple, spec: object, plan: Any) -> Tensor:
 _POOLINGS = {"sum": 0, "mean": 1, "concat": 2, "max": 3}
 _OOV: dict[str | int, str | int] = {"raise": -2, "zero": -1}
 _BAG_FIELDS = 12
-#: Fields of a bag in a plan: its table's width, its first id column, its first output column.
-BAG_DIM, BAG_COLUMN, BAG_OUT = 3, 5, 7
+#: Fields of a bag in a plan: its table's width, its first id column and how many, its first output column.
+BAG_DIM, BAG_COLUMN, BAG_LENGTH, BAG_OUT = 3, 5, 6, 7
 
 
 def bag_plan(spec: EmbeddingSpec, columns: tuple[int, ...]) -> Tensor:
@@ -131,7 +131,14 @@ def embedding_bag_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The dense gradients of the weights that need one, from the gradient ``[B, W]`` of the output."""
-    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, bag_plan(spec, columns), _wanted(shapes, needs)))
+    return dense_gradients(grad, ids, bag_plan(spec, columns), shapes, needs)
+
+
+def dense_gradients(
+    grad: Tensor, ids: Tensor, plan: Tensor, shapes: list[torch.Size], needs: list[bool]
+) -> list[Tensor | None]:
+    """:func:`embedding_bag_bwd` of the bags of a plan."""
+    grads = iter(_ops.embedding_bag_bwd.default(grad, ids, plan, _wanted(shapes, needs)))
     return [next(grads) if need else None for need in needs]
 
 
@@ -227,9 +234,15 @@ def embedding_bag_bwd_sparse(
 
     Bit for bit the rows of :func:`embedding_bag_bwd`'s result; the others' gradient is zero.
     """
+    return sparse_gradients(grad, ids, bag_plan(spec, columns), shapes, index)
+
+
+def sparse_gradients(
+    grad: Tensor, ids: Tensor, plan: Tensor, shapes: list[torch.Size], index: list[RowIndex | None]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """:func:`embedding_bag_bwd_sparse` of the bags of a plan; what other bags look up adds nothing to their rows."""
     needs = [found is not None for found in index]
     parts = [part for found in index if found is not None for part in found]
-    plan = bag_plan(spec, columns)
     values = iter(_ops.embedding_bag_bwd_sparse.default(grad, ids, plan, _wanted(shapes, needs), parts))
     return [None if found is None else (found.rows, next(values)) for found in index]
 
@@ -260,15 +273,32 @@ def computes_in_bf16() -> bool:
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
+class Folded(NamedTuple):
+    """Small tables as the layer takes them that they are folded into.
+
+    Args:
+        places: ``[n, 3]`` int64: the first column of the weights that reads each table, its first row in ``table`` and
+            its rows.
+        table: ``[V_total, D]`` float32.
+        picks: ``[B, n]`` int32: of the n tables' rows counted through, the one that each row of the batch reads; their
+            number where it reads none.
+    """
+
+    places: Tensor
+    table: Tensor
+    picks: Tensor
+
+
 def expert_gate_fwd(
-    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool, folded: Folded | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output."""
+    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output. ``folded``: small tables
+    whose columns x lacks."""
     dropped = training and spec.dropout > 0
     seed = torch.empty((), dtype=torch.int64).random_() if dropped else None
     out, *saved = _ops.expert_gate_fwd.default(
         x, params.learned(), params.running(), _layer_plan(spec), training,
-        spec.dropout if dropped else 0.0, 0 if seed is None else int(seed), computes_in_bf16(),
+        spec.dropout if dropped else 0.0, 0 if seed is None else int(seed), computes_in_bf16(), *(folded or ()),
     )  # fmt: skip
     return out, tuple(saved) if seed is None else (*saved, seed)
 
@@ -298,18 +328,23 @@ def expert_gate_bwd(
     training: bool,
     saved: list[Tensor],
     needs_x: bool,
+    folded: Folded | None = None,
+    x_columns: int | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradients of x (None where it needs none) and of ``params.learned()``."""
+    """The gradients of x (None where it needs none; with ``x_columns`` of its first columns only) and of
+    ``params.learned()``; behind these, with ``folded`` tables and where x needs one, that of their rows counted through
+    ``[R, D]``."""
     seed = 0
     dropped = training and spec.dropout > 0
     if dropped:
         *saved, drawn = saved
         seed = int(drawn)
+    wanted = x.shape[-1] if x_columns is None else x_columns
     grads = _ops.expert_gate_bwd.default(
         grad, x, params.learned(), saved, _layer_plan(spec), training,
-        spec.dropout if dropped else 0.0, seed, needs_x,
+        spec.dropout if dropped else 0.0, seed, wanted if needs_x else -1, *(folded or ()),
     )  # fmt: skip
-    return (grads.pop() if needs_x else None), grads
+    return (grads.pop(len(params.learned())) if needs_x else None), grads
 
 
 def shuffle_ahead(order: Tensor, begin: int, draws: Tensor) -> None:

@@ -34,7 +34,7 @@ class Program:
         self.folds = True
 
     def fold(self, tables: Sequence[tuple[int, Tensor]]) -> None:
-        """Fold tables of few rows into the layers that read matrix 0 (where :attr:`folds`, and in fp32 only): what a
+        """Fold tables of few rows into the layers that read matrix 0 (where :attr:`folds`): what a
         layer makes of each of their rows is computed once. Their columns are no longer looked up.
 
         Args:

@@ -63,7 +63,8 @@ def table_gradients(
         return [None] * len(shapes)
     pairs = module.embedding_bag_bwd_sparse(grad, ids, columns, spec, shapes, index)
     return [
-        None if pair is None else _sparse(pair[0], pair[1], shape) for pair, shape in zip(pairs, shapes, strict=True)
+        None if pair is None else sparse_gradient(pair[0], pair[1], shape)
+        for pair, shape in zip(pairs, shapes, strict=True)
     ]
 
 
@@ -71,7 +72,8 @@ def _holds_updates(index: list[Any] | None) -> bool:
     return index is not None and any(isinstance(found, Update) for found in index)
 
 
-def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+def sparse_gradient(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Of a weight of that shape, from the rows ``[n]``, ascending and unique, and their gradients ``[n, D]``."""
     # rows come from the backend, which has compared each with its table
     checks = torch.sparse.check_sparse_tensor_invariants
     if not checks.is_enabled():
@@ -136,7 +138,7 @@ def general_gradients(
         if not need:
             grads.append(None)
         elif is_sparse:
-            grads.append(_sparse(rows, values, weight.shape))
+            grads.append(sparse_gradient(rows, values, weight.shape))
         else:
             grads.append(torch.zeros_like(weight).index_copy_(0, rows, values))
     return grads, rest[0], rest[1]

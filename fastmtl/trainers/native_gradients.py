@@ -9,7 +9,7 @@ rounding of the losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch.nn.modules import module as torch_module
 
 from .. import backend
 from ..backends import native
+from ..backends.native_folding import Folding
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
-from ..ops.embedding_bag import general_gradients, table_gradients
-from ..spec import ExpertGateParams
+from ..ops.embedding_bag import general_gradients, sparse_gradient, table_gradients
+from ..spec import EmbeddingSpec, ExpertGateParams
 from ..weighting import Strategy
 
 
@@ -44,6 +45,8 @@ class ChainGradients:
         self.factors = factors.to(model.is_classification.device)
         self._lookups, self._layers = lookups, layers
         self._trained = [p for p in model.parameters() if p.requires_grad]
+        #: The last lookup's spec and columns, whether it was for bf16, and its folding.
+        self._kept: tuple[EmbeddingSpec, tuple[int, ...], bool, Folding | None] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, strategy: Strategy) -> ChainGradients | None:
@@ -90,29 +93,62 @@ class ChainGradients:
             return self._run(lookup, labels, seen)
 
     def _run(self, lookup: Lookup, labels: Tensor, seen: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
-        row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
-        assert row is not None
-        inputs, taped = [row.unsqueeze(0)], []
+        looked = self._look_up(lookup)
+        inputs: list[Tensor] = [looked.row.unsqueeze(0)]
+        taped: list[tuple[ExpertGateParams, Any]] = []
         *below, towers = self.banks
         for bank in below:
             bank.count_step(inputs[-1])
             params = bank.params()
-            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True)
+            given = {} if taped else looked.forward  # only the first bank reads what was looked up
+            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True, **given)
             inputs.append(out)
             taped.append((params, saved))
         trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         losses, logits, grad = self._towers(towers, inputs.pop(), labels, trains_tables or bool(below))
         if seen is not None:
             seen(losses)
+        of_small: Tensor | None = None
         for bank, source, (params, saved) in zip(reversed(below), reversed(inputs), reversed(taped), strict=True):
             assert grad is not None
             needs_x = trains_tables or bank is not self.banks[0]
-            grad, grads = self._layers.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
+            given = looked.backward if bank is self.banks[0] else {}
+            grad, grads = self._layers.expert_gate_bwd(
+                grad, source, params, bank.spec, True, list(saved), needs_x, **given
+            )
+            if needs_x and looked.folding is not None and bank is self.banks[0]:
+                of_small = grads.pop()
             _give(params, grads)
         if trains_tables:
             assert grad is not None
-            self._table_gradients(grad[0], lookup)
+            self._table_gradients(grad[0], lookup, looked.folding, of_small)
         return losses, logits
+
+    def _look_up(self, lookup: Lookup) -> _LookedUp:
+        weights, ids, columns, dense, spec, _ = lookup
+        if ids is None:
+            assert dense is not None
+            return _LookedUp(dense, None, {}, {})
+        folding = self._folding(spec, columns, len(ids))
+        if folding is None:
+            row, forward = self._lookups.embedding_bag_fwd(*lookup[:5]), {}
+        else:
+            row, folded = folding.look_up(weights, ids, dense)
+            forward = {"folded": folded}
+        backward: dict[str, Any] = dict(forward)
+        if self._lookups is native is self._layers and spec.is_common:
+            backward["x_columns"] = row.shape[1] - spec.n_dense  # nobody asks for the dense columns' gradient
+        return _LookedUp(row, folding, forward, backward)
+
+    def _folding(self, spec: EmbeddingSpec, columns: tuple[int, ...], n_rows: int) -> Folding | None:
+        """How small tables are folded into the first bank."""
+        if not (self._lookups is native is self._layers) or len(self.banks) == 1:
+            return None
+        bf16 = native.computes_in_bf16()
+        if self._kept is None or self._kept[0] is not spec or self._kept[1:3] != (columns, bf16):
+            self._kept = spec, columns, bf16, Folding.of(spec, columns, self.banks[0].spec, bf16)
+        folding = self._kept[3]
+        return folding if folding is not None and n_rows >= folding.least_rows else None
 
     def _towers(
         self, towers: ExpertGate, x: Tensor, labels: Tensor, needs_x: bool
@@ -131,16 +167,31 @@ class ChainGradients:
         _give(params, grads)
         return losses, logits, dx
 
-    def _table_gradients(self, grad: Tensor, lookup: Lookup) -> None:
+    def _table_gradients(self, grad: Tensor, lookup: Lookup, folding: Folding | None, of_small: Tensor | None) -> None:
         weights, ids, columns, _, spec, index = lookup
         needs = [table.requires_grad for table in weights]
         shapes = [table.shape for table in weights]
-        if spec.is_common:
+        if folding is not None and of_small is not None:
+            found = folding.table_gradients(grad, of_small, ids, shapes, needs, index)
+            grads = [
+                sparse_gradient(*g, shape) if isinstance(g, tuple) else g
+                for g, shape in zip(found, shapes, strict=True)
+            ]
+        elif spec.is_common:
             grads = table_gradients(self._lookups, grad, ids, columns, spec, shapes, needs, index)
         else:
             grads = general_gradients(grad, weights, ids, columns, spec, needs, index is not None)[0]
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
+
+
+class _LookedUp(NamedTuple):
+    """Rows ``[B, W]`` for the first bank, how they were folded, and what its forward and backward are told of them."""
+
+    row: Tensor
+    folding: Folding | None
+    forward: dict[str, Any]
+    backward: dict[str, Any]
 
 
 def _give(params: ExpertGateParams, grads: list[Tensor]) -> None:

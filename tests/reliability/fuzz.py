@@ -18,14 +18,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from native.folded_layers import random_case as folded_case
 from native.general_lookups import random_case
 from native.layers import new_params
 from native.lookups import random_lookup
 from torch import Tensor
 
 from fastmtl.backends import native
+from fastmtl.backends.native_folding import split, table_of
 from fastmtl.backends.native_inference import Program
-from fastmtl.models.multi_task.packed import split, table_of
 from fastmtl.optim.rules import FIELDS, RULES
 from fastmtl.optim.waiting import WAIT_FIELDS
 from fastmtl.spec import ExpertGateSpec, Gate
@@ -68,6 +69,7 @@ def lookups(rng: random.Random) -> list[Call]:
         ("embedding_bag_bwd", [lookup.grad, lookup.ids, plan, shapes]),
         ("embedding_bag_index", [lookup.ids, plan, shapes]),
         ("embedding_bag_bwd_sparse", [lookup.grad, lookup.ids, plan, shapes, list(index)]),
+        ("embedding_bag_picks", [lookup.ids, plan[[bag[native.BAG_LENGTH] == 1 for bag in plan.tolist()]], shapes]),
     ]
 
 
@@ -100,7 +102,7 @@ def layers(rng: random.Random) -> list[Call]:
     training, dropout = rng.random() < 0.6, rng.choice((0.0, 0.3))
     forward = [x, params.learned(), params.running(), plan, training, dropout, 7, rng.random() < 0.5]
     out, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
-    backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, True]
+    backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, x.shape[2]]
     return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
 
 
@@ -152,7 +154,7 @@ def predictions(rng: random.Random) -> list[Call]:
         if bag.pooling == "sum" and lookup.columns[f + 1] - lookup.columns[f] == 1 and rng.random() < 0.5
     ]
     program.fold([(starts[f], table_of(lookup.spec.bags[f], lookup.weights)) for f in folded])
-    new = [*program.arguments(), not folded and rng.random() < 0.5]
+    new = [*program.arguments(), rng.random() < 0.5]
     dense = [] if lookup.dense is None else [lookup.dense]
     plan, small = split(native.bag_plan(lookup.spec, lookup.columns), folded)
     number = torch.ops.fastmtl.inference_new(*new)
@@ -163,6 +165,29 @@ def predictions(rng: random.Random) -> list[Call]:
     ]
 
 
+def folded_layers(rng: random.Random) -> list[Call]:
+    """Forward and backward of one small layer with tables folded into it."""
+    case = folded_case(rng.randrange(2**31), batch=rng.choice((1, 2, 70)))
+    plan, dropout = native._layer_plan(case.spec), rng.choice((0.0, 0.3))
+    given = [torch.tensor(case.places), case.table, case.picks]
+    learned, x = case.params.learned(), case.x.unsqueeze(0)
+    forward = [x, learned, case.params.running(), plan, case.training, dropout, 7, rng.random() < 0.5, *given]
+    _, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
+    backward = [
+        case.grad,
+        x,
+        learned,
+        list(saved),
+        plan,
+        case.training,
+        dropout,
+        7,
+        rng.choice((-1, 0, x.shape[2])),
+        *given,
+    ]
+    return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
+
+
 MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
     lookups,
     layers,
@@ -170,6 +195,7 @@ MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
     general_lookups,
     layers,
     tables,
+    folded_layers,
 )
 
 
@@ -282,7 +308,7 @@ NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
     "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
     "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
-    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages",
+    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks",
 )  # fmt: skip
 WRITING = (
     "expert_gate_fwd",

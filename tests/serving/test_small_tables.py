@@ -6,6 +6,7 @@ import torch
 
 from fastmtl import optim
 from fastmtl.backends import native
+from fastmtl.backends.native_folding import folding_pays
 from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.errors import BadIdError
 from fastmtl.models import AITM, MMOE, PLE, SharedBottom
@@ -62,17 +63,18 @@ def test_predictions_are_those_of_lookups(seed):
     folded = 0
     for case in range(40):
         rng = np.random.default_rng([seed, case])
-        model = random_model(rng)
-        predictor = Predictor(model)
+        model, precision = random_model(rng), ["fp32", "bf16"][case % 2]
+        predictor = Predictor(model, precision)
         small = predictor._current()._small
         folded += 0 if small is None else len(small)
         x = random_batch(rng, model, int(rng.choice([1, 3, 40, 300])))
         got = predictor(x)
-        assert (got - exact(model, x)).abs().max() < 1e-5, case
+        want = exact(model, x)
+        assert ((got - want).abs() / (1 + want.abs())).max() < (1e-5 if precision == "fp32" else 0.01), case
         # a row's bits do not depend on its batch
         row = int(rng.integers(0, len(got)))
         assert torch.equal(predictor({name: column[row : row + 1] for name, column in x.items()}), got[row : row + 1])
-    assert folded > 40
+    assert folded > (40 if folding_pays(bf16=True) else 20)
 
 
 def small_model():
@@ -82,13 +84,13 @@ def small_model():
     return model
 
 
-def test_only_small_tables_of_fp32_packs_are_folded():
+def test_only_small_tables_are_folded():
     model = small_model()
     names = [bag.name for bag in model.embedding.spec_of(model.features).bags]
     pack = Packed(model)
     assert [names[int(bag[native.BAG_COLUMN])] for bag in pack._small] == ["kind", "day"]
     assert len(pack._plan) == 1
-    assert Packed(model, bf16=True)._small is None
+    assert (Packed(model, bf16=True)._small is not None) == folding_pays(bf16=True)
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "optimizer", "loaded"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ... import backend
 from ...backends import eager, native, triton
+from ...backends.native_folding import folding_pays, small_tables, split, table_of
 from ...backends.native_inference import Program
 from ...backends.watched import watched
 from ...basic.bank import ExpertGate, TowerBank
@@ -24,7 +25,6 @@ from ...basic.batch import ColumnBatch, Layout
 from ...basic.embedding import EmbeddingLayer
 from ...basic.features import DenseFeature, SequenceFeature
 from ...errors import ConfigError
-from ...spec import Bag, EmbeddingSpec
 
 if TYPE_CHECKING:
     from .base import MTLModel
@@ -143,7 +143,7 @@ class Packed:
 
     def _foldable(self, program: Any, bf16: bool) -> list[int]:
         """The bags whose tables are folded into the layers that read them."""
-        return _small_tables(self._spec) if self.is_plain and program.folds and not bf16 else []
+        return small_tables(self._spec) if self.is_plain and program.folds and folding_pays(bf16) else []
 
     # ------------------------------------------------------------------------------------------ is it still good
 
@@ -212,38 +212,6 @@ class Packed:
                 self._blocks.clear()
             found = self._blocks[x.layout] = _blocks_of(x.layout, self.id_names, self.dense_names)
         return None if found is None else ([x.blocks[b] for b in found[0]], [x.blocks[b] for b in found[1]])
-
-
-#: A table is folded into the layers that read it where what they make of its rows is at most so many times the weights
-#: that are no longer read, and where that pays for adding a row; all together have so many rows at most.
-_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
-
-
-def _small_tables(spec: EmbeddingSpec) -> list[int]:
-    """The bags whose tables are folded into the layers that read them, the smallest first chosen; ascending."""
-    chosen, rows = [], 0
-    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
-        rows += bag.vocab
-        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
-        if fits and bag.pooling == "sum":
-            chosen.append(f)
-    return sorted(chosen)
-
-
-def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
-    """The table that a bag reads."""
-    return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
-
-
-def split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
-    """The bags that are looked up, side by side without the others' columns, and the folded ones."""
-    if not folded:
-        return plan, None
-    kept, small = plan.clone(), plan[folded].clone()
-    for f in folded:
-        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
-    small[:, native.BAG_OUT] = 0
-    return kept[[f for f in range(len(plan)) if f not in folded]], small
 
 
 def _blocks_of(layout: Layout, *lists: list[str]) -> list[list[int]] | None:

@@ -1,0 +1,178 @@
+// Small tables folded into expert_gate's first layer and gates, in training: x lacks their columns, and instead of it
+// there is the row of each table that each row of the batch looked up.
+//
+//   forward    z = x_kept W_kept^T + the sum over the tables of sums[pick],   sums = table W_table^T
+//   backward   s[row] = the sum of dz over the rows of the batch that picked it;
+//              dW_table = s^T table,   dtable = s W_table
+//
+// A table of V rows and width D so costs an addition of a row of sums forward and one of dz backward for each row of
+// the batch, where three products took 3 D multiply-adds; what is multiplied is V rows, not B.
+//
+// Layout      sums and s lie in pieces of columns, each [R + 1, ld] as SmallTables numbers the rows.
+// Accumulation fp32: the tables in their order; s over kStretchRows rows of the batch at a time, and these in their
+//             order; dtable over pieces of columns in their order, in double.
+// Threading, determinism, aliasing: expert_gate.h. Picks must be below R + 1.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/expert_gate.h"
+#include "core/small_tables.h"
+
+namespace fastmtl {
+
+struct SmallInputs {
+  SmallTables tables;    // over the columns of the weights
+  const int32_t* picks;  // [B, tables.count()], rows of the sums
+};
+
+// A weight that reads the inputs, and the columns of z that some of its rows make.
+struct FirstWeight {
+  int64_t norm;
+  const float* weight;  // [all columns, weight_columns]
+  Range columns;
+};
+
+// The first layer in pieces as its products take them, then the gates; of a layer with one input.
+inline std::vector<FirstWeight> first_weights(const ExpertGateLayer& spec, const ExpertGateParams& params) {
+  std::vector<FirstWeight> found;
+  for (const Range& piece : pieces_of({0, spec.columns(0)}, spec.group_columns(0))) {
+    found.push_back({0, params.hidden[0].weight, piece});
+  }
+  if (spec.gate_columns > 0) found.push_back({spec.depth(), params.gate.weight, {0, spec.gate_columns}});
+  return found;
+}
+
+// What the first layer and the gates make of each row of the tables.
+class SmallSums {
+ public:
+  SmallSums(const ExpertGateLayer& spec, const ExpertGateParams& params, const SmallInputs& small)
+      : spec_(spec), small_(small), pieces_(first_weights(spec, params)), memory_(size_of(small, pieces_)) {
+    float* at = memory_.get();
+    for (const FirstWeight& piece : pieces_) {
+      starts_.push_back(at);
+      at += piece_size(small, piece);
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
+
+  void make(int64_t index) const {
+    const FirstWeight& piece = pieces_[index];
+    const int64_t n = piece.columns.size(), ld = SmallTables::stride(n), width = spec_.weight_columns;
+    float* to = starts_[index];
+    for (int64_t t = 0; t < small_.tables.count(); ++t) {
+      const SmallTable& table = small_.tables.table(t);
+      best_kernels().small_gemm(table.rows, n, table.dim, table.values, table.dim, false,
+                                piece.weight + piece.columns.start * width + table.column, width, true,
+                                to + small_.tables.first_row(t) * ld, ld, false);
+    }
+    std::fill_n(to + small_.tables.zero_row() * ld, ld, 0.0f);
+  }
+
+  // z of some rows and of the columns of a piece: what the tables give to it.
+  void add_up(int64_t norm, Range rows, Range columns, float* z, int64_t ld_z) const {
+    size_t index = 0;
+    while (pieces_[index].norm != norm || pieces_[index].columns.start != columns.start) ++index;
+    const int64_t n = small_.tables.count();
+    best_kernels().add_up(rows.size(), columns.size(), small_.picks + rows.start * n, n, n, starts_[index],
+                          SmallTables::stride(columns.size()), z, ld_z);
+  }
+
+ private:
+  static int64_t piece_size(const SmallInputs& small, const FirstWeight& piece) {
+    return (small.tables.zero_row() + 1) * SmallTables::stride(piece.columns.size());
+  }
+  static int64_t size_of(const SmallInputs& small, const std::vector<FirstWeight>& pieces) {
+    int64_t size = 0;
+    for (const FirstWeight& piece : pieces) size += piece_size(small, piece);
+    return size;
+  }
+
+  const ExpertGateLayer& spec_;
+  const SmallInputs& small_;
+  const std::vector<FirstWeight> pieces_;
+  const Scratch<float> memory_;
+  std::vector<float*> starts_;
+};
+
+// The gradients of the tables, and of the weights' columns that read them.
+class SmallGrads {
+ public:
+  // to: [sum of rows x dim], the tables one behind the other; null where it is not wanted.
+  SmallGrads(const ExpertGateLayer& spec, const ExpertGateParams& params, const ExpertGateGrads& grads,
+             const SmallInputs& small, float* to)
+      : spec_(spec), grads_(grads), small_(small), to_(to) {
+    for (const FirstWeight& whole : first_weights(spec, params)) {
+      for (int64_t c = whole.columns.start; c < whole.columns.stop; c += kColumns) {
+        pieces_.push_back({whole.norm, whole.weight, {c, std::min(whole.columns.stop, c + kColumns)}});
+      }
+    }
+    for (int64_t t = 0; t < small.tables.count(); ++t) {
+      places_.push_back(size_);
+      size_ += small.tables.table(t).rows * small.tables.table(t).dim;
+    }
+    if (to) parts_.resize(pieces_.size() * static_cast<size_t>(size_));
+  }
+
+  // Numbers of scratch that a thread needs.
+  static int64_t scratch_size(const SmallTables& tables) { return 2 * (tables.zero_row() + 1) * kColumns; }
+
+  int64_t count() const { return static_cast<int64_t>(pieces_.size()); }
+  bool of_gates(int64_t index) const { return pieces_[index].norm == spec_.depth(); }
+
+  // dz: of the hidden layer or of the gates, whichever the piece is of.
+  template <class T>
+  void make(int64_t index, const Grouped<T>& dz, int64_t n_rows, float* scratch) {
+    const FirstWeight& piece = pieces_[index];
+    const SmallTables& tables = small_.tables;
+    const int64_t n = piece.columns.size(), all = tables.zero_row() + 1, width = spec_.weight_columns;
+    const int64_t n_picks = tables.count();
+    float *const sums = scratch, *const some = scratch + all * kColumns;
+    std::fill_n(sums, all * kColumns, 0.0f);
+    for (int64_t row = 0; row < n_rows; row += kStretchRows) {
+      float* into = row == 0 ? sums : some;
+      if (row > 0) std::fill_n(some, all * kColumns, 0.0f);
+      best_tile_kernels<T>().sum_by_pick(std::min(kStretchRows, n_rows - row), n, small_.picks + row * n_picks, n_picks,
+                                         n_picks, dz.at(row, piece.columns.start), dz.ld, into, kColumns);
+      for (int64_t i = 0; row > 0 && i < all * kColumns; ++i) sums[i] += some[i];
+    }
+    float* dweight = piece.norm == 0 ? grads_.hidden[0].weight : grads_.gate.weight;
+    for (int64_t t = 0; t < n_picks; ++t) {
+      const SmallTable& table = tables.table(t);
+      const float* of_table = sums + tables.first_row(t) * kColumns;
+      const int64_t first = piece.columns.start * width + table.column;
+      best_kernels().small_gemm(n, table.dim, table.rows, of_table, kColumns, true, table.values, table.dim, false,
+                                dweight + first, width, false);
+      if (!to_) continue;
+      best_kernels().small_gemm(table.rows, table.dim, n, of_table, kColumns, false, piece.weight + first, width, false,
+                                parts_.data() + index * size_ + places_[t], table.dim, false);
+    }
+  }
+
+  // The tables' gradients, from those of all pieces.
+  void finish() const {
+    for (int64_t i = 0; to_ && i < size_; ++i) {
+      double total = 0;
+      for (size_t piece = 0; piece < pieces_.size(); ++piece) {
+        total += static_cast<double>(parts_[piece * static_cast<size_t>(size_) + static_cast<size_t>(i)]);
+      }
+      to_[i] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  static constexpr int64_t kColumns = 64;  // whose sums of some hundred rows stay in the nearest caches
+
+  const ExpertGateLayer& spec_;
+  const ExpertGateGrads& grads_;
+  const SmallInputs& small_;
+  float* const to_;
+  std::vector<FirstWeight> pieces_;
+  std::vector<int64_t> places_;
+  int64_t size_ = 0;
+  std::vector<float> parts_;  // [pieces, size_]
+};
+
+}  // namespace fastmtl

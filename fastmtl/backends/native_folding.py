@@ -1,0 +1,140 @@
+"""Small tables folded into the layers that read them, on the CPU: which ones, and how a batch is then looked up.
+
+What a layer makes of each row of a small table is computed once, and a row of a batch adds one of these sums instead of
+multiplying its embedding; see csrc/core/small_tables.h (prediction) and csrc/core/expert_gate_small.h (training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..spec import Bag, EmbeddingSpec, ExpertGateSpec
+from . import eager, native
+
+#: A table is folded where what a layer makes of its rows is at most so many times the weights that are no longer read,
+#: and where that pays for adding a row; all together have so many rows at most.
+_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
+
+
+def small_tables(spec: EmbeddingSpec) -> list[int]:
+    """The bags of one id a row whose tables are folded, the smallest first chosen; ascending."""
+    chosen, rows = [], 0
+    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
+        rows += bag.vocab
+        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
+        if fits and bag.pooling == "sum":
+            chosen.append(f)
+    return sorted(chosen)
+
+
+def folding_pays(bf16: bool) -> bool:
+    """Whether adding a row of sums costs less than a product with an embedding; not on AMX in bf16, which multiplies
+    sixteen columns of an embedding of 16 in the time of two additions."""
+    return not (bf16 and torch.ops.fastmtl.gemm_isa() == "amx")
+
+
+def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
+    """The table that a bag reads."""
+    return tables[bag.table].detach()[bag.offset : bag.offset + bag.vocab]
+
+
+def split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
+    """The bags that are looked up, side by side without the others' columns, and the folded ones."""
+    if not folded:
+        return plan, None
+    kept, small = plan.clone(), plan[folded].clone()
+    for f in folded:
+        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
+    small[:, native.BAG_OUT] = 0
+    return kept[[f for f in range(len(plan)) if f not in folded]], small
+
+
+class Folding:
+    """The lookup of a model in training whose small tables are folded into its first layer.
+
+    Args:
+        spec: the lookup.
+        columns: its id columns.
+        folded: the bags that are folded, of one weight and with one id column each; ascending.
+    """
+
+    def __init__(self, spec: EmbeddingSpec, columns: tuple[int, ...], folded: list[int]) -> None:
+        self._spec, self._columns = spec, columns
+        bags = [spec.bags[f] for f in folded]
+        starts = [0, *accumulate(spec.bag_widths(columns))]
+        self._kept, self._small = split(native.bag_plan(spec, columns), folded)
+        self._width = spec.width(columns) - sum(bag.dim for bag in bags)
+        self._places = torch.tensor([(starts[f], bag.offset, bag.vocab) for f, bag in zip(folded, bags, strict=True)])
+        self._weight = bags[0].table
+        rows = torch.cat([torch.arange(bag.offset, bag.offset + bag.vocab) for bag in bags])
+        #: The rows of the weight, ascending, and where each of the tables' rows counted through is among them.
+        self._rows, self._among = rows.unique(return_inverse=True)
+
+    @classmethod
+    def of(cls, spec: EmbeddingSpec, columns: tuple[int, ...], layer: ExpertGateSpec, bf16: bool) -> Folding | None:
+        """What pays for a model whose first layer is ``layer``; None: nothing does."""
+        if not spec.is_common or layer.n_inputs > 1 or not layer.dims:
+            return None
+        if not folding_pays(bf16):
+            return None
+        folded = [f for f in small_tables(spec) if columns[f + 1] - columns[f] == 1]
+        weights = [spec.bags[f].table for f in folded]
+        most = max(set(weights), key=weights.count, default=0)
+        folded = [f for f in folded if spec.bags[f].table == most]
+        return cls(spec, columns, folded) if folded else None
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of a batch that are worth folding the tables for."""
+        return max(2 * len(self._among), 64)
+
+    def look_up(self, weights: list[Tensor], ids: Tensor, dense: Tensor | None) -> tuple[Tensor, native.Folded]:
+        """The looked-up rows ``[B, width]`` without the folded tables' columns, and these tables."""
+        shapes = [n for weight in weights for n in weight.shape]
+        try:
+            rows = torch.ops.fastmtl.embedding_bag_fwd.default(weights, ids, dense, self._kept, self._width)
+            picks = torch.ops.fastmtl.embedding_bag_picks.default(ids, self._small, shapes)
+        except RuntimeError:
+            eager.raise_bad_id(ids, self._columns, self._spec)
+            raise
+        return rows, native.Folded(self._places, weights[self._weight], picks)
+
+    def table_gradients(
+        self,
+        grad: Tensor,
+        of_small: Tensor,
+        ids: Tensor,
+        shapes: list[torch.Size],
+        needs: list[bool],
+        index: list[native.RowIndex | None] | None,
+    ) -> list[tuple[Tensor, Tensor] | Tensor | None]:
+        """What the native backend's ``embedding_bag_bwd`` (``index`` is None) or ``embedding_bag_bwd_sparse`` gives.
+
+        Args:
+            grad: of what :meth:`look_up` returned.
+            of_small: ``[rows of the folded tables, D]``, their gradients.
+        """
+        if index is None:
+            dense = native.dense_gradients(grad, ids, self._kept, shapes, needs)
+            mine = dense[self._weight]
+            if mine is not None:
+                mine[self._rows] += self._by_row(of_small)
+            return [*dense]
+        sparse = native.sparse_gradients(grad, ids, self._kept, shapes, index)
+        pair = sparse[self._weight]
+        if pair is not None and len(pair[0]):
+            rows, values = pair
+            at = torch.searchsorted(rows, self._rows).clamp_(max=len(rows) - 1)
+            is_read = rows[at] == self._rows
+            values[at[is_read]] += self._by_row(of_small)[is_read]
+        return [*sparse]
+
+    def _by_row(self, of_small: Tensor) -> Tensor:
+        """The gradients of the weight's rows, which several bags may read."""
+        if len(self._rows) == len(of_small):
+            return of_small[self._among.argsort()]
+        return torch.zeros(len(self._rows), of_small.shape[1]).index_add_(0, self._among, of_small)

@@ -1,0 +1,214 @@
+"""Small tables folded into the layer that reads them: the numbers of the lookup and the layer one after the other."""
+
+import dataclasses
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmtl.backends import eager, native
+from fastmtl.backends.native_folding import Folding
+from fastmtl.errors import BadIdError
+from fastmtl.spec import Bag, EmbeddingSpec, ExpertGateParams, ExpertGateSpec, Gate
+
+from .accuracy import FLOOR, judge, moved, moved_params
+from .folded_layers import Case, random_case
+from .layers import new_params
+
+CASES = 25 if os.environ.get("FASTMTL_ISA") else 80
+EPSILON = 2.0**-8
+
+
+def folded(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """The native backend's results, and its gradients of x, of the tables' rows and of the parameters."""
+    given = native.Folded(torch.tensor(case.places), case.table, case.picks)
+    params = ExpertGateParams.of(case.params.learned(), [p.clone() for p in case.params.running()], case.spec)
+    out, saved = native.expert_gate_fwd(case.x[None], params, case.spec, case.training, given)
+    dx, grads = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), True, given
+    )
+    assert dx is not None
+    of_tables = grads.pop()
+    alone, other = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), False, given
+    )
+    assert alone is None
+    assert all(torch.equal(a, b) for a, b in zip(grads, other, strict=True))
+    some = case.x.shape[1] // 2
+    part, other = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), True, given, some
+    )
+    assert part is not None
+    assert torch.equal(part[0], dx[0, :, :some])
+    assert all(torch.equal(a, b) for a, b in zip([*grads, of_tables], other, strict=True))
+    return [out.float(), *params.running()], [dx[0], of_tables, *grads]
+
+
+def unfolded(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of eager, by autograd through the lookup."""
+    learned = [p.to(dtype, copy=True).requires_grad_() for p in case.params.learned()]
+    params = ExpertGateParams.of(learned, [p.to(dtype, copy=True) for p in case.params.running()], case.spec)
+    x, table = (t.to(dtype, copy=True).requires_grad_() for t in (case.x, case.table))
+    out = eager.expert_gate(case.whole(x, table)[None], params, case.spec, case.training)
+    out.backward(case.grad.to(out.dtype))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (x, table, *learned)]
+    grads[1] = torch.cat([grads[1][at : at + rows] for _, at, rows in case.places])
+    return [out.detach().to(dtype), *params.running()], grads
+
+
+def check(case: Case, seed: int) -> list[float]:
+    def on(backend: str, dtype: torch.dtype, bits: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
+        params = moved_params(case.params, case.spec, bits)
+        near = dataclasses.replace(case, params=params, x=moved(case.x, bits), table=moved(case.table, bits))
+        return folded(near) if backend == "native" else unfolded(near, dtype)
+
+    return judge(on, f"training {case.training}, {len(case.x)} rows, {case.places}, {case.spec}", seed)[0]
+
+
+def test_random_layers(base_seed):
+    """As near to float64 as eager is, which multiplies every row."""
+    ratios = []
+    for i in range(CASES):
+        case = random_case(base_seed + i)
+        case.spec = dataclasses.replace(case.spec, activation=random.Random(base_seed + i).choice(SMOOTH))
+        case.params = new_params(case.spec, torch.Generator().manual_seed(base_seed + i))
+        ratios += check(case, base_seed + i)
+    assert math.exp(sum(ratios) / len(ratios)) < 1.2
+
+
+#: Without a kink, on whose other side rounding may put an element.
+SMOOTH = ("sigmoid", "tanh", "gelu", "silu", "softmax", "dice")
+
+
+def test_bf16_is_no_further_from_float64_than_autocast(base_seed):
+    ratios = []
+    for i in range(CASES):
+        case = random_case(base_seed + i, batch=200)
+        case.spec = dataclasses.replace(case.spec, activation="tanh")
+        case.params = new_params(case.spec, torch.Generator().manual_seed(base_seed + i))
+        exact = unfolded(case, torch.float64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mine, theirs = folded(case), unfolded(case, torch.float32)
+        for part in range(2):
+            scales = [float(t.norm()) for t in exact[part]]
+            least = 0.05 * max(scales) if part else 0.0
+            for a, b, want, scale in zip(mine[part], theirs[part], exact[part], scales, strict=True):
+                off = [float((t.double() - want).norm()) / max(scale, least, 1e-30) for t in (a, b)]
+                assert math.isfinite(off[0])
+                if min(off) > EPSILON / 8:
+                    ratios.append(math.log(off[0] / off[1]))
+    assert math.exp(sum(ratios) / len(ratios)) < 1.0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_same_for_every_number_of_threads(bf16, threads, base_seed):
+    spec = ExpertGateSpec(1, (0,) * 8, (64, 33), dropout=0.2, gates=(Gate(0, tuple(range(8))),) * 2)
+    for i in range(6):
+        case = random_case(base_seed + i, spec, 1500)
+        case.training = True
+        results = []
+        for n in (1, 2, 3):
+            threads(n)
+            torch.manual_seed(base_seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                results.append([t for part in folded(case) for t in part])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_row_that_nothing_reads_has_no_gradient(base_seed):
+    case = random_case(base_seed, ExpertGateSpec(1, (0, 0), (16,)), 300)
+    read = torch.zeros(sum(rows for *_, rows in case.places) + 1, dtype=torch.bool)
+    case.picks[case.picks % 2 == 0] = len(read) - 1
+    read[case.picks.long()] = True
+    of_tables = folded(case)[1][1]
+    assert bool((of_tables[~read[:-1]] == 0).all())
+    assert float(of_tables.abs().max()) > FLOOR
+
+
+def test_what_does_not_fit_is_refused():
+    spec = ExpertGateSpec(10, (0, 0), (8,))
+    params = new_params(spec, torch.Generator().manual_seed(0))
+    table, x, good = torch.zeros(5, 3), torch.zeros(1, 4, 4), [[1, 0, 2], [4, 2, 3]]
+    picks = torch.tensor([[0, 2], [1, 3], [0, 4], [5, 5]]).int()
+
+    def call(places: list[list[int]], table: Tensor, picks: Tensor, x: Tensor = x) -> None:
+        native.expert_gate_fwd(x, params, spec, True, native.Folded(torch.tensor(places), table, picks))
+
+    call(good, table, picks)
+    for places in ([[1, 0, 2], [3, 2, 3]], [[1, 0, 2], [8, 2, 3]], [[1, -1, 2], [4, 2, 3]], [[1, 0, 2], [4, 3, 3]]):
+        with pytest.raises(RuntimeError):
+            call(places, table, picks)
+    for wrong in (picks + 1, picks - 1, picks[:3], picks[:, :1], picks.long(), picks.t().contiguous().t()):
+        with pytest.raises(RuntimeError):
+            call(good, table, wrong)
+    for wrong in (table.double(), table[:4], table.t().contiguous().t(), torch.zeros(5, 4)):
+        with pytest.raises(RuntimeError):
+            call(good, wrong, picks)
+    with pytest.raises(RuntimeError, match="x must be"):
+        call(good, table, picks, torch.zeros(1, 4, 10))
+
+
+BAGS = (
+    Bag("a", 0, 0, 7, 8),
+    Bag("big", 0, 7, 5000, 8),
+    Bag("b", 0, 5007, 12, 8, padding=(3,)),
+    Bag("again", 0, 0, 7, 8, oov="zero"),  # the table of "a"
+    Bag("other", 1, 0, 9, 16),
+)
+SPEC, COLUMNS = EmbeddingSpec(BAGS, 2), (0, 1, 2, 3, 4, 5)
+
+
+def test_a_folded_lookup_with_shared_tables_and_padding(base_seed):
+    """Rows, and gradients of both kinds, are the plain lookup's."""
+    generator = torch.Generator().manual_seed(base_seed)
+    n = 300
+    ids = torch.stack([torch.randint(0, bag.vocab, (n,), generator=generator) for bag in BAGS], 1)
+    ids[:20, 3] = 99
+    weights = [torch.randn(5019, 8, generator=generator), torch.randn(9, 16, generator=generator)]
+    dense = torch.randn(n, 2, generator=generator)
+    folding = Folding.of(SPEC, COLUMNS, ExpertGateSpec(50, (0,), (8,)), False)
+    rows, given = folding.look_up(weights, ids, dense)
+    whole = native.embedding_bag_fwd(weights, ids, COLUMNS, dense, SPEC)
+    assert given.places.tolist() == [[0, 0, 7], [16, 5007, 12], [24, 0, 7]]  # of one width, the larger table apart
+    kept = [*range(8, 16), *range(32, 50)]
+    assert torch.equal(rows, whole[:, kept])
+    counted = torch.cat([weights[0][at : at + v] for _, at, v in given.places.tolist()] + [torch.zeros(1, 8)])
+    for t, (column, *_) in enumerate(given.places.tolist()):
+        assert torch.equal(counted[given.picks[:, t].long()], whole[:, column : column + 8])
+
+    grad = torch.randn(whole.shape, generator=generator)
+    of_small = torch.zeros(len(counted), 8)
+    for t, (column, *_) in enumerate(given.places.tolist()):
+        of_small.index_add_(0, given.picks[:, t], grad[:, column : column + 8])
+    shapes, needs = [w.shape for w in weights], [True, True]
+    arguments = grad[:, kept].contiguous(), of_small[:-1], ids, shapes, needs
+    found = folding.table_gradients(*arguments, None)
+    for mine, want in zip(found, native.embedding_bag_bwd(grad, ids, COLUMNS, SPEC, shapes, needs), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+    index = native.embedding_bag_index(ids, COLUMNS, SPEC, shapes, needs)
+    plain = native.embedding_bag_bwd_sparse(grad, ids, COLUMNS, SPEC, shapes, index)
+    for mine, want in zip(folding.table_gradients(*arguments, index), plain, strict=True):
+        assert torch.equal(mine[0], want[0])
+        torch.testing.assert_close(mine[1], want[1], rtol=1e-5, atol=1e-5)
+    for column, value in ((0, 7), (1, 5000), (2, -1)):
+        wrong = ids.clone()
+        wrong[5, column] = value
+        with pytest.raises(BadIdError, match=f"'{BAGS[column].name}'.*{value}"):
+            folding.look_up(weights, wrong, dense)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_each_build(isa):
+    """One that this processor lacks falls back to the best one before it."""
+    if "FASTMTL_ISA" in os.environ:
+        pytest.skip("one build was asked for")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "random or bf16"]
+    environment = {**os.environ, "FASTMTL_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
