@@ -1,4 +1,4 @@
-"""Random layers with small tables folded into them."""
+"""Random layers with small tables folded into them, and what the native backend and eager make of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import random
 import torch
 from torch import Tensor
 
-from fastmtl.backends import eager
+from fastmtl.backends import eager, native
 from fastmtl.spec import ExpertGateParams, ExpertGateSpec
 
+from .accuracy import judge, moved, moved_params
 from .layers import new_params, random_spec
+
+SMOOTH = ("sigmoid", "tanh", "gelu", "silu", "softmax", "dice")
 
 
 @dataclasses.dataclass
@@ -71,3 +74,55 @@ def random_case(seed: int, spec: ExpertGateSpec | None = None, batch: int | None
         shape = eager.expert_gate(case.whole(x, table)[None], params, spec, False).shape
     case.grad = torch.randn(shape, generator=generator)
     return case
+
+
+def folded(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """The native backend's results, and its gradients of x, of the tables' rows and of the parameters."""
+    given = native.Folded(torch.tensor(case.places), case.table, case.picks)
+    params = ExpertGateParams.of(case.params.learned(), [p.clone() for p in case.params.running()], case.spec)
+    out, saved = native.expert_gate_fwd(case.x[None], params, case.spec, case.training, given)
+    dx, grads = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), True, given
+    )
+    assert dx is not None
+    of_tables = grads.pop()
+    alone, other = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), False, given
+    )
+    assert alone is None
+    assert all(torch.equal(a, b) for a, b in zip(grads, other, strict=True))
+    some = case.x.shape[1] // 2
+    part, other = native.expert_gate_bwd(
+        case.grad, case.x[None], params, case.spec, case.training, list(saved), True, given, some
+    )
+    assert part is not None
+    assert torch.equal(part[0], dx[0, :, :some])
+    assert all(torch.equal(a, b) for a, b in zip([*grads, of_tables], other, strict=True))
+    return [out.float(), *params.running()], [dx[0], of_tables, *grads]
+
+
+def unfolded(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of eager, by autograd through the lookup."""
+    learned = [p.to(dtype, copy=True).requires_grad_() for p in case.params.learned()]
+    params = ExpertGateParams.of(learned, [p.to(dtype, copy=True) for p in case.params.running()], case.spec)
+    x, table = (t.to(dtype, copy=True).requires_grad_() for t in (case.x, case.table))
+    out = eager.expert_gate(case.whole(x, table)[None], params, case.spec, case.training)
+    out.backward(case.grad.to(out.dtype))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (x, table, *learned)]
+    grads[1] = torch.cat([grads[1][at : at + rows] for _, at, rows in case.places])
+    return [out.detach().to(dtype), *params.running()], grads
+
+
+def check(seed: int) -> tuple[list[float], int]:
+    """The rule of accuracy.py for the native backend, of a random layer without a kink, on whose other side
+    rounding may put an element."""
+    case = random_case(seed)
+    case.spec = dataclasses.replace(case.spec, activation=random.Random(seed).choice(SMOOTH))
+    case.params = new_params(case.spec, torch.Generator().manual_seed(seed))
+
+    def on(backend: str, dtype: torch.dtype, bits: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
+        params = moved_params(case.params, case.spec, bits)
+        near = dataclasses.replace(case, params=params, x=moved(case.x, bits), table=moved(case.table, bits))
+        return folded(near) if backend == "native" else unfolded(near, dtype)
+
+    return judge(on, f"training {case.training}, {len(case.x)} rows, {case.places}, {case.spec}", seed)

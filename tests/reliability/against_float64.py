@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from devices import KERNELS, run_on
-from native import general_lookups
+from native import folded_layers, general_lookups
 from native.accuracy import judge, moved, moved_params
+from native.folded_layers import SMOOTH
 from native.layers import KINKED, Case, in_any_layout, new_params, random_case
 from native.layers import run as run_layer
 from native.lookups import Lookup, random_lookup
@@ -22,7 +23,6 @@ from fastmtl.backends import triton
 from fastmtl.ops import embedding_bag, expert_gate
 from fastmtl.spec import ExpertGateParams, ExpertGateSpec, Gate
 
-SMOOTH = ("sigmoid", "tanh", "gelu", "silu", "softmax", "dice")
 #: Beyond what a vector register, a cache line or a tile divides.
 WIDE = (1, 5, 1025, 1031, 1536, 2049)
 #: Triton's interpreter takes a thousand times as long: small problems there.
@@ -192,13 +192,22 @@ def check_chain(seed: int, backend: str = "native") -> Verdict:
     return judge(run, f"training {chain.training}, {chain.specs}", seed, backend)
 
 
+def check_folded(seed: int, backend: str = "native") -> Verdict:
+    """One layer that small tables are folded into."""
+    assert backend == "native"
+    return folded_layers.check(seed)
+
+
 #: What a configuration may be, and its share of a run.
 KINDS = {
     "lookups": (check_lookup, 0.45),
     "general lookups": (check_general_lookup, 0.15),
-    "layers": (check_layer, 0.3),
+    "layers": (check_layer, 0.2),
+    "folded layers": (check_folded, 0.1),
     "chains": (check_chain, 0.1),
 }
+#: Of the native backend alone; on a GPU such lookups are eager's.
+ON_NATIVE = ("general lookups", "folded layers")
 
 
 def soak(count: int, seed: int) -> str:
@@ -209,7 +218,7 @@ def soak(count: int, seed: int) -> str:
 def _soak(count: int, seed: int, backend: str) -> str:
     done, failures, ratios, close = {}, [], [], 0
     for kind, (check, share) in KINDS.items():
-        if kind == "general lookups" and backend != "native":  # on a GPU they are eager's
+        if kind in ON_NATIVE and backend != "native":
             continue
         done[kind] = max(round(count * share), 1)
         for i in range(done[kind]):

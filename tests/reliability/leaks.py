@@ -48,12 +48,18 @@ def _made(seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Te
     torch.manual_seed(seed)
     features = [
         SparseFeature("user", 20_000, 16),
+        SparseFeature("day", 7, 16),
         SequenceFeature("history", 100, 16, pooling="mean"),
         DenseFeature("age"),
     ]
     model = models.MMOE(features, ["classification"] * 2, 4, {"dims": [32]}, [{"dims": [8]}] * 2)
     n = 4096
-    x = {"user": torch.randint(0, 20_000, (n,)), "history": torch.randint(-1, 100, (n, 5)), "age": torch.randn(n)}
+    x = {
+        "user": torch.randint(0, 20_000, (n,)),
+        "day": torch.randint(0, 7, (n,)),
+        "history": torch.randint(-1, 100, (n, 5)),
+        "age": torch.randn(n),
+    }
     return model, x, (torch.rand(n, 2) < 0.3).float()
 
 

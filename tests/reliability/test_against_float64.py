@@ -7,15 +7,16 @@ from native import accuracy
 
 from . import against_float64
 
+COUNTS = {"lookups": 60, "general lookups": 30, "layers": 30, "folded layers": 10, "chains": 25}
 #: What a planted error is, in terms of the rule's scale: five times the floor.
 PLANTED = 1e-5
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize(("kind", "count"), [("lookups", 60), ("general lookups", 30), ("layers", 40), ("chains", 25)])
+@pytest.mark.parametrize(("kind", "count"), [*COUNTS.items()])
 def test_random_configurations(kind, count, backend, seed):
-    if kind == "general lookups" and backend != "native":
-        pytest.skip("only native and eager know more than sums and means of columns")
+    if kind in against_float64.ON_NATIVE and backend != "native":
+        pytest.skip("of the native backend alone")
     check, _ = against_float64.KINDS[kind]
     # a new configuration is a minute's worth of new kernels to compile
     for i in range(count if backend == "native" else count // 10):

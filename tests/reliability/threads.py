@@ -20,11 +20,12 @@ def _model(name: str) -> torch.nn.Module:
     features = [
         SparseFeature("user", 300, 8),
         SparseFeature("item", 90, 8),
-        SequenceFeature("history", 90, 8, pooling="mean", shared_with="item"),
+        SparseFeature("day", 7, 8),
         DenseFeature("age"),
     ]
     bank, towers = {"dims": [32, 16]}, [{"dims": [8]}] * 3
-    if name == "PLE":
+    if name == "PLE":  # the other folds its smallest table into its first layer
+        features.insert(2, SequenceFeature("history", 90, 8, pooling="mean", shared_with="item"))
         return models.PLE(features, KINDS, 2, 2, 1, bank, towers)
     return models.MMOE(features, KINDS, 4, bank, towers)
 
@@ -36,6 +37,7 @@ def _batches(seed: int) -> list[ColumnBatch]:
             {
                 "user": torch.randint(0, 300, (n,), generator=rng),
                 "item": torch.randint(0, 90, (n,), generator=rng),
+                "day": torch.randint(0, 7, (n,), generator=rng),
                 "history": torch.randint(-1, 90, (n, 5), generator=rng),
                 "age": torch.randn(n, generator=rng),
             }
