@@ -14,15 +14,17 @@ S  G, and B F D numbers read again by the backward, and the optimizer's traffic.
    its D numbers), every table once in MOST_MISSED steps (6 numbers each), and the dense parameters read p, g, m, v and
    write p, m, v (7 numbers each).
 
-Activations are taken to stay in cache and everything else to be free: nothing reaches the floor, good code comes near.
+Activations are taken to stay in cache and everything else to be free: good code comes near. What the plain algorithm
+multiplies is counted, whether or not a contender does (docs/performance.md, "Small tables").
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from fastmtl.optim.waiting import MOST_MISSED
 M, K, N = 1024, 512, 512
 
 
-def _fastest(work: Callable[[], object], seconds: float = 0.4) -> float:
+def _fastest(work: Callable[[], object], seconds: float) -> float:
     """Seconds of the fastest call within a span of time."""
     work()
     best, end = float("inf"), time.perf_counter() + seconds
@@ -48,10 +50,10 @@ def _fastest(work: Callable[[], object], seconds: float = 0.4) -> float:
             return best
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
+def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:
     a, b = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype)
     out = torch.empty(M, N, dtype=dtype)
-    return 2 * M * N * K / _fastest(lambda: torch.mm(a, b.t(), out=out))
+    return 2 * M * N * K / _fastest(lambda: torch.mm(a, b.t(), out=out), seconds)
 
 
 def _packed_rate(dtype: torch.dtype) -> float:
@@ -73,10 +75,10 @@ def _packed_rate(dtype: torch.dtype) -> float:
     return sum(rates)
 
 
-def copy_bandwidth(megabytes: int = 100) -> float:
+def copy_bandwidth(megabytes: int = 100, seconds: float = 0.4) -> float:
     """Bytes a second, read and written, of a copy."""
     source, target = torch.randn(megabytes * 250_000), torch.empty(megabytes * 250_000)
-    return 2 * 4 * len(source) / _fastest(lambda: target.copy_(source))
+    return 2 * 4 * len(source) / _fastest(lambda: target.copy_(source), seconds)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,16 @@ class Machine:
     copy: float
 
     @classmethod
-    def measured(cls) -> Machine:
-        """Takes about two seconds."""
-        fp32, bf16 = (max(_matmul_rate(dtype), _packed_rate(dtype)) for dtype in (torch.float32, torch.bfloat16))
-        return cls(fp32, bf16, copy_bandwidth())
+    def measured(cls, seconds: float = 0.4) -> Machine:
+        """The fastest calls within ``seconds`` for each rate of torch's."""
+        dtypes = torch.float32, torch.bfloat16
+        fp32, bf16 = (max(_matmul_rate(dtype, seconds), _packed_rate(dtype)) for dtype in dtypes)
+        return cls(fp32, bf16, copy_bandwidth(seconds=seconds))
+
+    @classmethod
+    def median(cls, machines: Sequence[Machine]) -> Machine:
+        """Of each rate the median."""
+        return cls(*(statistics.median(rates) for rates in zip(*map(astuple, machines), strict=True)))
 
     def rate(self, precision: str) -> float:
         """FLOP/s of products in ``"fp32"`` or ``"bf16"``."""

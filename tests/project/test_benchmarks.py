@@ -74,6 +74,11 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     assert two["over_floor"] == 6
 
 
+def test_the_median_of_each_rate():
+    rates = [floors.Machine(1, 60, 700), floors.Machine(2, 40, 900), floors.Machine(3, 50, 800)]
+    assert floors.Machine.median(rates) == floors.Machine(2, 50, 800)
+
+
 def test_turns_begin_with_another_one_each_round():
     order = []
     turns = measure.Turns({name: lambda name=name: order.append(name) for name in "abc"}, 0)
@@ -87,7 +92,7 @@ def test_turns_begin_with_another_one_each_round():
 def test_steps(model):
     setting = contenders.Setting(TINY, model, 64, n_batches=3)
     clock = Clock()
-    found = measure_steps(setting, False, 2, 0, clock, Report(), RATES)
+    found = measure_steps(setting, False, 2, 0, clock, Report())
     assert [one["contender"] for one in found if "FBGEMM" not in one["contender"]] == NAMES
     for one in found:
         assert one["samples_per_second"] == pytest.approx(64e3 / one["ms"])
