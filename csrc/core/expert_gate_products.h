@@ -55,8 +55,8 @@ class PackedWeights {
     const float* weight = plain(p.norm, p.columns.start);
     if (leaves_out(p.norm)) {
       const int64_t width = spec_.weight_columns;
-      float* kept = kept_->get() + (weight - kept_->get());
-      small_->tables.keep_columns(p.columns.size(), width, p.weight + p.columns.start * width, kept);
+      small_->tables.keep_columns(p.columns.size(), width, p.weight + p.columns.start * width,
+                                  kept(p.norm, p.columns.start));
     }
     if (p.start < 0) return;
     const int64_t n = width_of(p.norm, p.columns), k = by_depth() ? p.columns.size() : p.fan_in;
@@ -70,10 +70,9 @@ class PackedWeights {
 
   // The weight of a norm as it is (once it was packed, where tables are folded), from that column on: [.., fan_in].
   const float* plain(int64_t norm, int64_t column) const {
-    const bool gate = norm == spec_.depth();
-    const int64_t fan_in = gate ? spec_.in_features : spec_.fan_in(norm);
-    if (leaves_out(norm)) return kept_->get() + ((gate ? spec_.columns(0) : 0) + column) * fan_in;
-    return (gate ? params_.gate.weight : params_.hidden[norm].weight) + column * fan_in;
+    if (leaves_out(norm)) return kept(norm, column);
+    if (norm == spec_.depth()) return params_.gate.weight + column * spec_.in_features;
+    return params_.hidden[norm].weight + column * spec_.fan_in(norm);
   }
 
   // The piece that starts with that column.
@@ -89,6 +88,9 @@ class PackedWeights {
     int64_t fan_in, start;  // start < 0: nothing reads it packed
   };
 
+  float* kept(int64_t norm, int64_t column) const {
+    return kept_->get() + ((norm == 0 ? 0 : spec_.columns(0)) + column) * spec_.in_features;
+  }
   bool by_depth() const { return dx_columns_ >= 0; }
   // Columns of a product's result.
   int64_t width_of(int64_t norm, Range columns) const {

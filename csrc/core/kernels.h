@@ -4,8 +4,7 @@
 //             [0, cols) behind the pointers it is given, so that the caller can hand it a tile.
 // Threading   none: the caller gives each thread its own tiles.
 // Accumulation over rows in double, in their order; statistics that are not `exact`, and what is summed of activations
-// in
-//             bf16, in fp32 for sixteen rows at a time and these sums in double. Over the columns of a row in fp32,
+//             in bf16, in fp32 for sixteen rows at a time and these sums in double. Over the columns of a row in fp32,
 //             sixteen at a time.
 // Determinism a tile's result depends on the tile alone.
 // Aliasing    only where a kernel says "in place".

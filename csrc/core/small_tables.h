@@ -2,9 +2,8 @@
 // table is computed once (when a model is packed, or once a training step, expert_gate_small.h), so that a lookup adds
 // a row of sums instead of multiplying the embedding.
 //
-// Layout      the sums of all tables' rows lie one below the other, [R + 1, ld], and the last of them is zero: that of
-// an
-//             id that adds nothing. Line after line, as weights are read.
+// Layout      the sums of all tables' rows lie one below the other, [R + 1, ld], and the last of them is zero, for ids
+//             that add nothing. Line after line, as weights are read.
 // Accumulation double while packing, each sum rounded once; fp32, in the tables' order, where they are added.
 // Threading, determinism, aliasing: inference.h.
 #pragma once

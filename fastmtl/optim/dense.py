@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import native
 from .rules import Rule, rule_of, step_numbers, why_not
 
 
@@ -126,7 +127,7 @@ def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule)
     if missing and isinstance(optimizer, torch.optim.Adam):
         state["step"] = torch.zeros((), dtype=torch.float32)
     for name in missing:
-        state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        state[name] = _zeros_like(p)
     for name in (*rule.states, "step"):
         # a checkpoint may hold them otherwise, and a GPU's has the number of steps there
         held = state.get(name)
@@ -134,6 +135,14 @@ def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule)
         if held is not None and not (is_there and held.dtype is torch.float32 and held.is_contiguous()):
             state[name] = held.to(held.device if is_there else p.device, torch.float32).contiguous()
     return bool(missing)
+
+
+def _zeros_like(p: Tensor) -> Tensor:
+    """Zeros, on huge pages where there are many: before memory is touched these cost nothing, later a copy."""
+    made = torch.empty_like(p, memory_format=torch.contiguous_format)
+    if made.is_cpu and native.unavailable() is None:
+        torch.ops.fastmtl.in_huge_pages.default([made])
+    return made.zero_()
 
 
 def unhooked(step: Any) -> Callable[..., Any]:
