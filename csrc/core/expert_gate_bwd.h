@@ -41,7 +41,7 @@ class ExpertGateBackward {
         gate_dz_(gate_memory_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)),
         gate_memory_near_(kBf16 ? n_rows * row_stride<Bf16>(spec.gate_columns) : 0),
         gate_near_(gate_memory_near_.get(), n_rows, std::max<int64_t>(1, spec.gate_columns)) {
-    if (small) of_small_ = std::make_unique<SmallGrads>(spec, params, grads, *small, dsmall);
+    if (small) of_small_ = std::make_unique<SmallGrads>(spec, params, grads, *small, n_rows, dsmall);
   }
 
   void run() {

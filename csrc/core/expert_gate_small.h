@@ -102,7 +102,7 @@ class SmallGrads {
  public:
   // to: [sum of rows x dim], the tables one behind the other; null where it is not wanted.
   SmallGrads(const ExpertGateLayer& spec, const ExpertGateParams& params, const ExpertGateGrads& grads,
-             const SmallInputs& small, float* to)
+             const SmallInputs& small, int64_t n_rows, float* to)
       : spec_(spec), grads_(grads), small_(small), to_(to) {
     for (const FirstWeight& whole : first_weights(spec, params)) {
       for (int64_t c = whole.columns.start; c < whole.columns.stop; c += kColumns) {
@@ -113,6 +113,7 @@ class SmallGrads {
       places_.push_back(size_);
       size_ += small.tables.table(t).rows * small.tables.table(t).dim;
     }
+    read_rows(n_rows);
     if (to) parts_.resize(pieces_.size() * static_cast<size_t>(size_));
   }
 
@@ -143,8 +144,8 @@ class SmallGrads {
       const SmallTable& table = tables.table(t);
       const float* of_table = sums + tables.first_row(t) * kColumns;
       const int64_t first = piece.columns.start * width + table.column;
-      best_kernels().small_gemm(n, table.dim, table.rows, of_table, kColumns, true, table.values, table.dim, false,
-                                dweight + first, width, false);
+      best_kernels().small_gemm(n, table.dim, table.rows, of_table, kColumns, true, values_.data() + places_[t],
+                                table.dim, false, dweight + first, width, false);
       if (!to_) continue;
       best_kernels().small_gemm(table.rows, table.dim, n, of_table, kColumns, false, piece.weight + first, width, false,
                                 parts_.data() + index * size_ + places_[t], table.dim, false);
@@ -165,6 +166,21 @@ class SmallGrads {
  private:
   static constexpr int64_t kColumns = 64;  // whose sums of some hundred rows stay in the nearest caches
 
+  // The rows that the batch reads; the others are 0, because what is NaN there times a sum of nothing would not be.
+  void read_rows(int64_t n_rows) {
+    const SmallTables& tables = small_.tables;
+    std::vector<bool> is_read(static_cast<size_t>(tables.zero_row() + 1));
+    for (int64_t i = 0; i < n_rows * tables.count(); ++i) is_read[static_cast<size_t>(small_.picks[i])] = true;
+    values_.resize(static_cast<size_t>(size_));
+    for (int64_t t = 0; t < tables.count(); ++t) {
+      const SmallTable& table = tables.table(t);
+      for (int64_t v = 0; v < table.rows; ++v) {
+        if (!is_read[static_cast<size_t>(tables.first_row(t) + v)]) continue;
+        std::copy_n(table.values + v * table.dim, table.dim, values_.data() + places_[t] + v * table.dim);
+      }
+    }
+  }
+
   const ExpertGateLayer& spec_;
   const ExpertGateGrads& grads_;
   const SmallInputs& small_;
@@ -172,7 +188,8 @@ class SmallGrads {
   std::vector<FirstWeight> pieces_;
   std::vector<int64_t> places_;
   int64_t size_ = 0;
-  std::vector<float> parts_;  // [pieces, size_]
+  std::vector<float> values_;  // [size_], the tables one behind the other
+  std::vector<float> parts_;   // [pieces, size_]
 };
 
 }  // namespace fastmtl

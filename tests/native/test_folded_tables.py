@@ -77,6 +77,35 @@ def test_a_row_that_nothing_reads_has_no_gradient(base_seed):
     assert float(of_tables.abs().max()) > FLOOR
 
 
+def test_what_no_row_reads_may_be_anything(base_seed):
+    """A NaN in an unread row of a table, as a lookup leaves it, reaches nothing."""
+    case = random_case(base_seed, ExpertGateSpec(1, (0, 0), (16,), gates=(Gate(0, (0, 1)),)), 300)
+    place, first, _ = max(case.places, key=lambda place: place[2])
+    start = sum(n for at, _, n in case.places if at < place)
+    case.picks[case.picks == start] = sum(n for *_, n in case.places)
+    want = folded(case)
+    case.table[first] = torch.nan
+    for part, other in zip(folded(case), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
+        assert all(bool(t.isfinite().all()) for t in part)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nothing_but_folded_tables(bf16, base_seed):
+    case = random_case(base_seed, ExpertGateSpec(1, (0, 0, 0), (40, 8), "tanh", gates=(Gate(0, (0, 1, 2)),)), 200)
+    dim, n = case.table.shape[1], len(case.places)
+    case.places = [(t * dim, first, rows) for t, (_, first, rows) in enumerate(case.places)]
+    case.spec = dataclasses.replace(case.spec, in_features=n * dim)
+    case.params = new_params(case.spec, torch.Generator().manual_seed(base_seed))
+    case.x, case.training = torch.empty(200, 0), True
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        mine = folded(case)
+    for part, exact in zip(mine, unfolded(case, torch.float64), strict=True):
+        largest = max(float(t.norm()) for t in exact)
+        for got, want in zip(part, exact, strict=True):
+            assert float((got.double() - want).norm()) <= (0.1 if bf16 else 1e-4) * largest
+
+
 def test_what_does_not_fit_is_refused():
     spec = ExpertGateSpec(10, (0, 0), (8,))
     params = new_params(spec, torch.Generator().manual_seed(0))
