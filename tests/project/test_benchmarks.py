@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import contenders, equality, floors, measure
+from bench import contenders, equality, floors, folding, measure
 from bench.shapes import ALI_CCP, CENSUS, Shape
 from bench.test_inference import measure_inference
 from bench.test_ops import measure_op
 from bench.test_steps import measure_steps
 from fastmtl import backend
+from fastmtl.backends.native_folding import Folding
 
 TINY = replace(CENSUS, name="tiny", vocabs=(7, 30, 4), n_dense=2, expert_dims=(8,), n_expert=3, batch_size=64)
 RATES = floors.Machine(fp32=1e11, bf16=4e11, copy=1e10)
@@ -166,3 +167,20 @@ def test_inference():
 def test_ops(what):
     found = measure_op(what, contenders.Setting(TINY, "mmoe", 64, n_batches=1), 1, 0, Clock(), Report(), RATES)
     assert set(found) == {"forward", "forward + backward"}
+
+
+@pytest.mark.skipif(not NATIVE, reason="only the native backend folds tables")
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_folding(amp, monkeypatch):
+    shape = replace(TINY, embed_dim=16, batch_size=200)
+    assert set(folding.measure(shape, "mmoe", amp, 1)) == {"folded", "looked up", "dense columns too"}
+    look_up = Folding.look_up
+
+    def wrong(self, *args):
+        rows, folded = look_up(self, *args)
+        return rows, folded._replace(picks=folded.picks.roll(1, 0))
+
+    monkeypatch.setattr(Folding, "look_up", wrong)
+    if amp is None:  # on AMX nothing is folded in bf16
+        with pytest.raises(SystemExit, match="folded: its losses are"):
+            folding.measure(shape, "mmoe", amp, 1)
