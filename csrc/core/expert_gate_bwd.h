@@ -1,7 +1,7 @@
 // expert_gate backward. One phase over the tiles a layer, last to first: finish dz of the layer above (whose sums are
 // now known), GEMM it to dh, turn that into dy and sum it. Then one phase over dx, and one over all weights' gradients
-// together, cut by rows of the weights. h is computed again from z. Layout, threading, determinism:
-// expert_gate.h.
+// together, cut by rows of the weights, beside which folded tables have theirs. h is computed again from z. Layout,
+// threading, determinism: expert_gate.h.
 #pragma once
 
 #include "core/expert_gate.h"
