@@ -15,21 +15,21 @@ struct Linear {
 };
 
 struct Relu : Linear {
-  FASTMTL_INLINE static F32 forward(F32 y, F32) { return y < 0.0f ? F32{} : y; }
-  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32) { return y <= 0.0f ? F32{} : dh; }
+  FASTMTL_INLINE static F32 forward(F32 y, F32) { return select(y < 0.0f, F32{}, y); }
+  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32) { return select(y <= 0.0f, F32{}, dh); }
 };
 
 struct LeakyRelu : Linear {
   static constexpr float kSlope = 0.01f;
-  FASTMTL_INLINE static F32 forward(F32 y, F32) { return y > 0.0f ? y : kSlope * y; }
-  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32) { return y > 0.0f ? dh : kSlope * dh; }
+  FASTMTL_INLINE static F32 forward(F32 y, F32) { return select(y > 0.0f, y, kSlope * y); }
+  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32) { return select(y > 0.0f, dh, kSlope * dh); }
 };
 
 struct PRelu {
   static constexpr bool kLearned = true, kRow = false;
-  FASTMTL_INLINE static F32 forward(F32 y, F32 alpha) { return y > 0.0f ? y : alpha * y; }
-  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32 alpha) { return y > 0.0f ? dh : alpha * dh; }
-  FASTMTL_INLINE static F32 dalpha(F32 y, F32 dh) { return y > 0.0f ? F32{} : y * dh; }
+  FASTMTL_INLINE static F32 forward(F32 y, F32 alpha) { return select(y > 0.0f, y, alpha * y); }
+  FASTMTL_INLINE static F32 backward(F32 y, F32 dh, F32 alpha) { return select(y > 0.0f, dh, alpha * dh); }
+  FASTMTL_INLINE static F32 dalpha(F32 y, F32 dh) { return select(y > 0.0f, F32{}, y * dh); }
 };
 
 struct Sigmoid : Linear {

@@ -10,8 +10,6 @@
 
 namespace fastmtl::FASTMTL_ISA {
 
-typedef uint16_t H16 __attribute__((vector_size(32)));
-
 // A quiet NaN stays one: rounding must not carry it into infinity.
 FASTMTL_INLINE Bf16 to_bf16(float value) {
   uint32_t bits;
@@ -22,12 +20,22 @@ FASTMTL_INLINE Bf16 to_bf16(float value) {
 
 FASTMTL_INLINE H16 to_bf16(F32 value) {
 #ifdef __AVX512BF16__
-  return (H16)_mm512_cvtneps_pbh((__m512)value);
+  H16 v;
+  v.part[0] = (H16::Part)_mm512_cvtneps_pbh(value.part[0]);
+  return v;
 #else
   const U32 bits = (U32)value;
   const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const U32 nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(value == value ? rounded : nan, H16);
+  const U32 halves = select(value == value, rounded, nan);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  H16 v;  // in one register, where gcc would join two halves in memory
+  const __m256i packed = _mm256_packus_epi32((__m256i)halves.part[0], (__m256i)halves.part[1]);
+  v.part[0] = (H16::Part)_mm256_permute4x64_epi64(packed, 0xD8);
+  return v;
+#else
+  return convert<H16>(halves);
+#endif
 #endif
 }
 
@@ -38,19 +46,21 @@ FASTMTL_INLINE float from_bf16(Bf16 value) {
   return result;
 }
 
-FASTMTL_INLINE F32 from_bf16(H16 value) { return (F32)(__builtin_convertvector(value, U32) << 16); }
+FASTMTL_INLINE F32 from_bf16(H16 value) { return (F32)(convert<U32>(value) << 16); }
 
 // The first n lanes; the others are zero, and their memory is not touched.
 FASTMTL_INLINE F32 load(const Bf16* from, int64_t n) {
+  if (n >= kLanes) return from_bf16(read<H16>(from));
   H16 v{};
-  std::memcpy(&v, from, sizeof(Bf16) * static_cast<size_t>(n < kLanes ? n : kLanes));
+  std::memcpy(&v, from, sizeof(Bf16) * static_cast<size_t>(n));
   return from_bf16(v);
 }
 
 // The first n lanes, rounded; as for store of fp32.
 FASTMTL_INLINE void store(Bf16* to, F32 v, int64_t n) {
   const H16 rounded = to_bf16(v);
-  std::memcpy(to, &rounded, sizeof(Bf16) * static_cast<size_t>(n < kLanes ? n : kLanes));
+  if (n >= kLanes) return write(to, rounded);
+  std::memcpy(to, &rounded, sizeof(Bf16) * static_cast<size_t>(n));
 }
 
 }  // namespace fastmtl::FASTMTL_ISA

@@ -22,16 +22,16 @@ FASTMTL_INLINE uint64_t row_key(uint64_t key, int64_t row) {
 
 // Sixteen columns from `column` on in the row of that key: 0 where dropped, else the scale.
 FASTMTL_INLINE F32 dropout_mask(const Dropout& dropout, uint64_t key, int64_t column) {
-  constexpr U32 kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static constexpr uint32_t kIota[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   // two rounds of a 32-bit finaliser, each with half of the row's key
-  U32 x = (kIota + static_cast<uint32_t>(column)) * 0x9E3779B1u ^ static_cast<uint32_t>(key);
+  U32 x = (read<U32>(kIota) + static_cast<uint32_t>(column)) * 0x9E3779B1u ^ static_cast<uint32_t>(key);
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   x = (x ^ (x >> 16)) + static_cast<uint32_t>(key >> 32);
   x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
   x = (x ^ (x >> 13)) * 0xC2B2AE35u;
   x = x ^ (x >> 16);
-  return x < dropout.threshold ? F32{} : splat(dropout.scale);
+  return select(x < dropout.threshold, F32{}, splat(dropout.scale));
 }
 
 // Calls f(column, lanes) for each sixteen columns; `lanes` is a compile-time 16 but for the last ones.

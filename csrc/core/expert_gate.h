@@ -76,17 +76,12 @@ struct ExpertGateLayer {
   int64_t weight_size(int64_t layer) const { return columns(layer) * (layer == 0 ? weight_columns : fan_in(layer)); }
 };
 
-// Row stride of a matrix of our own: whole cache lines, and no multiple of 4 KiB, which would map a column of a tile to
-// a few sets of the cache.
+// Row stride of a matrix of our own: an odd number of cache lines, so that a column of it uses all sets of the cache.
 template <class T>
 int64_t row_stride(int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t lines = round_up(columns, kLine);
-  return lines % (64 * kLine) == 0 ? lines + kLine : lines;
+  return ((columns + kLine - 1) / kLine | 1) * kLine;
 }
-
-// Row stride of a product that is read down its columns at once: an odd number of lines, which uses all of the cache.
-inline int64_t product_stride(int64_t columns) { return round_up(columns, 32) + 16; }
 
 // A matrix [B, columns] in groups of columns, one behind the other, each [B, ld]: the rows of a tile of a group are
 // neighbours in memory, as the processor's prefetching wants them.

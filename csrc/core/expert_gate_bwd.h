@@ -125,7 +125,7 @@ class ExpertGateBackward {
     }
     static int64_t dh_size(const ExpertGateLayer& spec, const Tiles& tiles) {
       int64_t size = spec.depth() ? block_size(spec) : tiles.height * spec.in_features;
-      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, tiles.height * product_stride(spec.fan_in(l)));
+      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, tiles.height * row_stride<float>(spec.fan_in(l)));
       return size;
     }
     static int64_t operands_size(const ExpertGateLayer& spec, const Tiles& tiles) {
@@ -321,7 +321,7 @@ class ExpertGateBackward {
   void step_down(int64_t l, int64_t tile_index, Range rows, const Space& space) {
     const LayerGrad<T>& below = layers_[l - 1];
     const int64_t width = spec_.dims[l], fan_in = spec_.fan_in(l);
-    const int64_t ld = product_stride(fan_in);
+    const int64_t ld = row_stride<float>(fan_in);
     float* dh = space.dh.get();
     for (int64_t e = 0; e < spec_.n_experts; ++e) {
       const int64_t column = e * fan_in;

@@ -85,7 +85,7 @@ class ExpertGateForward {
     static int64_t product_size(const ExpertGateLayer& spec, const Tiles& tiles) {
       int64_t width = kPiece;
       for (int64_t l = 1; l < spec.depth(); ++l) width = std::max(width, spec.dims[l]);
-      return kBf16 ? tiles.height * product_stride(width) : 0;
+      return kBf16 ? tiles.height * row_stride<float>(width) : 0;
     }
   };
 
@@ -170,7 +170,7 @@ class ExpertGateForward {
     const Grouped<T>& to = saved_.z[l];
     T* z = to.at(rows.start, columns.start);
     if constexpr (kBf16) {
-      const int64_t ld = product_stride(columns.size());
+      const int64_t ld = row_stride<float>(columns.size());
       float* exact = space.product.get();
       ahead.add(part_of(to, rows, columns));
       multiply(l, rows, columns, h, exact, ld, &ahead);

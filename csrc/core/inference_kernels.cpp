@@ -11,33 +11,12 @@
 namespace fastmtl::FASTMTL_ISA {
 namespace {
 
-// Sixteen numbers, the first n of which count, as fp32 or rounded.
-FASTMTL_INLINE void put(float* to, F32 v, int64_t n) { store(to, v, n); }
-FASTMTL_INLINE void put(Bf16* to, F32 v, int64_t n) {
-  const H16 rounded = to_bf16(v);
-  if (n >= kLanes) {
-    std::memcpy(to, &rounded, sizeof(rounded));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded[i];
-  }
-}
-FASTMTL_INLINE F32 get(const float* from, int64_t n) { return load(from, n); }
-FASTMTL_INLINE F32 get(const Bf16* from, int64_t n) {
-  H16 v{};
-  if (n >= kLanes) {
-    std::memcpy(&v, from, sizeof(v));
-  } else {
-    for (int64_t i = 0; i < n; ++i) v[i] = from[i];
-  }
-  return (F32)(__builtin_convertvector(v, U32) << 16);
-}
-
 template <class Act, class T>
 void each(const Bend& bend, int64_t rows, const float* z, int64_t ld_z, T* h, int64_t ld_h) {
   for (int64_t r = 0; r < rows; ++r) {
     for_columns(bend.cols, [&](int64_t c, auto n) __attribute__((always_inline)) {
       const F32 alpha = bend.alpha ? load(bend.alpha + c, n) : F32{};
-      put(h + r * ld_h + c, Act::forward(load(z + r * ld_z + c, n) + load(bend.bias + c, n), alpha), n);
+      store(h + r * ld_h + c, Act::forward(load(z + r * ld_z + c, n) + load(bend.bias + c, n), alpha), n);
     });
   }
 }
@@ -52,7 +31,7 @@ void whole_rows(const Bend& bend, int64_t rows, const float* z, int64_t ld_z, T*
       });
       Act::forward(y.data(), bend.alpha ? bend.alpha + first : nullptr, bend.width, value.data());
       for_columns(bend.width, [&](int64_t c, auto n) __attribute__((always_inline)) {
-        put(h + r * ld_h + first + c, load(&value[c], n), n);
+        store(h + r * ld_h + first + c, load(&value[c], n), n);
       });
     }
   }
@@ -93,9 +72,9 @@ void mix_of(const GateView* gates, int64_t n_gates, int64_t rows, int64_t width,
       for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
         F32 total{};
         for (int64_t k = 0; k < gates[g].fan_in; ++k) {
-          total += w[k] * get(h + r * ld_h + gates[g].experts[k] * width + c, n);
+          total += w[k] * load(h + r * ld_h + gates[g].experts[k] * width + c, n);
         }
-        put(out[g] + r * ld_out + c, total, n);
+        store(out[g] + r * ld_out + c, total, n);
       });
     }
   }
@@ -110,7 +89,7 @@ void transfer_of(int64_t rows, int64_t width, const float* own, const float* inf
     const float score = (dot(a, a + width, width) - dot(b, b + width, width)) / root;
     const float first = sigmoid(splat(score))[0], second = sigmoid(splat(-score))[0];
     for_columns(width, [&](int64_t c, auto n) __attribute__((always_inline)) {
-      put(out + r * ld_out + c, first * load(a + 2 * width + c, n) + second * load(b + 2 * width + c, n), n);
+      store(out + r * ld_out + c, first * load(a + 2 * width + c, n) + second * load(b + 2 * width + c, n), n);
     });
   }
 }

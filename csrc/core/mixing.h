@@ -26,7 +26,7 @@ inline void gate_softmax(const Tile<float>& t, const GateView* gates, int64_t n_
         F32 z{};
         for (int64_t i = 0; i < lanes; ++i) z[i] = t.z[(start + i) * t.ld + c];
         const F32 y = (z - t.mean[c]) * t.scale[c] + t.shift[c];
-        top = y > top ? y : top;
+        top = select(y > top, y, top);
         store(&scratch[k * kLanes], y);
       }
       F32 total{};

@@ -2,7 +2,7 @@
 //
 // Compiled once for each instruction set, see simd.h; contract in packed_gemm.h. Each element of the result is a chain
 // of multiply-adds over k in its order, or where k is large the sum of several: the terms of a long chain are small
-// beside their sum.
+// beside their sum, and a panel of it with some rows of `a` must fit into the nearest cache.
 #pragma once
 
 #include "core/packed_gemm_pack.h"
@@ -10,10 +10,12 @@
 namespace fastmtl::FASTMTL_ISA {
 
 // A register, and what fits into them: kRows * kPanels * kRegs sums, a panel's row of each weight, one number of `a`.
+// And how long a chain is at most, where `a` lies by rows and where it lies by depth, a line for each number of a chain.
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kPanels = 3;
-constexpr int64_t kRegLanes = 16;
-#elif defined(__AVX2__)
+constexpr int64_t kRegLanes = 16, kChain = 384, kChainByDepth = 256;
+#else
+#if defined(__AVX2__)
 constexpr int kRows = 6, kPanels = 1;
 constexpr int64_t kRegLanes = 8;
 #elif defined(__aarch64__)
@@ -23,9 +25,10 @@ constexpr int64_t kRegLanes = 4;
 constexpr int kRows = 2, kPanels = 1;
 constexpr int64_t kRegLanes = 4;
 #endif
+constexpr int64_t kChain = 256, kChainByDepth = 128;
+#endif
 constexpr int kRegs = kPanel / kRegLanes;  // of a panel
 typedef float Reg __attribute__((vector_size(kRegLanes * sizeof(float))));
-typedef uint32_t RegBits __attribute__((vector_size(kRegLanes * sizeof(float))));
 
 FASTMTL_INLINE Reg load_reg(const void* from) {
   Reg v;
@@ -88,15 +91,15 @@ FASTMTL_INLINE void rows_of(int64_t m, const Block& block) {
   }
 }
 
-// All panels from column j on, kP at a time. Four are taken as two and two: one alone loads more than it multiplies.
-template <int kP, class Block>
-FASTMTL_INLINE void panels_of(int64_t m, int64_t n, int64_t& j, const Block& block) {
+// All panels from column j on, kP at a time, the last of them of `lanes` columns. Four are taken as two and two: one
+// alone loads more than it multiplies.
+template <int kP, class Body>
+FASTMTL_INLINE void panels_of(int64_t n, int64_t& j, const Body& body) {
   for (; j + (kP - 1) * kPanel < n; j += kP * kPanel) {
     if (kP == 3 && (n - j + kPanel - 1) / kPanel == 4) break;
-    const int64_t lanes = std::min(kPanel, n - j - (kP - 1) * kPanel);
-    rows_of<kRows, kP>(m, [&]<int kR, int kSameP>(int64_t i) { block.template operator()<kR, kSameP>(i, j, lanes); });
+    body.template operator()<kP>(j, std::min(kPanel, n - j - (kP - 1) * kPanel));
   }
-  if constexpr (kP > 1) panels_of<kP - 1>(m, n, j, block);
+  if constexpr (kP > 1) panels_of<kP - 1>(n, j, body);
 }
 
 // Asks for what lies ahead, spread evenly over the blocks of a product of m x n.
@@ -128,16 +131,17 @@ class Fetch {
 
 inline void gemm_f32(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* packed, float* c,
                      int64_t ld_c, bool accumulate, const Ahead* ahead) {
-  constexpr int64_t kChain = 384;
   Fetch fetch(ahead, m, n);
   int64_t start = 0;
   do {
     const int64_t depth = std::min(kChain, k - start);
     int64_t column = 0;
-    panels_of<kPanels>(m, n, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
-      fetch.some();
-      block_f32<kR, kP>(lanes, depth, a + i * ld_a + start, ld_a, packed + j * k + start * kPanel, k * kPanel,
-                        c + i * ld_c + j, ld_c, accumulate || start > 0);
+    panels_of<kPanels>(n, column, [&]<int kP>(int64_t j, int64_t lanes) {
+      rows_of<kRows, kP>(m, [&]<int kR, int kSameP>(int64_t i) {
+        fetch.some();
+        block_f32<kR, kSameP>(lanes, depth, a + i * ld_a + start, ld_a, packed + j * k + start * kPanel, k * kPanel,
+                              c + i * ld_c + j, ld_c, accumulate || start > 0);
+      });
     });
     start += depth;
   } while (start < k);
@@ -176,14 +180,15 @@ void block_by_depth(int64_t lanes, int64_t depth, const float* a, int64_t ld_a, 
 
 inline void wgrad_f32(int64_t m, int64_t n, int64_t k, const float* dz, int64_t ld_dz, const float* h, int64_t ld_h,
                       float* dw, int64_t ld_dw, bool accumulate) {
-  constexpr int64_t kChain = 256;
   int64_t row = 0;
   do {
-    const int64_t depth = std::min(kChain, m - row);
+    const int64_t depth = std::min(kChainByDepth, m - row);
     int64_t column = 0;
-    panels_of<kPanels>(n, k, column, [&]<int kR, int kP>(int64_t i, int64_t j, int64_t lanes) {
-      block_by_depth<kR, kP>(lanes, depth, dz + row * ld_dz + i, ld_dz, h + row * ld_h + j, ld_h, dw + i * ld_dw + j,
-                             ld_dw, accumulate || row > 0);
+    panels_of<kPanels>(k, column, [&]<int kP>(int64_t j, int64_t lanes) {
+      rows_of<kRows, kP>(n, [&]<int kR, int kSameP>(int64_t i) {
+        block_by_depth<kR, kSameP>(lanes, depth, dz + row * ld_dz + i, ld_dz, h + row * ld_h + j, ld_h,
+                                   dw + i * ld_dw + j, ld_dw, accumulate || row > 0);
+      });
     });
     row += depth;
   } while (row < m);

@@ -15,8 +15,7 @@ inline void round_bf16(int64_t rows, int64_t cols, const float* from, int64_t ld
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
     for (; c + kLanes <= cols; c += kLanes) {
-      const H16 rounded = to_bf16(load(from + r * ld + c));
-      std::memcpy(to + r * ld_to + c, &rounded, sizeof(rounded));
+      write(to + r * ld_to + c, to_bf16(load(from + r * ld + c)));
     }
     for (; c < cols; ++c) to[r * ld_to + c] = to_bf16(from[r * ld + c]);
   }
@@ -25,25 +24,22 @@ inline void round_bf16(int64_t rows, int64_t cols, const float* from, int64_t ld
 FASTMTL_INLINE Bf16 as_bf16(float value) { return to_bf16(value); }
 FASTMTL_INLINE Bf16 as_bf16(Bf16 value) { return value; }
 
-FASTMTL_INLINE H16 load_16(const Bf16* from) {
-  H16 v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
+FASTMTL_INLINE H16 load_16(const Bf16* from) { return read<H16>(from); }
 FASTMTL_INLINE H16 load_16(const float* from) { return to_bf16(load(from)); }
 
 // a0 b0 a1 b1 ...
 FASTMTL_INLINE U32 pairs_of(H16 a, H16 b) {
-  return __builtin_convertvector(a, U32) | __builtin_convertvector(b, U32) << 16;
+  return convert<U32>(a) | convert<U32>(b) << 16;
 }
 
-#ifdef __AVX512F__
-// Sixteen rows of sixteen 32-bit numbers, transposed in registers. (The masks are full: without one, gcc 12 takes the
-// intrinsics for reads of uninitialised registers.)
-FASTMTL_INLINE void transpose_16(__m512i* v) {
+// Sixteen rows of sixteen 32-bit numbers, transposed.
+#if defined(__AVX512F__)
+// (The masks are full: without one, gcc 12 takes the intrinsics for reads of uninitialised registers.)
+FASTMTL_INLINE void transpose_16(U32 (&rows)[16]) {
   constexpr __mmask16 kAll = 0xFFFF;
   constexpr __mmask8 kAll8 = 0xFF;
-  __m512i t[16];
+  __m512i v[16], t[16];
+  for (int i = 0; i < 16; ++i) v[i] = (__m512i)rows[i].part[0];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_maskz_unpacklo_epi32(kAll, v[i], v[i + 1]);
     t[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, v[i], v[i + 1]);
@@ -61,9 +57,48 @@ FASTMTL_INLINE void transpose_16(__m512i* v) {
     }
   }
   for (int q = 0; q < 8; ++q) {
-    v[q] = _mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0x88);
-    v[8 + q] = _mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0xDD);
+    rows[q].part[0] = (U32::Part)_mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0x88);
+    rows[8 + q].part[0] = (U32::Part)_mm512_maskz_shuffle_i32x4(kAll, t[q], t[8 + q], 0xDD);
   }
+}
+#elif defined(__AVX2__)
+FASTMTL_INLINE void transpose_8(__m256i (&v)[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int q = 0; q < 4; ++q) {
+    t[q] = _mm256_permute2x128_si256(v[q], v[4 + q], 0x20);
+    t[4 + q] = _mm256_permute2x128_si256(v[q], v[4 + q], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+FASTMTL_INLINE void transpose_16(U32 (&rows)[16]) {
+  __m256i quarter[2][2][8];  // [half of the rows][half of the columns]
+  for (int i = 0; i < 16; ++i) {
+    for (int half = 0; half < 2; ++half) quarter[i / 8][half][i % 8] = (__m256i)rows[i].part[half];
+  }
+  for (auto& half : quarter) {
+    for (auto& v : half) transpose_8(v);
+  }
+  for (int i = 0; i < 16; ++i) {
+    for (int half = 0; half < 2; ++half) rows[i].part[half] = (U32::Part)quarter[half][i / 8][i % 8];
+  }
+}
+#else
+FASTMTL_INLINE void transpose_16(U32 (&rows)[16]) {
+  U32 turned[16];
+  for (int i = 0; i < 16; ++i) {
+    for (int l = 0; l < 16; ++l) turned[i][l] = rows[l][i];
+  }
+  std::memcpy(rows, turned, sizeof(turned));
 }
 #endif
 
@@ -77,14 +112,12 @@ inline void pack_f32(int64_t n, int64_t k, const float* w, int64_t ld, bool by_d
     }
     if (lanes < kPanel) std::fill(panel, panel + k * kPanel, 0.0f);
     int64_t start = 0;
-#ifdef __AVX512F__
     for (; lanes == kPanel && start + 16 <= k; start += 16) {
-      __m512i v[16];
-      for (int l = 0; l < 16; ++l) v[l] = _mm512_loadu_si512(w + (j + l) * ld + start);
+      U32 v[16];
+      for (int l = 0; l < 16; ++l) v[l] = (U32)load(w + (j + l) * ld + start);
       transpose_16(v);
-      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(panel + (start + p) * kPanel, v[p]);
+      for (int p = 0; p < 16; ++p) store(panel + (start + p) * kPanel, (F32)v[p]);
     }
-#endif
     for (int64_t l = 0; l < lanes; ++l) {
       for (int64_t p = start; p < k; ++p) panel[p * kPanel + l] = w[(j + l) * ld + p];
     }
@@ -100,8 +133,7 @@ void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf1
     if (by_depth && lanes == kPanel) {
       int64_t p = 0;
       for (; p + 2 <= k; p += 2) {
-        const U32 pairs = pairs_of(load_16(w + p * ld + j), load_16(w + (p + 1) * ld + j));
-        std::memcpy(panel + p * kPanel, &pairs, sizeof(pairs));
+        write(panel + p * kPanel, pairs_of(load_16(w + p * ld + j), load_16(w + (p + 1) * ld + j)));
       }
       std::fill(panel + p * kPanel, panel + depth * kPanel, Bf16{0});
       if (p < k) {
@@ -112,18 +144,18 @@ void pack_pairs(int64_t n, int64_t k, const T* w, int64_t ld, bool by_depth, Bf1
     if (lanes < kPanel || k < depth) std::fill(panel, panel + depth * kPanel, Bf16{0});
     const int64_t step_lane = by_depth ? 1 : ld, step_depth = by_depth ? ld : 1;
     int64_t start = 0;
-#ifdef __AVX512F__
     // a row's pairs as 32-bit numbers, sixteen of each of sixteen rows
     for (; !by_depth && lanes == kPanel && start + 32 <= k; start += 32) {
-      __m512i v[16];
+      U32 v[16];
       for (int l = 0; l < 16; ++l) {
-        const H16 halves[2] = {load_16(w + (j + l) * ld + start), load_16(w + (j + l) * ld + start + 16)};
-        std::memcpy(&v[l], halves, sizeof(v[l]));
+        Bf16 row[32];
+        write(row, load_16(w + (j + l) * ld + start));
+        write(row + 16, load_16(w + (j + l) * ld + start + 16));
+        v[l] = read<U32>(row);
       }
       transpose_16(v);
-      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(panel + (start + 2 * p) * kPanel, v[p]);
+      for (int p = 0; p < 16; ++p) write(panel + (start + 2 * p) * kPanel, v[p]);
     }
-#endif
     for (int64_t l = 0; l < lanes; ++l) {
       const T* from = w + (j + l) * step_lane;
       for (int64_t p = start; p < k; ++p) panel[(p & ~1) * kPanel + 2 * l + (p & 1)] = as_bf16(from[p * step_depth]);
@@ -141,24 +173,22 @@ inline void repack_bf16(int64_t n, int64_t k, const Bf16* w, int64_t ld, bool by
 inline void transpose_bf16(int64_t rows, int64_t cols, const Bf16* from, int64_t ld, Bf16* to, int64_t ld_to) {
   const int64_t depth = round_up(rows, kPairDepth);
   int64_t r = 0;
-#ifdef __AVX512F__
   // as pairs of rows, each pair one 32-bit number
   for (; r + 32 <= rows; r += 32) {
     int64_t c = 0;
     for (; c + 16 <= cols; c += 16) {
-      __m512i v[16];
+      U32 v[16];
       for (int p = 0; p < 16; ++p) {
         const Bf16* pair = from + (r + 2 * p) * ld + c;
-        v[p] = (__m512i)pairs_of(load_16(pair), load_16(pair + ld));
+        v[p] = pairs_of(load_16(pair), load_16(pair + ld));
       }
       transpose_16(v);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (c + i) * ld_to + r, v[i]);
+      for (int i = 0; i < 16; ++i) write(to + (c + i) * ld_to + r, v[i]);
     }
     for (; c < cols; ++c) {
       for (int64_t i = 0; i < 32; ++i) to[c * ld_to + r + i] = from[(r + i) * ld + c];
     }
   }
-#endif
   constexpr int64_t kTile = 32;
   for (; r < depth; r += kTile) {
     const int64_t stop = std::min(rows, r + kTile);

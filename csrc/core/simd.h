@@ -1,35 +1,14 @@
-// Sixteen floats at a time, in the compiler's vector extension: one zmm, two ymm or four xmm registers, as the
-// instruction set that this file is compiled for has them.
+// Functions of sixteen floats at a time, the same on every instruction set but for the last bits.
 //
-// Included only by sources that are compiled once for each instruction set, with FASTMTL_ISA naming the namespace, so
-// that code for a newer processor is never taken for the older one's.
+// Compiled once for each instruction set, see sixteen.h.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#define FASTMTL_INLINE [[gnu::always_inline]] inline
+#include "core/sixteen.h"
 
 namespace fastmtl::FASTMTL_ISA {
 
-constexpr int64_t kLanes = 16;
-typedef float F32 __attribute__((vector_size(64)));
-typedef int32_t I32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(128)));
-
-FASTMTL_INLINE F32 splat(float value) { return F32{} + value; }
-
-FASTMTL_INLINE F32 load(const float* from) {
-  F32 v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-FASTMTL_INLINE void store(float* to, F32 v) { std::memcpy(to, &v, sizeof(v)); }
+FASTMTL_INLINE F32 load(const float* from) { return read<F32>(from); }
+FASTMTL_INLINE void store(float* to, F32 v) { write(to, v); }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 FASTMTL_INLINE __m256i lane_mask(int64_t n) {
@@ -41,11 +20,13 @@ FASTMTL_INLINE __m256i lane_mask(int64_t n) {
 FASTMTL_INLINE F32 load(const float* from, int64_t n) {
   if (n >= kLanes) return load(from);
 #if defined(__AVX512F__)
-  return (F32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
-#elif defined(__AVX2__)
-  const __m256 halves[2] = {_mm256_maskload_ps(from, lane_mask(n)), _mm256_maskload_ps(from + 8, lane_mask(n - 8))};
   F32 v;
-  std::memcpy(&v, halves, sizeof(v));
+  v.part[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+  return v;
+#elif defined(__AVX2__)
+  F32 v;
+  v.part[0] = _mm256_maskload_ps(from, lane_mask(n));
+  v.part[1] = _mm256_maskload_ps(from + 8, lane_mask(n - 8));
   return v;
 #else
   F32 v{};
@@ -56,53 +37,28 @@ FASTMTL_INLINE F32 load(const float* from, int64_t n) {
 FASTMTL_INLINE void store(float* to, F32 v, int64_t n) {
   if (n >= kLanes) return store(to, v);
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), v.part[0]);
 #elif defined(__AVX2__)
-  __m256 halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  _mm256_maskstore_ps(to, lane_mask(n), halves[0]);
-  _mm256_maskstore_ps(to + 8, lane_mask(n - 8), halves[1]);
+  _mm256_maskstore_ps(to, lane_mask(n), v.part[0]);
+  _mm256_maskstore_ps(to + 8, lane_mask(n - 8), v.part[1]);
 #else
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
 #endif
 }
 
-FASTMTL_INLINE F64 wide(F32 v) { return __builtin_convertvector(v, F64); }
-FASTMTL_INLINE F32 narrow(F64 v) { return __builtin_convertvector(v, F32); }
+FASTMTL_INLINE F64 wide(F32 v) { return convert<F64>(v); }
+FASTMTL_INLINE F32 narrow(F64 v) { return convert<F32>(v); }
 
 FASTMTL_INLINE F64 load(const double* from, int64_t n) {
+  if (n >= kLanes) return read<F64>(from);
   F64 v{};
-  if (n >= kLanes) {
-    std::memcpy(&v, from, sizeof(v));
-  } else {
-    for (int64_t i = 0; i < n; ++i) v[i] = from[i];
-  }
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
   return v;
 }
 
 FASTMTL_INLINE void add_to(double* to, F64 v, int64_t n) {
-  if (n >= kLanes) {
-    F64 old;
-    std::memcpy(&old, to, sizeof(old));
-    old += v;
-    std::memcpy(to, &old, sizeof(old));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] += v[i];
-  }
-}
-
-// Halves onto halves, always in the same order.
-FASTMTL_INLINE float sum(F32 v) {
-#ifdef __clang__
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
-#else
-  v += __builtin_shuffle(v, I32{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-  v += __builtin_shuffle(v, I32{4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3});
-  v += __builtin_shuffle(v, I32{2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1});
-#endif
-  return v[0] + v[1];
+  if (n >= kLanes) return write(to, read<F64>(to) + v);
+  for (int64_t i = 0; i < n; ++i) to[i] += v[i];
 }
 
 // e^x = 2^n * (1 + p), n whole, |r| = |x - n ln 2| <= ln 2 / 2, p = e^r - 1 by its Taylor series to r^7.
@@ -128,19 +84,19 @@ FASTMTL_INLINE ExpParts exp_parts(F32 x) {
 
 // NaN stays NaN; below -87 the result is 0, above 88 it is e^88.
 FASTMTL_INLINE F32 exp(F32 x) {
-  x = x > 88.0f ? splat(88.0f) : x;
-  const ExpParts e = exp_parts(x < -87.0f ? splat(-87.0f) : x);
-  return x < -87.0f ? F32{} : e.two_n * e.p + e.two_n;
+  x = select(x > 88.0f, splat(88.0f), x);
+  const ExpParts e = exp_parts(select(x < -87.0f, splat(-87.0f), x));
+  return select(x < -87.0f, F32{}, e.two_n * e.p + e.two_n);
 }
 
 // ln x for x >= 0, by x = 2^k m with m about one: with s = f / (2 + f), f = m - 1, ln m = 2 artanh s, by its Taylor
 // series to s^11. ln 0 is -infinity; NaN stays NaN.
 FASTMTL_INLINE F32 log(F32 x) {
   const I32 subnormal = x < 1.17549435e-38f;
-  const F32 scaled = subnormal ? x * 8388608.0f : x;
+  const F32 scaled = select(subnormal, x * 8388608.0f, x);
   // 0x3F3504F3: the bits of sqrt(1/2), from which m runs to sqrt(2)
   const I32 offset = (I32)scaled - 0x3F3504F3;
-  const F32 k = __builtin_convertvector(offset >> 23, F32) - (subnormal ? splat(23.0f) : F32{});
+  const F32 k = convert<F32>(offset >> 23) - select(subnormal, splat(23.0f), F32{});
   const F32 f = (F32)((offset & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
   const F32 s = f / (2.0f + f), s2 = s * s;
   F32 r = splat(2.0f / 11);
@@ -150,7 +106,7 @@ FASTMTL_INLINE F32 log(F32 x) {
   r = r * s2 + 2.0f / 3;
   const F32 half = 0.5f * f * f;
   const F32 value = k * 0.693145752f + (f - (half - (s * (half + r * s2) + k * 1.42860677e-6f)));
-  return x > 0.0f ? value : (x == 0.0f ? splat(-__builtin_inff()) : x);
+  return select(x > 0.0f, value, select(x == 0.0f, splat(-__builtin_inff()), x));
 }
 
 // ln(1 - p) for 0 <= p <= 1: what rounding 1 - p has lost is added again.
@@ -158,14 +114,14 @@ FASTMTL_INLINE F32 log1p_of_negative(F32 p) {
   const F32 u = 1.0f - p;
   const F32 lost = (1.0f - u) - p;
   const F32 value = log(u);
-  return u > 0.0f ? value + lost / u : value;
+  return select(u > 0.0f, value + lost / u, value);
 }
 
 FASTMTL_INLINE F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 // 1 - 2 / (e^2|x| + 1), and near zero, where that loses its digits, an odd polynomial fitted at Chebyshev nodes.
 FASTMTL_INLINE F32 tanh(F32 x) {
-  const F32 a = x < 0.0f ? -x : x;
+  const F32 a = select(x < 0.0f, -x, x);
   const F32 far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
   const F32 s = x * x;
   F32 q = splat(-0.006276389118283987f);
@@ -174,13 +130,13 @@ FASTMTL_INLINE F32 tanh(F32 x) {
   q = q * s + 0.13332924246788025f;
   q = q * s - 0.3333333134651184f;
   const F32 near = q * s * x + x;
-  return a < 0.6f ? near : (x < 0.0f ? -far : far);
+  return select(a < 0.6f, near, select(x < 0.0f, -far, far));
 }
 
 // The normal distribution's cumulative function: the tail is e^(-x^2/2) times a polynomial in 1 / (1 + |x| / sqrt 8),
 // fitted to erfcx at Chebyshev nodes.
 FASTMTL_INLINE F32 normal_cdf(F32 x) {
-  const F32 a = x < 0.0f ? -x : x;
+  const F32 a = select(x < 0.0f, -x, x);
   const F32 t = 1.0f / (1.0f + a * 0.353553391f);
   F32 q = splat(-0.056475888937711716f);
   q = q * t + 0.2720835506916046f;
@@ -192,7 +148,7 @@ FASTMTL_INLINE F32 normal_cdf(F32 x) {
   q = q * t + 0.2820930778980255f;
   q = q * t + 0.2821025550365448f;
   const F32 tail = 0.5f * t * q * exp(-0.5f * a * a);
-  return x < 0.0f ? tail : 1.0f - tail;
+  return select(x < 0.0f, tail, 1.0f - tail);
 }
 
 }  // namespace fastmtl::FASTMTL_ISA
