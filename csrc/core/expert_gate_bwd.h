@@ -125,7 +125,8 @@ class ExpertGateBackward {
     }
     static int64_t dh_size(const ExpertGateLayer& spec, const Tiles& tiles) {
       int64_t size = spec.depth() ? block_size(spec) : tiles.height * spec.in_features;
-      for (int64_t l = 1; l < spec.depth(); ++l) size = std::max(size, tiles.height * row_stride<float>(spec.fan_in(l)));
+      for (int64_t l = 1; l < spec.depth(); ++l)
+        size = std::max(size, tiles.height * row_stride<float>(spec.fan_in(l)));
       return size;
     }
     static int64_t operands_size(const ExpertGateLayer& spec, const Tiles& tiles) {

@@ -70,7 +70,7 @@ inline void widen_panel(int64_t depth, const Bf16* pairs, float* to) {
 // registers then see fp32 alone.
 inline void gemm_bf16(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t ld_a, const Bf16* packed, float* c,
                       int64_t ld_c, bool accumulate, const Ahead* ahead) {
-    constexpr int64_t kSomeRows = 96, kLd = kChain + kPanel;  // an odd number of lines, which uses all of a cache
+  constexpr int64_t kSomeRows = 96, kLd = kChain + kPanel;  // an odd number of lines, which uses all of a cache
   alignas(64) float rows[kSomeRows * kLd], panels[kPanels * kPanel * kChain];
   const int64_t depth_packed = round_up(k, kPairDepth);
   Fetch fetch(ahead, m, n);

@@ -10,7 +10,8 @@
 namespace fastmtl::FASTMTL_ISA {
 
 // A register, and what fits into them: kRows * kPanels * kRegs sums, a panel's row of each weight, one number of `a`.
-// And how long a chain is at most, where `a` lies by rows and where it lies by depth, a line for each number of a chain.
+// And how long a chain is at most, where `a` lies by rows and where it lies by depth, a line for each number of a
+// chain.
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kPanels = 3;
 constexpr int64_t kRegLanes = 16, kChain = 384, kChainByDepth = 256;

@@ -28,9 +28,7 @@ FASTMTL_INLINE H16 load_16(const Bf16* from) { return read<H16>(from); }
 FASTMTL_INLINE H16 load_16(const float* from) { return to_bf16(load(from)); }
 
 // a0 b0 a1 b1 ...
-FASTMTL_INLINE U32 pairs_of(H16 a, H16 b) {
-  return convert<U32>(a) | convert<U32>(b) << 16;
-}
+FASTMTL_INLINE U32 pairs_of(H16 a, H16 b) { return convert<U32>(a) | convert<U32>(b) << 16; }
 
 // Sixteen rows of sixteen 32-bit numbers, transposed.
 #if defined(__AVX512F__)

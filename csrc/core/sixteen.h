@@ -1,5 +1,5 @@
-// Sixteen numbers as one value: F32, F64, I32, U32, H16 (16 bits). Arithmetic, comparisons and shifts are operators, with
-// a single number on either side too; a comparison gives an I32, which `select` takes.
+// Sixteen numbers as one value: F32, F64, I32, U32, H16 (16 bits). Arithmetic, comparisons and shifts are operators,
+// with a single number on either side too; a comparison gives an I32, which `select` takes.
 //
 // They are vectors of a register's size side by side, not one vector of the compiler's: of one wider than the registers
 // gcc computes comparisons number by number, and keeps the rest in memory.
@@ -61,21 +61,20 @@ class Sixteen {
   FASTMTL_INLINE explicit operator Sixteen<Other>() const {
     static_assert(sizeof(Other) == sizeof(E));
     Sixteen<Other> v;
-    unrolled<kParts>([&](auto p) __attribute__((always_inline)) {
-      v.part[p] = (typename Sixteen<Other>::Part)part[p];
-    });
+    unrolled<kParts>([&](auto p)
+                         __attribute__((always_inline)) { v.part[p] = (typename Sixteen<Other>::Part)part[p]; });
     return v;
   }
 
   FASTMTL_INLINE E& operator[](int64_t i) { return reinterpret_cast<E*>(part)[i]; }
   FASTMTL_INLINE E operator[](int64_t i) const { return reinterpret_cast<const E*>(part)[i]; }
 
-#define FASTMTL_OPERATOR(op)                                                                               \
-  FASTMTL_INLINE friend Sixteen operator op(Sixteen a, Sixteen b) {                                        \
+#define FASTMTL_OPERATOR(op)                                                                              \
+  FASTMTL_INLINE friend Sixteen operator op(Sixteen a, Sixteen b) {                                       \
     unrolled<kParts>([&](auto p) __attribute__((always_inline)) { a.part[p] = a.part[p] op b.part[p]; }); \
-    return a;                                                                                              \
-  }                                                                                                        \
-  FASTMTL_INLINE Sixteen& operator op##=(Sixteen b) { return *this = *this op b; }
+    return a;                                                                                             \
+  }                                                                                                       \
+  FASTMTL_INLINE Sixteen& operator op## = (Sixteen b) { return *this = *this op b; }
   FASTMTL_OPERATOR(+)
   FASTMTL_OPERATOR(-)
   FASTMTL_OPERATOR(*)
@@ -100,11 +99,11 @@ class Sixteen {
     return v;
   }
 
-#define FASTMTL_COMPARISON(op)                                                                             \
-  FASTMTL_INLINE friend Sixteen<int32_t> operator op(Sixteen a, Sixteen b) {                               \
-    Sixteen<int32_t> mask;                                                                                 \
+#define FASTMTL_COMPARISON(op)                                                                               \
+  FASTMTL_INLINE friend Sixteen<int32_t> operator op(Sixteen a, Sixteen b) {                                 \
+    Sixteen<int32_t> mask;                                                                                   \
     unrolled<kParts>([&](auto p) __attribute__((always_inline)) { mask.part[p] = a.part[p] op b.part[p]; }); \
-    return mask;                                                                                           \
+    return mask;                                                                                             \
   }
   FASTMTL_COMPARISON(<)
   FASTMTL_COMPARISON(<=)
@@ -160,9 +159,8 @@ FASTMTL_INLINE F32 convert<F32>(F64 v) {
 
 template <class E>
 FASTMTL_INLINE Sixteen<E> select(I32 mask, Sixteen<E> a, Sixteen<E> b) {
-  unrolled<I32::kParts>([&](auto p) __attribute__((always_inline)) {
-    a.part[p] = mask.part[p] ? a.part[p] : b.part[p];
-  });
+  unrolled<I32::kParts>([&](auto p)
+                            __attribute__((always_inline)) { a.part[p] = mask.part[p] ? a.part[p] : b.part[p]; });
   return a;
 }
 

@@ -23,7 +23,8 @@ FASTMTL_INLINE LossParts cross_entropy(F32 z, F32 label) {
   const F32 p = select(z < -88.7228394f, F32{}, sigmoid(z)), rest = 1.0f - p;
   const F32 log_p = log(p), log_rest = log1p_of_negative(p);
   const F32 floor = splat(-100.0f);
-  const F32 loss = (label - 1.0f) * select(log_rest < floor, floor, log_rest) - label * select(log_p < floor, floor, log_p);
+  const F32 loss =
+      (label - 1.0f) * select(log_rest < floor, floor, log_rest) - label * select(log_p < floor, floor, log_p);
   const F32 spread = rest * p;
   const F32 grad = (p - label) / select(spread < 1e-12f, splat(1e-12f), spread) * spread;
   return {loss, grad};
