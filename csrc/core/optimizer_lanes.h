@@ -78,7 +78,7 @@ inline Lanes at_most(float most, Lanes a) { return a.v > most ? most : a.v; }
 #endif
 
 // Vectors that go through a chain of operations together: as many as hide its length, by the number of registers.
-constexpr int kMostVectors = Lanes::kCount == 16 ? 8 : 4;
+constexpr int kMostVectors = Lanes::kCount >= 8 ? 8 : 4;
 
 // a / b where inverse is 1 / b rounded: one correction makes the quotient exact (Markstein, IBM J. R&D 34, 1990), and
 // the divider, which the square roots and the other quotient keep busy, is spared. The bound lets infinity stay

@@ -248,9 +248,15 @@ class Replay {
   // Whether the quick steps would not be exact for a row, or soon not.
   bool has_small(int64_t row) const {
     const float* p = table_.p + row * table_.dim;
-    bool found = false;
-    for (int64_t d = 0; d < table_.dim; ++d) found |= !(std::fabs(p[d]) >= 0x1p-56f);
-    return found;
+    // sizes compare as their bits do, which gcc does many at a time; NaN lies above infinity
+    constexpr uint32_t kInfinity = 0x7F800000;
+    uint32_t least = kInfinity, most = 0;
+    for (int64_t d = 0; d < table_.dim; ++d) {
+      const uint32_t size = std::bit_cast<uint32_t>(p[d]) & 0x7FFFFFFF;
+      least = std::min(least, size);
+      most = std::max(most, size);
+    }
+    return least < std::bit_cast<uint32_t>(0x1p-56f) || most > kInfinity;
   }
 
   // Whether a row, as those without gradients do under weight decay after some hundred steps, has become so small that
@@ -259,13 +265,14 @@ class Replay {
     if (R != kAdam || !may_fade_) return false;
     const float *p = table_.p + row * table_.dim, *m = table_.first + row * table_.dim;
     const float* v = table_.second + row * table_.dim;
-    bool all = true;
+    int others = 0;
     for (int64_t d = 0; d < table_.dim; ++d) {
-      all &= std::fabs(m[d]) < faded_ && std::fabs(p[d]) * most_l2_ < faded_ && v[d] >= 0.0f && v[d] <= FLT_MAX;
+      others |= std::fabs(m[d]) < faded_ && std::fabs(p[d]) * most_l2_ < faded_ ? 0 : 1;
+      others |= v[d] >= 0.0f && v[d] <= FLT_MAX ? 0 : 1;
       // 0 is added to each: -0 would not stay, and what is no normal number neither
-      all &= std::fabs(p[d]) >= FLT_MIN || std::bit_cast<uint32_t>(p[d]) == 0;
+      others |= std::fabs(p[d]) >= FLT_MIN || std::bit_cast<uint32_t>(p[d]) == 0 ? 0 : 1;
     }
-    return all;
+    return others == 0;
   }
 
   // The missed steps of such a row, by way of the tile's row i.
