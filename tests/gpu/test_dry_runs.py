@@ -18,9 +18,10 @@ from bench.shapes import ALI_CCP, SHAPES
 
 ROOT = Path(__file__).parents[2]
 PEER = "torch-rechub" if gpu_peer.is_here() else "peer"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"
-)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: 'fastmtl[gpu]'")
+#: What takes a minute: once in CI is enough.
+in_gpu_check = pytest.mark.skipif(not HAS_TRITON, reason="make gpu-check runs it")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
@@ -82,6 +83,7 @@ def test_the_benchmark_goes_on_behind_a_case_that_took_the_gpu_away(tmp_path):
     assert report(tmp_path)[0]["steps"] == found["steps"]
 
 
+@in_gpu_check
 def test_compiled_contenders_take_part(tmp_path):
     done = run("bench.gpu", "--dry-run", "--cases", "7", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -271,6 +273,7 @@ def test_the_session_runs_every_folder_of_tests():
     assert "gpu/kernels" in gpu_session.FOLDERS
 
 
+@in_gpu_check
 def test_the_parts_of_the_suite_start_and_are_the_whole():
     """Each shard's own command, told to collect; tests/project/test_dealing.py sees that the parts are the whole."""
     shards = [part for part in gpu_session.checks() if part.name.startswith("tests ")]
@@ -438,6 +441,7 @@ def test_rows_of_reliability_run_on_triton(seed):
 
 
 @without_gpu
+@in_gpu_check
 def test_models_trainers_and_tests_move_what_they_must():
     """On a device that is made up: a tensor left on the CPU is an error there, as on a GPU."""
     options = ("-q", "-p", "no:cacheprovider", "--color=no", "-W", "ignore")
