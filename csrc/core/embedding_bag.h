@@ -78,6 +78,19 @@ constexpr int64_t kPrefetch = 12;
 
 namespace detail {
 
+// A row of a table. Widths of a few numbers take less time in fours, the last of which overlap, than a call does.
+template <int D>
+inline void copy_row(const float* from, float* to, int64_t dim) {
+  if (D || dim < 4 || dim > 32) {
+    std::memcpy(to, from, sizeof(float) * (D ? D : dim));
+    return;
+  }
+  constexpr size_t kFour = 4 * sizeof(float);
+#pragma GCC unroll 1
+  for (int64_t d = 0; d < dim - 4; d += 4) std::memcpy(to + d, from + d, kFour);
+  std::memcpy(to + dim - 4, from + dim - 4, kFour);
+}
+
 // One id a row, no padding: a plain gather. D is the width where it is known at compile time, else 0.
 template <int D, class Id>
 void gather(const Bag& bag, const float* table, const Ids<Id>& ids, int64_t begin, int64_t end, float* out,
@@ -92,7 +105,7 @@ void gather(const Bag& bag, const float* table, const Ids<Id>& ids, int64_t begi
     const int64_t row = resolve(bag, id);
     float* to = out + b * width + bag.out;
     if (row >= 0) {
-      std::memcpy(to, table + row * dim, sizeof(float) * dim);
+      copy_row<D>(table + row * dim, to, dim);
     } else {
       std::memset(to, 0, sizeof(float) * dim);
       if (row == kRefused) bad.note({index, b, bag.column, id});
@@ -115,7 +128,7 @@ void pool(const Bag& bag, const float* table, const Ids<Id>& ids, int64_t begin,
       const float* from = row >= 0 ? table + row * dim : nullptr;
       if (bag.pooling == kConcat) {
         if (from) {
-          std::memcpy(to + l * dim, from, sizeof(float) * dim);
+          copy_row<0>(from, to + l * dim, dim);
         } else {
           std::memset(to + l * dim, 0, sizeof(float) * dim);
         }
