@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -192,6 +193,8 @@ class EmbeddingLayer(BatchedModule):
         else:
             ids = [_column(x, feature.name) for feature in group.bags]
             dense = [_column(x, feature.name) for feature in group.dense]
+            if not watched():
+                _check_rows([feature.name for feature in (*group.bags, *group.dense)], [*ids, *dense])
         # the backends read both; an exported graph computes in the one that other runtimes know best
         if exporting() or any(p.dtype != torch.int32 for p in ids):
             ids = [part if part.dtype == torch.int64 else part.long() for part in ids]
@@ -275,7 +278,7 @@ class EmbeddingLayer(BatchedModule):
 
         Raises:
             BadIdError: an id outside its vocabulary.
-            BadDataError: a column that is missing, of the wrong width, or not finite.
+            BadDataError: a column that is missing, of the wrong width or length, or not finite.
         """
         if not squeeze_dim:
             features = [feature for feature in features if not isinstance(feature, DenseFeature)]
@@ -324,6 +327,14 @@ def _column(x: Mapping[str, Tensor], name: str) -> Tensor:
             f"feature {name!r}: the batch has no such column; it has {', '.join(map(repr, x)) or 'none'}"
         ) from None
     return column.unsqueeze(1) if column.ndim == 1 else column
+
+
+def _check_rows(names: Sequence[str], columns: Sequence[Tensor]) -> None:
+    rows = [len(column) for column in columns]
+    if len(set(rows)) > 1:
+        usual = statistics.mode(rows)
+        name, found = next((name, n) for name, n in zip(names, rows, strict=True) if n != usual)
+        raise BadDataError(f"feature {name!r}: its column has {found} rows, the others of the batch have {usual}")
 
 
 def _plan_pieces(layout: Layout, features: Sequence[Feature], device: torch.device | None) -> list[_Piece]:

@@ -55,6 +55,16 @@ def test_a_missing_column_is_named(backend):
         call(model(), batch)
 
 
+@pytest.mark.parametrize("column", ["item", "history", "age"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_a_column_of_another_length_is_named(column, train, backend):
+    x, _ = data(32)
+    batch = {name: torch.from_numpy(values) for name, values in x.items()}
+    batch[column] = batch[column][:20]
+    with pytest.raises(FastMTLError, match=rf"'{column}': its column has 20 rows, the others of the batch have 32"):
+        call(model().train(train), batch)
+
+
 def test_a_label_outside_0_and_1_is_named(tmp_path):
     x, y = data(100)
     y[33, 1] = 2

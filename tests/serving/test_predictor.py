@@ -222,8 +222,10 @@ def test_refused_data_is_named():
         predictor.run(ids)
     with pytest.raises(BadDataError, match="row 0 of the batch is NaN or infinite"):
         predictor.run(ids, dense * torch.inf)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BadDataError, match="'user': its column has 3 rows, the others of the batch have 64"):
         predictor(x | {"user": x["user"][:3]})
+    with pytest.raises(BadDataError, match="'price': its column has 3 rows, the others of the batch have 64"):
+        predictor.run(ids, dense[:3])
 
 
 def test_every_form_of_a_batch_gives_the_same_bits():
