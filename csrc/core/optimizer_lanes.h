@@ -77,7 +77,8 @@ inline Lanes at_most(float most, Lanes a) { return a.v > most ? most : a.v; }
 
 #endif
 
-// Vectors that go through a chain of operations together: as many as hide its length, by the number of registers.
+// Vectors that go through a chain of operations together: as many as hide its length. (On AVX2 half of them are in the
+// nearest cache meanwhile, which costs less than waiting for the chain.)
 constexpr int kMostVectors = Lanes::kCount >= 8 ? 8 : 4;
 
 // a / b where inverse is 1 / b rounded: one correction makes the quotient exact (Markstein, IBM J. R&D 34, 1990), and

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #ifdef __AVX2__
@@ -39,6 +40,7 @@ FASTMTL_INLINE void unrolled(const F& f) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
+// The compiler's vector of so many numbers.
 template <class E, size_t kCount>
 struct Parts {
   typedef E Vector __attribute__((vector_size(kCount * sizeof(E))));
@@ -69,19 +71,19 @@ class Sixteen {
   FASTMTL_INLINE E& operator[](int64_t i) { return reinterpret_cast<E*>(part)[i]; }
   FASTMTL_INLINE E operator[](int64_t i) const { return reinterpret_cast<const E*>(part)[i]; }
 
-#define FASTMTL_OPERATOR(op)                                                                              \
-  FASTMTL_INLINE friend Sixteen operator op(Sixteen a, Sixteen b) {                                       \
-    unrolled<kParts>([&](auto p) __attribute__((always_inline)) { a.part[p] = a.part[p] op b.part[p]; }); \
-    return a;                                                                                             \
-  }                                                                                                       \
-  FASTMTL_INLINE Sixteen& operator op## = (Sixteen b) { return *this = *this op b; }
-  FASTMTL_OPERATOR(+)
-  FASTMTL_OPERATOR(-)
-  FASTMTL_OPERATOR(*)
-  FASTMTL_OPERATOR(/)
-  FASTMTL_OPERATOR(&)
-  FASTMTL_OPERATOR(|)
-  FASTMTL_OPERATOR(^)
+#define FASTMTL_OPERATOR(op, with)                                                            \
+  FASTMTL_INLINE Sixteen& operator with(Sixteen b) {                                          \
+    unrolled<kParts>([&](auto p) __attribute__((always_inline)) { part[p] with b.part[p]; }); \
+    return *this;                                                                             \
+  }                                                                                           \
+  FASTMTL_INLINE friend Sixteen operator op(Sixteen a, Sixteen b) { return a with b; }
+  FASTMTL_OPERATOR(+, +=)
+  FASTMTL_OPERATOR(-, -=)
+  FASTMTL_OPERATOR(*, *=)
+  FASTMTL_OPERATOR(/, /=)
+  FASTMTL_OPERATOR(&, &=)
+  FASTMTL_OPERATOR(|, |=)
+  FASTMTL_OPERATOR(^, ^=)
 #undef FASTMTL_OPERATOR
   FASTMTL_INLINE Sixteen operator-() const {
     Sixteen v;
@@ -157,6 +159,7 @@ FASTMTL_INLINE F32 convert<F32>(F64 v) {
 }
 #endif
 
+// a where the mask is set, else b.
 template <class E>
 FASTMTL_INLINE Sixteen<E> select(I32 mask, Sixteen<E> a, Sixteen<E> b) {
   unrolled<I32::kParts>([&](auto p)
@@ -164,6 +167,7 @@ FASTMTL_INLINE Sixteen<E> select(I32 mask, Sixteen<E> a, Sixteen<E> b) {
   return a;
 }
 
+// From memory and to it, wherever it lies.
 template <class V>
 FASTMTL_INLINE V read(const void* from) {
   V v;
@@ -179,6 +183,7 @@ FASTMTL_INLINE void write(void* to, V v) {
   });
 }
 
+// Halves onto halves, always in the same order: the same sum on every instruction set.
 template <int kCount>
 FASTMTL_INLINE float sum_of(const typename Parts<float, kCount>::Vector& v) {
   if constexpr (kCount == 4) {
@@ -190,7 +195,6 @@ FASTMTL_INLINE float sum_of(const typename Parts<float, kCount>::Vector& v) {
   }
 }
 
-// Halves onto halves, always in the same order.
 FASTMTL_INLINE float sum(F32 v) {
   if constexpr (F32::kParts == 4) {
     v.part[0] += v.part[2];

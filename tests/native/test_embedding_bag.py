@@ -38,6 +38,17 @@ def test_random_lookups(base_seed):
                 assert error <= 2 * allowed + floor, f"seed {base_seed + i}: {error} against eager's {allowed}"
 
 
+@pytest.mark.parametrize("pooling", ["sum", "concat"])
+def test_rows_of_every_width_are_copied_and_nothing_beside_them(pooling, base_seed):
+    torch.manual_seed(base_seed)
+    for dim in range(1, 41):
+        bags = (Bag("left", 0, 0, 7, dim, pooling), Bag("right", 0, 7, 9, dim, pooling))
+        weight, ids = torch.randn(16, dim), torch.stack([torch.randint(0, 7, (70,)), torch.randint(0, 9, (70,))], 1)
+        with use_backend("native"):
+            out = embedding_bag([weight], ids, (0, 1, 2), None, EmbeddingSpec(bags))
+        assert torch.equal(out, torch.cat([weight[ids[:, 0]], weight[7 + ids[:, 1]]], dim=1)), f"width {dim}"
+
+
 def test_gradient_of_a_few_weights(base_seed):
     lookup = next(c for c in map(random_lookup, range(base_seed, base_seed + 1000)) if len(c.weights) == 3)
     whole = run(lookup, "native")
