@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import contenders, equality, floors, folding, measure
+from bench import contenders, equality, floors, folding, measure, products
 from bench.shapes import ALI_CCP, CENSUS, Shape
 from bench.test_inference import measure_inference
 from bench.test_ops import measure_op
@@ -184,3 +184,13 @@ def test_folding(amp, monkeypatch):
     if amp is None:  # on AMX nothing is folded in bf16
         with pytest.raises(SystemExit, match="folded: its losses are"):
             folding.measure(shape, "mmoe", amp, 1)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the products are the native library's")
+def test_products(monkeypatch):
+    found = products.rates(6, 20, 17, seconds=0)
+    assert len(found) == 6
+    assert all(rate > 0 for rate in found.values())
+    monkeypatch.setattr(products.torch, "randn", lambda *shape: torch.full(shape, torch.nan))
+    with pytest.raises(SystemExit, match="fp32: the product is off by nan"):
+        products.rates(6, 20, 17, seconds=0)
