@@ -154,6 +154,9 @@ struct Tiles {
     height = std::clamp<int64_t>((n_rows / 8 + kBlock - 1) / kBlock * kBlock, kBlock, 256);
     count = (n_rows + height - 1) / height;
   }
+  // Rows of a tile, of which the last may have fewer. What is chosen by them is chosen alike for all tiles: equal rows
+  // are to give equal results, since a normalisation of a column that is the same in all rows blows up any difference.
+  int64_t most() const { return std::min(rows, height); }
   Range at(int64_t tile) const { return {tile * height, std::min(rows, (tile + 1) * height)}; }
   // The tile that a phase takes as its i-th: every other phase goes backwards, and so begins with what the one before
   // has left in the cache. The forward's phases are counted from 0, the backward's go on behind them.

@@ -56,8 +56,7 @@ class ExpertGateBackward {
       sums_.emplace_back(tiles_, spec_.gate_columns, false);
       list_mixers();
     }
-    packed_ =
-        std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), dx_columns_, small_);
+    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, tiles_.most(), dx_columns_, small_);
     const PackedInputs<T> inputs(spec_, saved_, kBf16 && depth ? tiles_.rows : 0);
     for (ColumnFactors& factors : factors_) factors.fill(factors.all());
     const int64_t out_columns =
@@ -309,9 +308,10 @@ class ExpertGateBackward {
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld,
                                    packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
-    } else if (is_small(rows.size(), columns.size(), fan_in)) {
+    } else if (is_small(tiles_.most(), columns.size(), fan_in)) {
       kernels_.small_gemm(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld, false,
-                          packed_->plain(norm, columns.start), fan_in, false, to, ld, accumulate);
+                          packed_->plain(norm, columns.start), fan_in, false, to, ld, accumulate,
+                          tiles_.most() < kFewRows);
     } else {
       best_packed_gemm().gemm_f32(rows.size(), n, columns.size(), dz.at(rows.start, columns.start), dz.ld,
                                   packed_->at(norm, columns.start), to, ld, accumulate, &ahead);
@@ -422,7 +422,7 @@ class ExpertGateBackward {
         const float* source = t.below ? h : x_.at(t.from, row);
         const int64_t ld = t.below ? ld_h : x_.row_stride;
         if (is_small(n, k, n_rows)) {
-          kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, to, k, row > 0);
+          kernels_.small_gemm(n, k, rows, from, dz.ld, true, source, ld, false, to, k, row > 0, n < kFewRows);
         } else {
           gemm.wgrad_f32(rows, n, k, from, dz.ld, source, ld, to, k, row > 0);
         }

@@ -35,7 +35,7 @@ class ExpertGateForward {
     const int64_t depth = spec_.depth();
     for (int64_t l = 0; l < depth; ++l) factors_.push_back(hidden_factors(spec_, params_, saved_, l));
     if (has_gates()) factors_.emplace_back(saved_.gate, params_.gate, spec_.gate_columns);
-    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, std::min(tiles_.rows, tiles_.height), -1, small_);
+    packed_ = std::make_unique<PackedWeights<T>>(spec_, params_, tiles_.most(), -1, small_);
     if (small_) sums_ = std::make_unique<SmallSums>(spec_, params_, *small_);
     const int64_t work = tiles_.rows * spec_.row_work();
     if (!batch_statistics_) {
@@ -203,9 +203,9 @@ class ExpertGateForward {
     if constexpr (kBf16) {
       best_packed_gemm().gemm_bf16(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
                                    z, ld, adds, ahead);
-    } else if (is_small(rows.size(), columns.size(), fan_in)) {
+    } else if (is_small(tiles_.most(), columns.size(), fan_in)) {
       kernels_.small_gemm(rows.size(), columns.size(), fan_in, h.data, h.ld, false, packed_->plain(norm, columns.start),
-                          fan_in, true, z, ld, adds);
+                          fan_in, true, z, ld, adds, tiles_.most() < kFewRows);
     } else {
       best_packed_gemm().gemm_f32(rows.size(), columns.size(), fan_in, h.data, h.ld, packed_->at(norm, columns.start),
                                   z, ld, adds, ahead);

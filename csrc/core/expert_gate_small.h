@@ -66,7 +66,7 @@ class SmallSums {
       const SmallTable& table = small_.tables.table(t);
       best_kernels().small_gemm(table.rows, n, table.dim, table.values, table.dim, false,
                                 piece.weight + piece.columns.start * width + table.column, width, true,
-                                to + small_.tables.first_row(t) * ld, ld, false);
+                                to + small_.tables.first_row(t) * ld, ld, false, table.rows < kFewRows);
     }
     std::fill_n(to + small_.tables.zero_row() * ld, ld, 0.0f);
   }
@@ -145,10 +145,10 @@ class SmallGrads {
       const float* of_table = sums + tables.first_row(t) * kColumns;
       const int64_t first = piece.columns.start * width + table.column;
       best_kernels().small_gemm(n, table.dim, table.rows, of_table, kColumns, true, values_.data() + places_[t],
-                                table.dim, false, dweight + first, width, false);
+                                table.dim, false, dweight + first, width, false, n < kFewRows);
       if (!to_) continue;
       best_kernels().small_gemm(table.rows, table.dim, n, of_table, kColumns, false, piece.weight + first, width, false,
-                                parts_.data() + index * size_ + places_[t], table.dim, false);
+                                parts_.data() + index * size_ + places_[t], table.dim, false, table.rows < kFewRows);
     }
   }
 

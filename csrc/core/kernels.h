@@ -121,9 +121,10 @@ struct Kernels {
   const char* name;
 
   // c [m, n] = a [m, k] b [k, n], plus c where it accumulates; a transposed operand is given as its [k, m] or [n, k].
-  // For products of at most kSmallProduct multiply-adds, where calling a library costs more than it gains.
+  // For products of at most kSmallProduct multiply-adds, where calling a library costs more than it gains. few_rows:
+  // summed in more parts, for a result of so few rows in all (kFewRows) that what reads it blows rounding up.
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
-                     int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate);
+                     int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate, bool few_rows);
 
   // z = the sum over i of the rows picks[i] of `sums`: what small tables give to a linear layer (small_tables.h).
   void (*add_up)(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const float* sums,

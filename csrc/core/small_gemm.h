@@ -2,8 +2,8 @@
 //
 // Compiled once for each instruction set, see simd.h; contract in kernels.h. An element of c is summed over k in
 // several parts, which hides the latency of the addition and halves the rounding, and a deep one in stretches, beside
-// whose sums the next one's terms are not small; the order depends on the sizes alone. Few rows are summed in more
-// parts, as dot products are: a normalisation of so few blows their rounding up.
+// whose sums the next one's terms are not small. The order is the same for all rows of a product. Where few_rows they
+// are summed in more parts, as dot products are: a normalisation of so few blows their rounding up.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,7 @@ FASTMTL_INLINE void product_rows(int64_t i, int64_t n, int64_t k, const float* a
 }
 
 inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
-                       int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate) {
+                       int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate, bool few_rows) {
   const int64_t step_row = transpose_a ? 1 : ld_a, step_k = transpose_a ? ld_a : 1;
   std::vector<float> packed;
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -73,7 +73,7 @@ inline void small_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t 
       ld_panel = kLanes;
     }
     int64_t i = 0;
-    if (m < kFewRows) {
+    if (few_rows) {
       for (; i < m; ++i) product_rows<1, 8>(i, lanes, k, a, step_row, step_k, panel, ld_panel, c + j, ld_c, accumulate);
     }
     for (; i + 4 <= m; i += 4) {
