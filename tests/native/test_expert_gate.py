@@ -119,14 +119,15 @@ def test_forward_leaves_its_arguments_alone(base_seed):
         assert all(torch.equal(a, b) for a, b in zip(before, params.learned(), strict=True))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_equal_rows_give_equal_results(training, base_seed):
+def test_equal_rows_give_equal_results(training, bf16, base_seed):
     """Wherever in the batch they lie: what is the same in all rows has a variance of 0, and the next normalisation blows
     a difference in the last bit up three hundred times."""
     rng = random.Random(base_seed)
     for i in range(20):
         case = random_case(base_seed + i, batch=rng.randint(2, 700))
-        with use_backend("native"), torch.no_grad():
+        with use_backend("native"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             x = case.x[:, :1].expand_as(case.x).contiguous()
             out = expert_gate(x, case.params, case.spec, training)
         rows = out if out.ndim == 2 else out.transpose(0, 1)  # [B, E] with an output layer, else [G or E, B, H]
