@@ -47,7 +47,8 @@ def test_random_layers(case, kind, seed, device, monkeypatch):
     torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
     if case < 2:
         out = run(layer, torch.bfloat16, device)
-        torch.testing.assert_close(out.cpu().double(), wanted, rtol=0.05, atol=0.1 * float(wanted.abs().max()))
+        atol = 0.1 * float(wanted.abs().max()) + 1e-30  # the interpreter makes 1e-38 of bf16's 0
+        torch.testing.assert_close(out.cpu().double(), wanted, rtol=0.05, atol=atol)
 
 
 @pytest.mark.parametrize("width", [1, 16, 17, 100, 139, 239, 376, 1000])
