@@ -79,7 +79,11 @@ def input_gradient(dz: Tensor, weight: Tensor, out: Tensor, plan: LayerPlan, lay
     written: set[int] = set()
     for block in plan.blocks(layer):
         sources = set(range(block.source, block.source + block.n))
-        product(_columns(dz, block), _rows(weight, block), _sources(out, block), adds=bool(sources & written))
+        adds = bool(sources & written)
+        if adds:  # to some of them: inputs that gates read and no expert does
+            for source in sources - written:
+                out[source].zero_()
+        product(_columns(dz, block), _rows(weight, block), _sources(out, block), adds)
         written |= sources
     for source in set(range(len(out))) - written:
         out[source].zero_()

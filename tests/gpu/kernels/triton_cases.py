@@ -171,7 +171,9 @@ def random_layer(seed: int, **fixed: Any) -> Layer:
     n_inputs, width = draw(1, 4), draw(1, 36)
     dims = tuple(draw(1, 24) for _ in range(draw(1, 1 + fixed.get("depth", 3))))
     kind = fixed.get("kind") or ("gates", "experts", "heads")[draw(0, 3)]
-    expert_input = tuple(sorted([*range(n_inputs), *(draw(0, n_inputs) for _ in range(draw(0, 4)))]))
+    # every input has an expert, or the experts have any inputs
+    experts = [*range(n_inputs)] if draw(0, 2) else [draw(0, n_inputs)]
+    expert_input = tuple(sorted([*experts, *(draw(0, n_inputs) for _ in range(draw(0, 4)))]))
     gates: tuple[Gate, ...] = ()
     if kind == "gates":
         sources = sorted(draw(0, n_inputs) for _ in range(draw(1, 5)))
@@ -184,7 +186,7 @@ def random_layer(seed: int, **fixed: Any) -> Layer:
     spec = ExpertGateSpec(width, expert_input, dims, activation, dropout, gates, kind == "heads")
     batch = fixed["batch"] if "batch" in fixed else (1, 9, 17, 35)[draw(0, 4)]
     return Layer(
-        spec, random_params(spec, rng), torch.randn(n_inputs, batch, width, generator=rng, dtype=torch.float64)
+        spec, random_params(spec, rng), torch.randn(spec.n_inputs, batch, width, generator=rng, dtype=torch.float64)
     )
 
 
