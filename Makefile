@@ -16,6 +16,8 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BUILD := --no-build-isolation --config-settings=build-dir=build/$(notdir $(VENV))
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 INSTALL_LOG := build/install.log
+# most tests keep one core busy, so two run at a time; ARGS="-n0 --pdb" to look into one
+PYTEST = $(BIN)/python -m pytest -n 2
 
 # Census-Income is looked for there; without it, training falls back to a log made on the spot
 ifneq ($(wildcard ../shared/data),)
@@ -34,10 +36,11 @@ train: $(VENV)/.package  ## install, build, train MMoE and print each task's AUC
 	$(BIN)/fastmtl train $(ARGS)
 
 test: $(VENV)/.dev  ## install the development tools and run the tests; ARGS="-k census" for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) --dist loadfile $(ARGS)
 
-gpu-check: $(VENV)/.gpu  ## install Triton and check the GPU kernels without a GPU: interpreter and compilers
-	$(BIN)/python -m pytest tests/gpu $(ARGS)
+gpu-check: $(VENV)/.gpu  ## install Triton and check the GPU kernels without a GPU: compilers and interpreter
+	$(PYTEST) --dist loadfile tests/gpu $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) --dist worksteal tests/gpu/kernels $(ARGS)
 
 gpu:  ## on a CUDA machine: build, test, sanitize and measure into bench/results, with what it has installed
 	@test -n "$(PYTHON)" || { echo "make gpu: no Python 3.11 or newer here: make gpu PYTHON=/path/to/python" >&2; exit 1; }

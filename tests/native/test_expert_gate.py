@@ -122,8 +122,8 @@ def test_forward_leaves_its_arguments_alone(base_seed):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_equal_rows_give_equal_results(training, bf16, base_seed):
-    """Wherever in the batch they lie: what is the same in all rows has a variance of 0, and the next normalisation blows
-    a difference in the last bit up three hundred times."""
+    """Wherever in the batch they lie: what is the same in all rows has a variance of 0, and the next normalisation
+    blows a difference in the last bit up three hundred times."""
     rng = random.Random(base_seed)
     for i in range(20):
         case = random_case(base_seed + i, batch=rng.randint(2, 700))

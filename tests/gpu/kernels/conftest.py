@@ -1,7 +1,7 @@
 """The kernels' numbers, on a GPU or through Triton's interpreter: collected where one of them is there.
 
-Where there is no GPU, ../test_on_interpreter.py runs this folder in processes of its own, since Triton decides for the
-interpreter once and for all when it is imported.
+Where there is no GPU, `make gpu-check` runs this folder by itself, on the interpreter (TRITON_INTERPRET=1): Triton
+decides for it once and for all when it is imported.
 """
 
 import importlib.util
