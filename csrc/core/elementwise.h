@@ -130,6 +130,13 @@ void column_stats(const float* z, int64_t ld, int64_t rows, int64_t cols, bool e
   }
 }
 
+// Some columns go down the rows before the next ones do, a jump that the processor does not foresee: in each row they
+// ask for what the next columns read there, or write.
+template <int kWrite = 0>
+FASTMTL_INLINE void ask_for(const void* place) {
+  __builtin_prefetch(place, kWrite);
+}
+
 template <class Act, bool kDropout, class T, class H>
 void hidden_elementwise(const Tile<T>& t, H* h, int64_t ld_h) {
   for_column_pairs(t.cols, [&](int64_t first, auto vectors, auto n) __attribute__((always_inline)) {
@@ -137,6 +144,7 @@ void hidden_elementwise(const Tile<T>& t, H* h, int64_t ld_h) {
     ColumnConstants k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
     for (int64_t r = 0; r < t.rows; ++r) {
+      ask_for(t.z + r * t.ld + first + kVectors * kLanes);
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         const F32 y = (load(t.z + r * t.ld + c, n) - k[v].mean) * k[v].scale + k[v].shift;
@@ -159,6 +167,8 @@ void hidden_grad_elementwise(const Tile<T>& t, const float* dh, int64_t ld_dh, T
     for (int v = 0; v < kVectors; ++v) k[v] = constants(t, first + v * kLanes, n);
     F64 totals[kVectors][3] = {};
     const auto row = [&](int64_t r, auto& near) __attribute__((always_inline)) {
+      ask_for(t.z + r * t.ld + first + kVectors * kLanes);
+      ask_for<1>(dy + r * ld_dy + first + kVectors * kLanes);
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         const F32 centred = load(t.z + r * t.ld + c, n) - k[v].mean;
@@ -214,6 +224,8 @@ void linear_grad_near(const Tile<T>& t, const T* dy, int64_t ld_dy, const double
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
+      ask_for(t.z + r * t.ld + first + kVectors * kLanes);
+      ask_for(dy + r * ld_dy + first + kVectors * kLanes);
       for (int v = 0; v < kVectors; ++v) {
         const int64_t c = first + v * kLanes;
         F32 left = load(dy + r * ld_dy + c, n);
