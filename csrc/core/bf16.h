@@ -52,7 +52,11 @@ FASTMTL_INLINE F32 from_bf16(H16 value) { return (F32)(convert<U32>(value) << 16
 FASTMTL_INLINE F32 load(const Bf16* from, int64_t n) {
   if (n >= kLanes) return from_bf16(read<H16>(from));
   H16 v{};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  v.part[0] = (H16::Part)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from);
+#else
   std::memcpy(&v, from, sizeof(Bf16) * static_cast<size_t>(n));
+#endif
   return from_bf16(v);
 }
 
@@ -60,7 +64,11 @@ FASTMTL_INLINE F32 load(const Bf16* from, int64_t n) {
 FASTMTL_INLINE void store(Bf16* to, F32 v, int64_t n) {
   const H16 rounded = to_bf16(v);
   if (n >= kLanes) return write(to, rounded);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), (__m256i)rounded.part[0]);
+#else
   std::memcpy(to, &rounded, sizeof(Bf16) * static_cast<size_t>(n));
+#endif
 }
 
 }  // namespace fastmtl::FASTMTL_ISA

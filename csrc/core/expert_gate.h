@@ -54,6 +54,7 @@ inline std::vector<Range> pieces_of(Range columns, int64_t group_columns) {
 struct ExpertGateLayer {
   int64_t in_features, n_inputs, n_experts, activation, gate_columns;
   int64_t weight_columns;  // of the first layer and the gates: in_features, and those of tables folded into them
+  int64_t n_folded = 0;    // these tables
   bool output_layer;
   std::vector<int64_t> dims;
   std::vector<Range> experts_of, gate_columns_of;  // of each input
@@ -61,10 +62,11 @@ struct ExpertGateLayer {
 
   int64_t depth() const { return static_cast<int64_t>(dims.size()); }
   int64_t n_gates() const { return static_cast<int64_t>(gates.size()); }
-  // Multiply-adds of the forward for one row; an element's arithmetic between two products counts for sixteen.
+  // Multiply-adds of the forward for one row; an element's arithmetic between two products counts for sixteen, a number
+  // of a folded table's row of sums for two.
   int64_t row_work() const {
-    int64_t work = n_inputs * in_features + gate_columns * in_features;
-    for (int64_t l = 0; l < depth(); ++l) work += columns(l) * (fan_in(l) + 16);
+    int64_t work = n_inputs * in_features + gate_columns * (in_features + 2 * n_folded);
+    for (int64_t l = 0; l < depth(); ++l) work += columns(l) * (fan_in(l) + 16 + (l == 0 ? 2 * n_folded : 0));
     return work;
   }
   int64_t columns(int64_t layer) const { return n_experts * dims[layer]; }

@@ -15,6 +15,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/expert_gate.h"
@@ -62,12 +64,8 @@ class SmallSums {
     const FirstWeight& piece = pieces_[index];
     const int64_t n = piece.columns.size(), ld = SmallTables::stride(n), width = spec_.weight_columns;
     float* to = starts_[index];
-    for (int64_t t = 0; t < small_.tables.count(); ++t) {
-      const SmallTable& table = small_.tables.table(t);
-      best_kernels().small_gemm(table.rows, n, table.dim, table.values, table.dim, false,
-                                piece.weight + piece.columns.start * width + table.column, width, true,
-                                to + small_.tables.first_row(t) * ld, ld, false, table.rows < kFewRows);
-    }
+    best_kernels().fold(small_.tables.all().data(), small_.tables.count(), n,
+                        piece.weight + piece.columns.start * width, width, to, ld);
     std::fill_n(to + small_.tables.zero_row() * ld, ld, 0.0f);
   }
 
@@ -103,17 +101,14 @@ class SmallGrads {
   // to: [sum of rows x dim], the tables one behind the other; null where it is not wanted.
   SmallGrads(const ExpertGateLayer& spec, const ExpertGateParams& params, const ExpertGateGrads& grads,
              const SmallInputs& small, int64_t n_rows, float* to)
-      : spec_(spec), grads_(grads), small_(small), to_(to) {
+      : spec_(spec), grads_(grads), small_(small), to_(to), tables_(small.tables.all()) {
     for (const FirstWeight& whole : first_weights(spec, params)) {
       for (int64_t c = whole.columns.start; c < whole.columns.stop; c += kColumns) {
         pieces_.push_back({whole.norm, whole.weight, {c, std::min(whole.columns.stop, c + kColumns)}});
       }
     }
-    for (int64_t t = 0; t < small.tables.count(); ++t) {
-      places_.push_back(size_);
-      size_ += small.tables.table(t).rows * small.tables.table(t).dim;
-    }
-    read_rows(n_rows);
+    for (const SmallTable& table : tables_) size_ += table.rows * table.dim;
+    leave_out_unread(n_rows);
     if (to) parts_.resize(pieces_.size() * static_cast<size_t>(size_));
   }
 
@@ -128,28 +123,21 @@ class SmallGrads {
   void make(int64_t index, const Grouped<T>& dz, int64_t n_rows, float* scratch) {
     const FirstWeight& piece = pieces_[index];
     const SmallTables& tables = small_.tables;
-    const int64_t n = piece.columns.size(), all = tables.zero_row() + 1, width = spec_.weight_columns;
-    const int64_t n_picks = tables.count();
-    float *const sums = scratch, *const some = scratch + all * kColumns;
-    std::fill_n(sums, all * kColumns, 0.0f);
+    const int64_t n = piece.columns.size(), ld = round_up(n, kPanel), width = spec_.weight_columns;
+    const int64_t n_picks = tables.count(), size = (tables.zero_row() + 1) * ld;
+    float *const sums = scratch, *const some = scratch + size;
+    std::fill_n(sums, size, 0.0f);
     for (int64_t row = 0; row < n_rows; row += kStretchRows) {
       float* into = row == 0 ? sums : some;
-      if (row > 0) std::fill_n(some, all * kColumns, 0.0f);
+      if (row > 0) std::fill_n(some, size, 0.0f);
       best_tile_kernels<T>().sum_by_pick(std::min(kStretchRows, n_rows - row), n, small_.picks + row * n_picks, n_picks,
-                                         n_picks, dz.at(row, piece.columns.start), dz.ld, into, kColumns);
-      for (int64_t i = 0; row > 0 && i < all * kColumns; ++i) sums[i] += some[i];
+                                         n_picks, dz.at(row, piece.columns.start), dz.ld, into, ld);
+      for (int64_t i = 0; row > 0 && i < size; ++i) sums[i] += some[i];
     }
     float* dweight = piece.norm == 0 ? grads_.hidden[0].weight : grads_.gate.weight;
-    for (int64_t t = 0; t < n_picks; ++t) {
-      const SmallTable& table = tables.table(t);
-      const float* of_table = sums + tables.first_row(t) * kColumns;
-      const int64_t first = piece.columns.start * width + table.column;
-      best_kernels().small_gemm(n, table.dim, table.rows, of_table, kColumns, true, values_.data() + places_[t],
-                                table.dim, false, dweight + first, width, false, n < kFewRows);
-      if (!to_) continue;
-      best_kernels().small_gemm(table.rows, table.dim, n, of_table, kColumns, false, piece.weight + first, width, false,
-                                parts_.data() + index * size_ + places_[t], table.dim, false, table.rows < kFewRows);
-    }
+    const int64_t first = piece.columns.start * width;
+    best_kernels().fold_grad(tables_.data(), n_picks, n, piece.weight + first, width, sums, ld, dweight + first,
+                             to_ ? parts_.data() + index * size_ : nullptr);
   }
 
   // The tables' gradients, from those of all pieces.
@@ -164,19 +152,25 @@ class SmallGrads {
   }
 
  private:
-  static constexpr int64_t kColumns = 64;  // whose sums of some hundred rows stay in the nearest caches
+  static constexpr int64_t kColumns = 4 * kPanel;  // whose sums of some hundred rows stay in the nearest caches
 
-  // The rows that the batch reads; the others are 0, because what is NaN there times a sum of nothing would not be.
-  void read_rows(int64_t n_rows) {
-    const SmallTables& tables = small_.tables;
-    std::vector<bool> is_read(static_cast<size_t>(tables.zero_row() + 1));
-    for (int64_t i = 0; i < n_rows * tables.count(); ++i) is_read[static_cast<size_t>(small_.picks[i])] = true;
+  // Rows that the batch does not read become 0 where something is not finite, because NaN times a sum of nothing is
+  // not 0.
+  void leave_out_unread(int64_t n_rows) {
+    bool finite = true;
+    for (const SmallTable& table : tables_) {
+      for (int64_t i = 0; i < table.rows * table.dim; ++i) finite &= std::isfinite(table.values[i]);
+    }
+    if (finite) return;
+    std::vector<bool> is_read(static_cast<size_t>(small_.tables.zero_row() + 1));
+    for (int64_t i = 0; i < n_rows * small_.tables.count(); ++i) is_read[static_cast<size_t>(small_.picks[i])] = true;
     values_.resize(static_cast<size_t>(size_));
-    for (int64_t t = 0; t < tables.count(); ++t) {
-      const SmallTable& table = tables.table(t);
-      for (int64_t v = 0; v < table.rows; ++v) {
-        if (!is_read[static_cast<size_t>(tables.first_row(t) + v)]) continue;
-        std::copy_n(table.values + v * table.dim, table.dim, values_.data() + places_[t] + v * table.dim);
+    float* to = values_.data();
+    int64_t row = 0;
+    for (SmallTable& table : tables_) {
+      const float* from = std::exchange(table.values, to);
+      for (int64_t v = 0; v < table.rows; ++v, ++row, from += table.dim, to += table.dim) {
+        if (is_read[static_cast<size_t>(row)]) std::copy_n(from, table.dim, to);
       }
     }
   }
@@ -186,9 +180,9 @@ class SmallGrads {
   const SmallInputs& small_;
   float* const to_;
   std::vector<FirstWeight> pieces_;
-  std::vector<int64_t> places_;
   int64_t size_ = 0;
-  std::vector<float> values_;  // [size_], the tables one behind the other
+  std::vector<SmallTable> tables_;
+  std::vector<float> values_;  // [size_], the tables one behind the other, where rows are left out
   std::vector<float> parts_;   // [pieces, size_]
 };
 

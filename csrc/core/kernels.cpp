@@ -1,6 +1,7 @@
 // The kernels of expert_gate in fp32 for ONE instruction set: built once for each, with FASTMTL_ISA naming it.
 #include "core/kernels.h"
 
+#include "core/folded_tables.h"
 #include "core/picked_rows.h"
 #include "core/small_gemm.h"
 #include "core/task_losses.h"
@@ -12,7 +13,7 @@
 namespace fastmtl::FASTMTL_ISA {
 
 const Kernels& kernels() {
-  static const Kernels table = {FASTMTL_NAME(FASTMTL_ISA), small_gemm, add_up, gate_softmax, task_losses};
+  static const Kernels table = {FASTMTL_NAME(FASTMTL_ISA), small_gemm, fold, fold_grad, add_up, gate_softmax, task_losses};
   return table;
 }
 

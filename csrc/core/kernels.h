@@ -117,6 +117,12 @@ struct TileKernels {
                       const float* dout, int64_t ld_dout, float* dh, int64_t ld_dh, double* dweight, double* dbias);
 };
 
+// A table [rows, dim] whose looked-up row fills the columns [column, column + dim) of what a layer reads.
+struct SmallTable {
+  int64_t column, dim, rows;
+  const float* values;
+};
+
 struct Kernels {
   const char* name;
 
@@ -125,6 +131,16 @@ struct Kernels {
   // summed in more parts, for a result of so few rows in all (kFewRows) that what reads it blows rounding up.
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                      int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate, bool few_rows);
+
+  // sums [the tables' rows one below the other, ld_sums]: each row times the columns of `weight` [cols, width] that read
+  // it. ld_sums is a multiple of kPanel; columns up to the next multiple of it are written too.
+  void (*fold)(const SmallTable* tables, int64_t n_tables, int64_t cols, const float* weight, int64_t width,
+               float* sums, int64_t ld_sums);
+
+  // From the gradient of `sums`, whose columns behind the last are zero: dweight [cols, width], the columns that read
+  // tables, and of the tables' rows one behind the other dvalues, which may be null.
+  void (*fold_grad)(const SmallTable* tables, int64_t n_tables, int64_t cols, const float* weight, int64_t width,
+                    const float* sums, int64_t ld_sums, float* dweight, float* dvalues);
 
   // z = the sum over i of the rows picks[i] of `sums`: what small tables give to a linear layer (small_tables.h).
   void (*add_up)(int64_t rows, int64_t cols, const int32_t* picks, int64_t ld_picks, int64_t n_picks, const float* sums,

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/kernels.h"
 #include "core/packed_gemm.h"
 
 namespace fastmtl {
@@ -28,12 +29,6 @@ struct OnLines {
   U* allocate(size_t n) { return static_cast<U*>(::operator new(n * sizeof(U), std::align_val_t{64})); }
   void deallocate(U* data, size_t) { ::operator delete(data, std::align_val_t{64}); }
   bool operator==(const OnLines&) const { return true; }
-};
-
-// A table [rows, dim] whose looked-up row fills the columns [column, column + dim) of matrix 0.
-struct SmallTable {
-  int64_t column, dim, rows;
-  const float* values;
 };
 
 class SmallTables {
@@ -55,10 +50,11 @@ class SmallTables {
   // The number of a table's first row among all sums.
   int64_t first_row(int64_t t) const { return first_rows_[static_cast<size_t>(t)]; }
   int64_t zero_row() const { return rows_; }
-  const SmallTable& table(int64_t t) const { return tables_[static_cast<size_t>(t)]; }
+  const std::vector<SmallTable>& all() const { return tables_; }
   int64_t kept_columns() const { return static_cast<int64_t>(kept_.size()); }
 
-  static int64_t stride(int64_t n) { return round_up(n, kPanel); }
+  // An odd number of cache lines, so that some columns of all rows use all sets of the cache.
+  static int64_t stride(int64_t n) { return (round_up(n, kPanel) / kPanel | 1) * kPanel; }
 
   // Appends to `sums` those of a weight [n, width]; returns where they begin.
   int64_t append_sums(int64_t n, int64_t width, const float* weight, std::vector<float, OnLines<float>>& sums) const {

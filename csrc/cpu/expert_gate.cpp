@@ -111,6 +111,7 @@ class Folded {
     for (int64_t i = 0; i < rows_ * n; ++i) most = std::max(most, static_cast<uint32_t>(small_->picks[i]));
     STD_TORCH_CHECK(most <= small_->tables.zero_row(), "picks name no row");
     spec.in_features = small_->tables.kept_columns();
+    spec.n_folded = n;
   }
   const SmallInputs* get() const { return small_ ? &*small_ : nullptr; }
   void check_rows(int64_t n_rows) const {
@@ -249,6 +250,24 @@ std::vector<Tensor> task_losses(const Tensor& logits, const Tensor& labels, cons
   return {losses, grad};
 }
 
+// Towers in training with the losses of their logits, forward and backward: the losses, the logits, the gradients of
+// `learned`, then where needs_x that of x.
+std::vector<Tensor> tower_losses(const Tensor& input, std::vector<Tensor> learned, std::vector<Tensor> running,
+                                 const Tensor& plan, double dropout, int64_t seed, bool bf16, const Tensor& labels,
+                                 const Tensor& is_classification, const Tensor& factors, bool needs_x) {
+  std::vector<Tensor> saved =
+      expert_gate_fwd(input, learned, running, plan, true, dropout, seed, bf16, std::nullopt, std::nullopt, std::nullopt);
+  const Tensor logits = saved.front();
+  saved.erase(saved.begin());
+  std::vector<Tensor> results = task_losses(logits, labels, is_classification, factors);
+  const std::vector<Tensor> grads =
+      expert_gate_bwd(results.back(), input, learned, saved, plan, true, dropout, seed, needs_x ? input.size(2) : -1,
+                      std::nullopt, std::nullopt, std::nullopt);
+  results.back() = logits;
+  results.insert(results.end(), grads.begin(), grads.end());
+  return results;
+}
+
 std::string isa() { return best_kernels().name; }
 
 }  // namespace
@@ -262,6 +281,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "expert_gate_bwd(Tensor grad, Tensor x, Tensor[] learned, Tensor[] saved, Tensor plan, bool training, float "
       "dropout, int seed, int x_columns, Tensor? places=None, Tensor? table=None, Tensor? picks=None) -> Tensor[]");
   m.def("task_losses(Tensor logits, Tensor labels, Tensor is_classification, Tensor factors) -> Tensor[]");
+  m.def(
+      "tower_losses(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor plan, float dropout, int seed, bool bf16, "
+      "Tensor labels, Tensor is_classification, Tensor factors, bool needs_x) -> Tensor[]");
   m.def("isa() -> str");
 }
 
@@ -269,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("expert_gate_fwd", TORCH_BOX(&expert_gate_fwd));
   m.impl("expert_gate_bwd", TORCH_BOX(&expert_gate_bwd));
   m.impl("task_losses", TORCH_BOX(&task_losses));
+  m.impl("tower_losses", TORCH_BOX(&tower_losses));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

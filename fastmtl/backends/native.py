@@ -320,6 +320,30 @@ def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, facto
     return losses, grad
 
 
+def tower_losses(
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    labels: Tensor,
+    is_classification: Tensor,
+    factors: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """:func:`expert_gate_fwd` of towers in training, :func:`task_losses` of their logits and :func:`expert_gate_bwd`,
+    as one call.
+
+    Returns:
+        Losses ``[T]``, logits ``[B, T]``, the gradients of x (None where it needs none) and of ``params.learned()``.
+    """
+    learned = params.learned()
+    seed = int(torch.empty((), dtype=torch.int64).random_()) if spec.dropout > 0 else 0
+    losses, logits, *grads = _ops.tower_losses.default(
+        x, learned, params.running(), _layer_plan(spec), spec.dropout, seed, computes_in_bf16(),
+        labels, is_classification, factors, needs_x,
+    )  # fmt: skip
+    return losses, logits, grads.pop() if needs_x else None, grads
+
+
 def expert_gate_bwd(
     grad: Tensor,
     x: Tensor,

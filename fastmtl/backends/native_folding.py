@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +16,26 @@ from torch import Tensor
 from ..spec import Bag, EmbeddingSpec, ExpertGateSpec
 from . import eager, native
 
-#: A table is folded where what a layer makes of its rows is at most so many times the weights that are no longer read,
-#: and where that pays for adding a row; all together have so many rows at most.
-_MOST_TIMES, _LEAST_WIDTH, _MOST_ROWS = 8, 8, 256
+#: A table is folded where it has at most so many rows for each of its columns, and all together have so many rows at
+#: most.
+_MOST_TIMES, _MOST_ROWS = 16, 1024
+#: The least width of a table for which adding a row of sums costs less than the products with its embedding: in fp32
+#: (and in bf16 that is computed so), and on processors that multiply bf16. AMX multiplies sixteen columns of an
+#: embedding of 16 in the time of two additions: nothing pays.
+_LEAST_WIDTH = 4
+_LEAST_WIDTH_BF16 = {"avx512_bf16": 8, "amx": None}
 
 
-def small_tables(spec: EmbeddingSpec) -> list[int]:
+def small_tables(spec: EmbeddingSpec, bf16: bool) -> list[int]:
     """The bags of one id a row whose tables are folded, the smallest first chosen; ascending."""
+    least = _LEAST_WIDTH_BF16.get(torch.ops.fastmtl.gemm_isa(), _LEAST_WIDTH) if bf16 else _LEAST_WIDTH
     chosen, rows = [], 0
     for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
         rows += bag.vocab
-        fits = bag.vocab <= _MOST_TIMES * bag.dim and bag.dim >= _LEAST_WIDTH and rows <= _MOST_ROWS
+        fits = least is not None and bag.dim >= least and bag.vocab <= _MOST_TIMES * bag.dim and rows <= _MOST_ROWS
         if fits and bag.pooling == "sum":
             chosen.append(f)
     return sorted(chosen)
-
-
-def folding_pays(bf16: bool) -> bool:
-    """Whether adding a row of sums costs less than a product with an embedding; not on AMX in bf16, which multiplies
-    sixteen columns of an embedding of 16 in the time of two additions."""
-    return not (bf16 and torch.ops.fastmtl.gemm_isa() == "amx")
 
 
 def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
@@ -73,15 +74,17 @@ class Folding:
         rows = torch.cat([torch.arange(bag.offset, bag.offset + bag.vocab) for bag in bags])
         #: The rows of the weight, ascending, and where each of the tables' rows counted through is among them.
         self._rows, self._among = rows.unique(return_inverse=True)
+        is_ordered = torch.equal(self._among, torch.arange(len(self._rows)))
+        #: The other way; None: they are the same, or several bags read a row.
+        self._order = None if is_ordered or len(self._rows) < len(rows) else self._among.argsort()
+        self._is_alone = all(bag in bags for bag in spec.bags if bag.table == self._weight)
 
     @classmethod
     def of(cls, spec: EmbeddingSpec, columns: tuple[int, ...], layer: ExpertGateSpec, bf16: bool) -> Folding | None:
         """What pays for a model whose first layer is ``layer``; None: nothing does."""
         if not spec.is_common or layer.n_inputs > 1 or not layer.dims:
             return None
-        if not folding_pays(bf16):
-            return None
-        folded = [f for f in small_tables(spec) if columns[f + 1] - columns[f] == 1]
+        folded = [f for f in small_tables(spec, bf16) if columns[f + 1] - columns[f] == 1]
         weights = [spec.bags[f].table for f in folded]
         most = max(set(weights), key=weights.count, default=0)
         folded = [f for f in folded if spec.bags[f].table == most]
@@ -89,8 +92,8 @@ class Folding:
 
     @property
     def least_rows(self) -> int:
-        """Rows of a batch that are worth folding the tables for."""
-        return max(2 * len(self._among), 64)
+        """Rows of a batch that are worth folding the tables for: eight times those of a table in the mean."""
+        return max(8 * len(self._among) // len(self._places), 64)
 
     def look_up(self, weights: list[Tensor], ids: Tensor, dense: Tensor | None) -> tuple[Tensor, native.Folded]:
         """The looked-up rows ``[B, width]`` without the folded tables' columns, and these tables."""
@@ -119,11 +122,16 @@ class Folding:
             of_small: ``[rows of the folded tables, D]``, their gradients.
         """
         if index is None:
-            dense = native.dense_gradients(grad, ids, self._kept, shapes, needs)
-            mine = dense[self._weight]
-            if mine is not None:
-                mine[self._rows] += self._by_row(of_small)
-            return [*dense]
+            is_all = self._is_alone and len(self._rows) == shapes[self._weight][0]
+            others = [need and not (is_all and w == self._weight) for w, need in enumerate(needs)]
+            found: list[Any] = [None] * len(others)
+            if any(others):
+                found = native.dense_gradients(grad, ids, self._kept, shapes, others)
+            if needs[self._weight] and is_all:
+                found[self._weight] = self._by_row(of_small)
+            elif needs[self._weight]:
+                found[self._weight][self._rows] += self._by_row(of_small)
+            return found
         sparse = native.sparse_gradients(grad, ids, self._kept, shapes, index)
         pair = sparse[self._weight]
         if pair is not None and len(pair[0]):
@@ -136,5 +144,5 @@ class Folding:
     def _by_row(self, of_small: Tensor) -> Tensor:
         """The gradients of the weight's rows, which several bags may read."""
         if len(self._rows) == len(of_small):
-            return of_small[self._among.argsort()]
+            return of_small if self._order is None else of_small[self._order]
         return torch.zeros(len(self._rows), of_small.shape[1]).index_add_(0, self._among, of_small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -255,7 +256,7 @@ class EmbeddingLayer(BatchedModule):
                         f"DenseFeature(embed_dim={feature.embed_dim})"
                     )
         # a look at every value would stall a GPU; there the loss's own check of NaN stands in
-        if dense.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(dense.sum()):
+        if dense.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(dense.sum().item()):
             for feature in group.dense:
                 bad = _column(x, feature.name).isfinite().logical_not().any(dim=1).nonzero()
                 if len(bad):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ... import backend
 from ...backends import eager, native, triton
-from ...backends.native_folding import folding_pays, small_tables, split, table_of
+from ...backends.native_folding import small_tables, split, table_of
 from ...backends.native_inference import Program
 from ...backends.watched import watched
 from ...basic.bank import ExpertGate, TowerBank
@@ -143,7 +143,7 @@ class Packed:
 
     def _foldable(self, program: Any, bf16: bool) -> list[int]:
         """The bags whose tables are folded into the layers that read them."""
-        return small_tables(self._spec) if self.is_plain and program.folds and folding_pays(bf16) else []
+        return small_tables(self._spec, bf16) if self.is_plain and program.folds else []
 
     # ------------------------------------------------------------------------------------------ is it still good
 
