@@ -13,7 +13,8 @@
 namespace fastmtl::FASTMTL_ISA {
 
 const Kernels& kernels() {
-  static const Kernels table = {FASTMTL_NAME(FASTMTL_ISA), small_gemm, fold, fold_grad, add_up, gate_softmax, task_losses};
+  static const Kernels table = {
+      FASTMTL_NAME(FASTMTL_ISA), small_gemm, fold, fold_grad, add_up, gate_softmax, task_losses};
   return table;
 }
 

@@ -132,8 +132,8 @@ struct Kernels {
   void (*small_gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, bool transpose_a, const float* b,
                      int64_t ld_b, bool transpose_b, float* c, int64_t ld_c, bool accumulate, bool few_rows);
 
-  // sums [the tables' rows one below the other, ld_sums]: each row times the columns of `weight` [cols, width] that read
-  // it. ld_sums is a multiple of kPanel; columns up to the next multiple of it are written too.
+  // sums [the tables' rows one below the other, ld_sums]: each row times the columns of `weight` [cols, width] that
+  // read it. ld_sums is a multiple of kPanel; columns up to the next multiple of it are written too.
   void (*fold)(const SmallTable* tables, int64_t n_tables, int64_t cols, const float* weight, int64_t width,
                float* sums, int64_t ld_sums);
 

@@ -255,8 +255,8 @@ std::vector<Tensor> task_losses(const Tensor& logits, const Tensor& labels, cons
 std::vector<Tensor> tower_losses(const Tensor& input, std::vector<Tensor> learned, std::vector<Tensor> running,
                                  const Tensor& plan, double dropout, int64_t seed, bool bf16, const Tensor& labels,
                                  const Tensor& is_classification, const Tensor& factors, bool needs_x) {
-  std::vector<Tensor> saved =
-      expert_gate_fwd(input, learned, running, plan, true, dropout, seed, bf16, std::nullopt, std::nullopt, std::nullopt);
+  std::vector<Tensor> saved = expert_gate_fwd(input, learned, running, plan, true, dropout, seed, bf16, std::nullopt,
+                                              std::nullopt, std::nullopt);
   const Tensor logits = saved.front();
   saved.erase(saved.begin());
   std::vector<Tensor> results = task_losses(logits, labels, is_classification, factors);
