@@ -263,7 +263,7 @@ def columns(case: Case, n_rows: int | None = None) -> tuple[dict[str, np.ndarray
     n = case.batch if n_rows is None else n_rows
     rng = np.random.default_rng(case.seed)
     x = _inputs(case, n, rng)
-    # Rows that are all alike have gradients that cancel to zero, to the bit or not by the order in which they are summed.
+    # Rows that are all alike have gradients that cancel to zero, to the bit or not by the order of summation.
     for _ in range(20):
         if n < 2 or any((column != column[0]).any() for column in x.values()):
             break
