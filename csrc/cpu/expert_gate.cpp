@@ -107,9 +107,13 @@ class Folded {
     small_.emplace(SmallInputs{SmallTables(tables, spec.in_features), picks->const_data_ptr<int32_t>()});
     STD_TORCH_CHECK(small_->tables.zero_row() <= kMostRows, "the tables have too many rows to be folded");
     rows_ = picks->size(0);
-    uint32_t most = 0;  // a negative one is larger than any row
-    for (int64_t i = 0; i < rows_ * n; ++i) most = std::max(most, static_cast<uint32_t>(small_->picks[i]));
-    STD_TORCH_CHECK(most <= small_->tables.zero_row(), "picks name no row");
+    const uint32_t last = static_cast<uint32_t>(small_->tables.zero_row());
+    uint32_t bad = 0;  // its first bit: of a negative one, or one behind the last
+    for (int64_t i = 0; i < rows_ * n; ++i) {
+      const uint32_t pick = static_cast<uint32_t>(small_->picks[i]);
+      bad |= pick | (last - pick);
+    }
+    STD_TORCH_CHECK(bad >> 31 == 0, "picks name no row");
     spec.in_features = small_->tables.kept_columns();
     spec.n_folded = n;
   }
