@@ -4,7 +4,8 @@
     python -m bench.folding --shape aliexpress --model ple --rounds 20
 
 Three ways take turns: as models are trained; with every table looked up; and that with the dense columns' gradient
-computed too. The tables' gradients are sparse, as their exact optimizer wants them. First all must have equal losses.
+computed too. The gradients of large tables are sparse, as their exact optimizer wants them. First all must have equal
+losses.
 docs/performance.md, "Small tables", has the figures.
 """
 
@@ -26,6 +27,7 @@ from bench.models import MODELS, build
 from bench.shapes import SHAPES, Shape
 from fastmtl import optim
 from fastmtl.trainers.native_gradients import ChainGradients
+from fastmtl.trainers.optimizer import LARGE_TABLES
 from fastmtl.weighting import make_strategy
 
 #: Of the losses, relative: folding adds in another order, and in bf16 rounds no embedding.
@@ -53,7 +55,8 @@ def measure(shape: Shape, model_name: str, amp: str | None, rounds: int) -> dict
     x, y = {name: torch.from_numpy(column) for name, column in columns.items()}, torch.from_numpy(labels)
     found = ways(model)
     autocast = torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext()
-    with optim.sparse_gradients(model.embedding), autocast:
+    is_large = sum(table.numel() for table in model.embedding.parameters()) >= LARGE_TABLES
+    with optim.sparse_gradients(model.embedding) if is_large else contextlib.nullcontext(), autocast:
         losses = {name: way(x, y)[0] for name, way in found.items()}
         want = losses["dense columns too"]
         for name, got in losses.items():

@@ -19,23 +19,37 @@ from . import eager, native
 #: A table is folded where it has at most so many rows for each of its columns, and all together have so many rows at
 #: most.
 _MOST_TIMES, _MOST_ROWS = 16, 1024
-#: The least width of a table for which adding a row of sums costs less than the products with its embedding: in fp32
-#: (and in bf16 that is computed so), and on processors that multiply bf16. AMX multiplies sixteen columns of an
-#: embedding of 16 in the time of two additions: nothing pays.
-_LEAST_WIDTH = 4
-_LEAST_WIDTH_BF16 = {"avx512_bf16": 8, "amx": None}
+#: What it saves and costs, in cycles for sixteen columns of the layer and a row of the batch, forward and backward
+#: (docs/performance.md, "Small tables"): a column of an embedding in the products, in fp32 or on processors that multiply
+#: bf16; adding a row of sums; and in training the passes over z and dz beside the products.
+_COLUMN, _COLUMN_BF16 = 3.0, {"avx512_bf16": 1.5, "amx": 0.2}
+_PICK, _PASSES = 4.0, 30.0
 
 
-def small_tables(spec: EmbeddingSpec, bf16: bool) -> list[int]:
-    """The bags of one id a row whose tables are folded, the smallest first chosen; ascending."""
-    least = _LEAST_WIDTH_BF16.get(torch.ops.fastmtl.gemm_isa(), _LEAST_WIDTH) if bf16 else _LEAST_WIDTH
+def small_tables(
+    spec: EmbeddingSpec, bf16: bool, among: Sequence[int] | None = None, training: bool = False
+) -> list[int]:
+    """The bags of one id a row whose tables are folded, the smallest first chosen.
+
+    Args:
+        spec: the lookup.
+        bf16: whether the layer computes in bf16.
+        among: the bags to choose from; None: all.
+        training: whether there is a backward.
+
+    Returns:
+        Their numbers, ascending; none where folding costs more than it saves.
+    """
+    column = _COLUMN_BF16.get(torch.ops.fastmtl.gemm_isa(), _COLUMN) if bf16 else _COLUMN
     chosen, rows = [], 0
-    for f, bag in sorted(enumerate(spec.bags), key=lambda item: item[1].vocab):
+    for f in sorted(range(len(spec.bags)) if among is None else among, key=lambda f: spec.bags[f].vocab):
+        bag = spec.bags[f]
         rows += bag.vocab
-        fits = least is not None and bag.dim >= least and bag.vocab <= _MOST_TIMES * bag.dim and rows <= _MOST_ROWS
+        fits = bag.vocab <= _MOST_TIMES * bag.dim and rows <= _MOST_ROWS and bag.dim * column > _PICK
         if fits and bag.pooling == "sum":
             chosen.append(f)
-    return sorted(chosen)
+    saved = sum(spec.bags[f].dim * column - _PICK for f in chosen)
+    return sorted(chosen) if saved > (_PASSES if training else 0) else []
 
 
 def table_of(bag: Bag, tables: Sequence[Tensor]) -> Tensor:
@@ -84,10 +98,12 @@ class Folding:
         """What pays for a model whose first layer is ``layer``; None: nothing does."""
         if not spec.is_common or layer.n_inputs > 1 or not layer.dims:
             return None
-        folded = [f for f in small_tables(spec, bf16) if columns[f + 1] - columns[f] == 1]
-        weights = [spec.bags[f].table for f in folded]
-        most = max(set(weights), key=weights.count, default=0)
-        folded = [f for f in folded if spec.bags[f].table == most]
+        by_weight: dict[int, list[int]] = {}
+        for f, bag in enumerate(spec.bags):
+            if columns[f + 1] - columns[f] == 1:
+                by_weight.setdefault(bag.table, []).append(f)
+        found = [small_tables(spec, bf16, bags, training=True) for bags in by_weight.values()]
+        folded = max(found, key=len, default=[])
         return cls(spec, columns, folded) if folded else None
 
     @property
