@@ -20,8 +20,8 @@ from . import eager, native
 #: most.
 _MOST_TIMES, _MOST_ROWS = 16, 1024
 #: What it saves and costs, in cycles for sixteen columns of the layer and a row of the batch, forward and backward
-#: (docs/performance.md, "Small tables"): a column of an embedding in the products, in fp32 or on processors that multiply
-#: bf16; adding a row of sums; and in training the passes over z and dz beside the products.
+#: (docs/performance.md, "Small tables"): a column of an embedding in the products, in fp32 and on processors that
+#: multiply bf16; adding a row of sums; and in training the passes over z and dz beside the products.
 _COLUMN, _COLUMN_BF16 = 3.0, {"avx512_bf16": 1.5, "amx": 0.2}
 _PICK, _PASSES = 4.0, 30.0
 
