@@ -380,3 +380,13 @@ def shuffle_ahead(order: Tensor, begin: int, draws: Tensor) -> None:
         draws: ``[steps]`` int64, 32 random bits each.
     """
     _ops.shuffle_ahead.default(order, begin, draws)
+
+
+def take_rows(blocks: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """``block[rows]`` of each block.
+
+    Args:
+        blocks: ``[N, ...]`` each, of any dtype, contiguous, on the CPU.
+        rows: ``[B]`` int64.
+    """
+    return _ops.take_rows.default(blocks, rows)

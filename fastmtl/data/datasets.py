@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..backends import native
 from ..basic.batch import ColumnBatch, Layout
 from .columns import as_columns, as_labels, to_tensor
 from .schema import Schema
@@ -17,8 +18,7 @@ from .schema import Schema
 class PredictDataset(Dataset):
     """Feature columns without labels.
 
-    Columns of one dtype are kept as one row-major tensor [N, F], so that a batch is one ``index_select`` for each
-    dtype.
+    Columns of one dtype are kept as one row-major tensor [N, F], so that a batch is one copy of rows for each dtype.
 
     Args:
         x: name -> column ([N], or [N, L] for sequences and vectors; arrays, tensors, lists, Series), or a DataFrame.
@@ -53,8 +53,14 @@ class PredictDataset(Dataset):
         Returns:
             ColumnBatch of B rows, its memory not shared with the data set.
         """
-        blocks = [_rows_of(block, rows) for block in self.blocks]
-        return ColumnBatch(self.layout, blocks, {name: _rows_of(wide, rows) for name, wide in self.wide.items()})
+        return self._batch(_rows_of(self._held(), rows))
+
+    def _held(self) -> list[torch.Tensor]:
+        return [*self.blocks, *self.wide.values()]
+
+    def _batch(self, parts: list[torch.Tensor]) -> ColumnBatch:
+        n = len(self.blocks)
+        return ColumnBatch(self.layout, parts[:n], dict(zip(self.wide, parts[n:], strict=True)))
 
     def __getitem__(self, index: int) -> Any:
         return {name: column[index] for name, column in self.x.items()}
@@ -86,7 +92,8 @@ class TorchDataset(PredictDataset):
 
     def take(self, rows: torch.Tensor | slice) -> tuple[ColumnBatch, torch.Tensor]:
         """The batch of these rows, (ColumnBatch of B rows, labels [B, T])."""
-        return super().take(rows), _rows_of(self._labels, rows)
+        *parts, labels = _rows_of([*self._held(), self._labels], rows)
+        return self._batch(parts), labels
 
     def __getitem__(self, index: int) -> Any:
         return super().__getitem__(index), self.y[index]
@@ -95,5 +102,10 @@ class TorchDataset(PredictDataset):
         return list(zip(super().__getitems__(indices), self.y[np.asarray(indices)], strict=True))
 
 
-def _rows_of(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-    return tensor[rows].clone() if isinstance(rows, slice) else tensor.index_select(0, rows)
+def _rows_of(tensors: list[torch.Tensor], rows: torch.Tensor | slice) -> list[torch.Tensor]:
+    if isinstance(rows, slice):
+        return [tensor[rows].clone() for tensor in tensors]
+    plain = rows.dtype == torch.int64 and all(part.is_contiguous() for part in (rows, *tensors))
+    if plain and native.unavailable() is None:
+        return native.take_rows(tensors, rows)
+    return [tensor.index_select(0, rows) for tensor in tensors]

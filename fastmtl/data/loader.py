@@ -18,7 +18,7 @@ __all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
 
 
 class ColumnLoader(DataLoader):
-    """A DataLoader whose batches are cut from whole columns: one ``index_select`` for each dtype, no loop over rows.
+    """A DataLoader whose batches are cut from whole columns: one copy of rows for each dtype, no loop over rows.
 
     Batches, their order and what is drawn from torch's random numbers are those of
     ``torch.utils.data.DataLoader(dataset, batch_size, shuffle)``, so one seed gives one run with either.

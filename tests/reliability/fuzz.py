@@ -103,12 +103,17 @@ def layers(rng: random.Random) -> list[Call]:
     forward = [x, params.learned(), params.running(), plan, training, dropout, 7, rng.random() < 0.5]
     out, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
     backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, x.shape[2]]
-    return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
+    calls: list[Call] = [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
+    if output_layer:
+        labels, kinds = (out.detach() > 0).float(), torch.rand(n_experts, generator=generator) < 0.5
+        towers = [*forward[:4], dropout, 7, forward[-1], labels, kinds, torch.ones(n_experts), rng.random() < 0.5]
+        calls.append(("tower_losses", towers))
+    return calls
 
 
 def tables(rng: random.Random) -> list[Call]:
-    """The optimizers' ops on a small table and a small parameter, the losses, and the steps of a shuffle; now and then
-    memory that is large enough for huge pages."""
+    """The optimizers' ops on a small table and a small parameter, the losses, rows, and the steps of a shuffle; now and
+    then memory that is large enough for huge pages."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     height, dim, rule = rng.choice((1, 5, 40)), rng.choice((1, 4, 17)), rng.randrange(len(RULES))
     now = rng.randrange(1, 5)  # steps 0 .. now are kept
@@ -129,6 +134,7 @@ def tables(rng: random.Random) -> list[Call]:
         ("table_wait", [waits, now, rng.randrange(now), [0.5] * len(FIELDS)]),
         ("table_close", [p, adam, last, RULES.index("adamw"), waits, now + 1, 0, rng.choice((rows, None))]),
         ("dense_step", [[p], [p.clone()], states, counters, rule, [0.1] * len(FIELDS), 1.0]),
+        ("take_rows", [[p, last, waits], rng.choice((rows, torch.zeros(3, dtype=torch.int64)))]),
         ("in_huge_pages", [[p, waits, *([torch.zeros(4 << 20)] if rng.random() < 0.02 else [])]]),
         ("task_losses", [logits, (logits > 0).float(), kinds, torch.ones(dim)]),
         (
@@ -308,10 +314,11 @@ NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
     "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
     "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
-    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks",
+    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks", "take_rows", "tower_losses",
 )  # fmt: skip
 WRITING = (
     "expert_gate_fwd",
+    "tower_losses",
     "table_replay",
     "table_step",
     "table_wait_from",
