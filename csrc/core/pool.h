@@ -21,7 +21,7 @@ namespace fastmtl {
 class Pool {
  public:
   // Blocks below this size are left to the system, which keeps them itself.
-  static constexpr size_t kLarge = size_t{1} << 17;
+  static constexpr size_t kLarge = size_t{1} << 20;
 
   // Never destroyed: tensors may outlive it otherwise.
   static Pool& global() {

@@ -28,7 +28,7 @@ std::vector<Tensor> take_rows(std::vector<Tensor> blocks, const Tensor& rows) {
       sizes.push_back(block.size(d));
       row_bytes *= block.size(d);
     }
-    Tensor result = empty_pooled(sizes, block.scalar_type(), block.element_size());
+    Tensor result = torch::stable::new_empty(block, sizes);
     fastmtl::take_rows(static_cast<const char*>(block.const_data_ptr()), row_bytes, numbers, n,
                        static_cast<char*>(result.mutable_data_ptr()));
     results.push_back(result);
