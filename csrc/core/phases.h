@@ -39,16 +39,17 @@ class Phases {
     }
 
    private:
-    static void wait(int64_t turn) {
-      if (turn > 4096) return std::this_thread::yield();  // somebody else has the other's core
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-    }
-
     Phases& shared_;
     int64_t next_ = 0;
   };
+
+  // A moment of waiting, the turn-th in a row.
+  static void wait(int64_t turn) {
+    if (turn > 4096) return std::this_thread::yield();  // somebody else has the other's core
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
 
   // Throws what a task has thrown; called when all threads are through.
   void check() const {

@@ -185,7 +185,7 @@ std::vector<Tensor> expert_gate_bwd(const Tensor& grad, const Tensor& input, std
   }
 
   std::vector<Tensor> results;
-  for (const Tensor& tensor : learned) results.push_back(torch::stable::empty_like(tensor));
+  for (const Tensor& tensor : learned) results.push_back(empty_like_f32(tensor));
   ExpertGateGrads grads;
   Reader reader(results, "gradients");
   grads.hidden.resize(static_cast<size_t>(depth));
@@ -254,21 +254,68 @@ std::vector<Tensor> task_losses(const Tensor& logits, const Tensor& labels, cons
   return {losses, grad};
 }
 
-// Towers in training with the losses of their logits, forward and backward: the losses, the logits, the gradients of
-// `learned`, then where needs_x that of x.
-std::vector<Tensor> tower_losses(const Tensor& input, std::vector<Tensor> learned, std::vector<Tensor> running,
-                                 const Tensor& plan, double dropout, int64_t seed, bool bf16, const Tensor& labels,
-                                 const Tensor& is_classification, const Tensor& factors, bool needs_x) {
-  std::vector<Tensor> saved = expert_gate_fwd(input, learned, running, plan, true, dropout, seed, bf16, std::nullopt,
-                                              std::nullopt, std::nullopt);
-  const Tensor logits = saved.front();
-  saved.erase(saved.begin());
-  std::vector<Tensor> results = task_losses(logits, labels, is_classification, factors);
-  const std::vector<Tensor> grads =
-      expert_gate_bwd(results.back(), input, learned, saved, plan, true, dropout, seed, needs_x ? input.size(2) : -1,
-                      std::nullopt, std::nullopt, std::nullopt);
-  results.back() = logits;
-  results.insert(results.end(), grads.begin(), grads.end());
+// A chain of layers in training, each of which reads what the one before made, and the last of which makes the tasks'
+// logits: forward, losses and backward. `learned` and `running` are theirs one layer behind the other; tables may be
+// folded into the first. Returns the losses, the logits, the gradients of `learned`, then where x_columns >= 0 that of
+// so many of x's first columns and, where tables are folded, those of their rows.
+std::vector<Tensor> chain_gradients(const Tensor& x, std::vector<Tensor> learned, std::vector<Tensor> running,
+                                    std::vector<Tensor> plans, std::vector<double> dropouts, std::vector<int64_t> seeds,
+                                    bool bf16, const Tensor& labels, const Tensor& is_classification,
+                                    const Tensor& factors, int64_t x_columns, std::optional<Tensor> places,
+                                    std::optional<Tensor> table, std::optional<Tensor> picks) {
+  const size_t n = plans.size();
+  check_cpu(x, ScalarType::Float, 3, "x");
+  if (places) check_cpu(*places, ScalarType::Long, 2, "places");
+  STD_TORCH_CHECK(n > 0 && dropouts.size() == n && seeds.size() == n, "dropouts and seeds need one for each of ", n,
+                  " layers");
+  std::vector<std::vector<Tensor>> learned_of(n), running_of(n), saved(n);
+  size_t at = 0, running_at = 0;
+  double work = 0;  // its sizes are checked later
+  const auto take = [](const std::vector<Tensor>& from, size_t& first, size_t count, const char* name) {
+    STD_TORCH_CHECK(count <= from.size() - first, name, " lacks tensors");
+    first += count;
+    return std::vector<Tensor>(from.begin() + first - count, from.begin() + first);
+  };
+  for (size_t l = 0; l < n; ++l) {
+    ExpertGateLayer spec = checked_layer(plans[l]);
+    learned_of[l] = take(learned, at, n_learned(spec), "learned");
+    running_of[l] = take(running, running_at, n_running(spec), "running");
+    if (l == 0) spec.n_folded = places ? places->size(0) : 0;
+    work += 3.0 * static_cast<double>(x.size(1)) * static_cast<double>(spec.row_work());
+  }
+  STD_TORCH_CHECK(at == learned.size() && running_at == running.size(), "there are parameters of no layer");
+
+  std::vector<Tensor> results;
+  const auto run = [&] {
+    std::vector<Tensor> inputs{x};
+    const auto given = [&](size_t l, const std::optional<Tensor>& tensor) {
+      return l == 0 ? tensor : std::optional<Tensor>();
+    };
+    for (size_t l = 0; l < n; ++l) {
+      saved[l] = expert_gate_fwd(inputs[l], learned_of[l], running_of[l], plans[l], true, dropouts[l], seeds[l], bf16,
+                                 given(l, places), given(l, table), given(l, picks));
+      inputs.push_back(saved[l].front());
+      saved[l].erase(saved[l].begin());
+    }
+    results = task_losses(inputs.back(), labels, is_classification, factors);
+    Tensor grad = results.back();
+    results.back() = inputs.back();
+    results.resize(2 + learned.size(), grad);
+    std::vector<Tensor> of_x;
+    size_t end = results.size();
+    for (size_t l = n; l-- > 0;) {
+      std::vector<Tensor> grads = expert_gate_bwd(grad, inputs[l], learned_of[l], std::exchange(saved[l], {}), plans[l],
+                                                  true, dropouts[l], seeds[l], l > 0 ? inputs[l].size(2) : x_columns,
+                                                  given(l, places), given(l, table), given(l, picks));
+      const size_t count = learned_of[l].size();
+      std::copy_n(grads.begin(), count, results.begin() + static_cast<int64_t>(end -= count));
+      if (grads.size() > count) grad = grads[count];
+      if (l == 0) of_x.assign(grads.begin() + static_cast<int64_t>(count), grads.end());
+    }
+    results.insert(results.end(), of_x.begin(), of_x.end());
+  };
+  const double most = static_cast<double>(torch::stable::get_num_threads());
+  HeldTeam::hold(static_cast<int64_t>(std::min(most, work / kThreadWork)), run);
   return results;
 }
 
@@ -286,8 +333,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "dropout, int seed, int x_columns, Tensor? places=None, Tensor? table=None, Tensor? picks=None) -> Tensor[]");
   m.def("task_losses(Tensor logits, Tensor labels, Tensor is_classification, Tensor factors) -> Tensor[]");
   m.def(
-      "tower_losses(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor plan, float dropout, int seed, bool bf16, "
-      "Tensor labels, Tensor is_classification, Tensor factors, bool needs_x) -> Tensor[]");
+      "chain_gradients(Tensor x, Tensor[] learned, Tensor(a!)[] running, Tensor[] plans, float[] dropouts, int[] "
+      "seeds, "
+      "bool bf16, Tensor labels, Tensor is_classification, Tensor factors, int x_columns, Tensor? places=None, Tensor? "
+      "table=None, Tensor? picks=None) -> Tensor[]");
   m.def("isa() -> str");
 }
 
@@ -295,7 +344,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("expert_gate_fwd", TORCH_BOX(&expert_gate_fwd));
   m.impl("expert_gate_bwd", TORCH_BOX(&expert_gate_bwd));
   m.impl("task_losses", TORCH_BOX(&task_losses));
-  m.impl("tower_losses", TORCH_BOX(&tower_losses));
+  m.impl("chain_gradients", TORCH_BOX(&chain_gradients));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

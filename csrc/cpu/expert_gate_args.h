@@ -110,6 +110,13 @@ class Reader {
 
 inline bool learns(const ExpertGateLayer& spec) { return spec.activation == kPRelu || spec.activation == kDice; }
 
+// How many tensors read_learned and read_running take.
+inline size_t n_learned(const ExpertGateLayer& spec) {
+  const size_t a_layer = 4 + (learns(spec) ? 1 : 0);
+  return spec.dims.size() * a_layer + (spec.output_layer ? 2 : 0) + (spec.gates.empty() ? 0 : 4);
+}
+inline size_t n_running(const ExpertGateLayer& spec) { return 2 * spec.dims.size() + (spec.gates.empty() ? 0 : 2); }
+
 // `learned` in the order of fastmtl.spec.ExpertGateParams.learned; keeps copies alive where a tensor was not
 // contiguous.
 inline ExpertGateParams read_learned(const ExpertGateLayer& spec, std::vector<Tensor>& learned) {

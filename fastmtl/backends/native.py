@@ -6,6 +6,7 @@ What depends only on a spec is turned into a tensor of integers once (a "plan") 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -320,30 +321,6 @@ def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, facto
     return losses, grad
 
 
-def tower_losses(
-    x: Tensor,
-    params: ExpertGateParams,
-    spec: ExpertGateSpec,
-    labels: Tensor,
-    is_classification: Tensor,
-    factors: Tensor,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """:func:`expert_gate_fwd` of towers in training, :func:`task_losses` of their logits and :func:`expert_gate_bwd`,
-    as one call.
-
-    Returns:
-        Losses ``[T]``, logits ``[B, T]``, the gradients of x (None where it needs none) and of ``params.learned()``.
-    """
-    learned = params.learned()
-    seed = int(torch.empty((), dtype=torch.int64).random_()) if spec.dropout > 0 else 0
-    losses, logits, *grads = _ops.tower_losses.default(
-        x, learned, params.running(), _layer_plan(spec), spec.dropout, seed, computes_in_bf16(),
-        labels, is_classification, factors, needs_x,
-    )  # fmt: skip
-    return losses, logits, grads.pop() if needs_x else None, grads
-
-
 def expert_gate_bwd(
     grad: Tensor,
     x: Tensor,
@@ -369,6 +346,42 @@ def expert_gate_bwd(
         spec.dropout if dropped else 0.0, seed, wanted if needs_x else -1, *(folded or ()),
     )  # fmt: skip
     return (grads.pop(len(params.learned())) if needs_x else None), grads
+
+
+def chain_gradients(
+    x: Tensor,
+    layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]],
+    labels: Tensor,
+    is_classification: Tensor,
+    factors: Tensor,
+    folded: Folded | None,
+    x_columns: int,
+) -> tuple[Tensor, Tensor, list[list[Tensor]], Tensor | None, Tensor | None]:
+    """Forward in training, losses and backward of layers that each read what the one before made, as one call: its
+    threads are woken once.
+
+    Args:
+        x: ``[1, B, I]``, what the first layer reads.
+        layers: the last of them makes the tasks' logits.
+        labels, is_classification, factors: as for :func:`task_losses`.
+        folded: tables folded into the first layer.
+        x_columns: of so many of x's first columns a gradient is wanted; -1: not even of the folded tables.
+
+    Returns:
+        Losses ``[T]``, logits ``[B, T]``, of each layer the gradients of ``params.learned()``, that of x and that of
+        the folded tables' rows, as :func:`expert_gate_bwd` gives them (None where they are not wanted).
+    """
+    learned = [params.learned() for params, _ in layers]
+    dropouts = [spec.dropout for _, spec in layers]
+    seeds = [int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0 else 0 for dropout in dropouts]
+    losses, logits, *grads = _ops.chain_gradients.default(
+        x, [p for one in learned for p in one], [p for params, _ in layers for p in params.running()],
+        [_layer_plan(spec) for _, spec in layers], dropouts, seeds, computes_in_bf16(),
+        labels, is_classification, factors, x_columns, *(folded or ()),
+    )  # fmt: skip
+    given = iter(grads)
+    of_layers = [[next(given) for _ in one] for one in learned]
+    return losses, logits, of_layers, next(given, None), next(given, None)
 
 
 def shuffle_ahead(order: Tensor, begin: int, draws: Tensor) -> None:

@@ -9,7 +9,7 @@ rounding of the losses and, on the CPU, of the sums of small tables, which are f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class ChainGradients:
         self.model, self.banks = model, banks
         self.factors = factors.to(model.is_classification.device)
         self._lookups, self._layers = lookups, layers
+        self._is_native = lookups is native is layers
         self._trained = [p for p in model.parameters() if p.requires_grad]
         #: The last lookup's spec and columns, whether it was for bf16, and its folding.
         self._kept: tuple[EmbeddingSpec, tuple[int, ...], bool, Folding | None] | None = None
@@ -80,7 +81,7 @@ class ChainGradients:
         Args:
             x: columns, as the model takes them, or what :meth:`ready` made of them.
             labels: ``[B, T]`` float32 on the model's device; NaN where a label is missing.
-            seen: called with the losses between forward and backward.
+            seen: called with the losses as soon as there are any.
 
         Returns:
             The tasks' losses ``[T]`` and the logits ``[B, T]``.
@@ -93,56 +94,66 @@ class ChainGradients:
             return self._run(lookup, labels, seen)
 
     def _run(self, lookup: Lookup, labels: Tensor, seen: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
-        looked = self._look_up(lookup)
-        inputs: list[Tensor] = [looked.row.unsqueeze(0)]
+        trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
+        if self._is_native:
+            losses, logits = self._run_at_once(lookup, labels, trains_tables)
+            if seen is not None:
+                seen(losses)
+            return losses, logits
+        assert lookup.ids is not None or lookup.dense is not None
+        row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
+        inputs: list[Tensor] = [row.unsqueeze(0)]
         taped: list[tuple[ExpertGateParams, Any]] = []
         *below, towers = self.banks
         for bank in below:
             bank.count_step(inputs[-1])
             params = bank.params()
-            given = {} if taped else looked.forward  # only the first bank reads what was looked up
-            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True, **given)
+            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True)
             inputs.append(out)
             taped.append((params, saved))
-        trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         losses, logits, grad = self._towers(towers, inputs.pop(), labels, trains_tables or bool(below))
         if seen is not None:
             seen(losses)
-        of_small: Tensor | None = None
         for bank, source, (params, saved) in zip(reversed(below), reversed(inputs), reversed(taped), strict=True):
             assert grad is not None
             needs_x = trains_tables or bank is not self.banks[0]
-            given = looked.backward if bank is self.banks[0] else {}
-            grad, grads = self._layers.expert_gate_bwd(
-                grad, source, params, bank.spec, True, list(saved), needs_x, **given
-            )
-            if needs_x and looked.folding is not None and bank is self.banks[0]:
-                of_small = grads.pop()
+            grad, grads = self._layers.expert_gate_bwd(grad, source, params, bank.spec, True, list(saved), needs_x)
             _give(params, grads)
         if trains_tables:
             assert grad is not None
-            self._table_gradients(grad[0], lookup, looked.folding, of_small)
+            self._table_gradients(grad[0], lookup, None, None)
         return losses, logits
 
-    def _look_up(self, lookup: Lookup) -> _LookedUp:
+    def _run_at_once(self, lookup: Lookup, labels: Tensor, trains_tables: bool) -> tuple[Tensor, Tensor]:
+        """On the CPU: the layers in one call, small tables folded into the first."""
         weights, ids, columns, dense, spec, _ = lookup
+        folding, folded = None, None
         if ids is None:
             assert dense is not None
-            return _LookedUp(dense, None, {}, {})
-        folding = self._folding(spec, columns, len(ids))
-        if folding is None:
-            row, forward = self._lookups.embedding_bag_fwd(*lookup[:5]), {}
+            row = dense
+        elif (folding := self._folding(spec, columns, len(ids))) is None:
+            row = native.embedding_bag_fwd(weights, ids, columns, dense, spec)
         else:
             row, folded = folding.look_up(weights, ids, dense)
-            forward = {"folded": folded}
-        backward: dict[str, Any] = dict(forward)
-        if self._lookups is native is self._layers and spec.is_common:
-            backward["x_columns"] = row.shape[1] - spec.n_dense  # nobody asks for the dense columns' gradient
-        return _LookedUp(row, folding, forward, backward)
+        # nobody asks for the dense columns' gradient
+        wanted = row.shape[1] - (spec.n_dense if spec.is_common else 0) if trains_tables else -1
+        x = row.unsqueeze(0)
+        for bank in self.banks:
+            bank.count_step(x)
+        layers = [(bank.params(), bank.spec) for bank in self.banks]
+        kinds = self.model.is_classification
+        losses, logits, grads, dx, of_small = native.chain_gradients(
+            x, layers, labels, kinds, self.factors, folded, wanted
+        )
+        for (params, _), of_layer in zip(layers, grads, strict=True):
+            _give(params, of_layer)
+        if dx is not None:
+            self._table_gradients(dx[0], lookup, folding, of_small)
+        return losses, logits
 
     def _folding(self, spec: EmbeddingSpec, columns: tuple[int, ...], n_rows: int) -> Folding | None:
         """How small tables are folded into the first bank."""
-        if not (self._lookups is native is self._layers) or len(self.banks) == 1:
+        if len(self.banks) == 1:
             return None
         bf16 = native.computes_in_bf16()
         if self._kept is None or self._kept[0] is not spec or self._kept[1:3] != (columns, bf16):
@@ -183,15 +194,6 @@ class ChainGradients:
             grads = general_gradients(grad, weights, ids, columns, spec, needs, index is not None)[0]
         for table, g in zip(weights, grads, strict=True):
             table.grad = g
-
-
-class _LookedUp(NamedTuple):
-    """Rows ``[B, W]`` for the first bank, how they were folded, and what its forward and backward are told of them."""
-
-    row: Tensor
-    folding: Folding | None
-    forward: dict[str, Any]
-    backward: dict[str, Any]
 
 
 def _give(params: ExpertGateParams, grads: list[Tensor]) -> None:

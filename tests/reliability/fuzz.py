@@ -103,12 +103,52 @@ def layers(rng: random.Random) -> list[Call]:
     forward = [x, params.learned(), params.running(), plan, training, dropout, 7, rng.random() < 0.5]
     out, *saved = torch.ops.fastmtl.expert_gate_fwd(*forward)
     backward = [torch.ones_like(out), x, params.learned(), list(saved), plan, training, dropout, 7, x.shape[2]]
-    calls: list[Call] = [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
-    if output_layer:
-        labels, kinds = (out.detach() > 0).float(), torch.rand(n_experts, generator=generator) < 0.5
-        towers = [*forward[:4], dropout, 7, forward[-1], labels, kinds, torch.ones(n_experts), rng.random() < 0.5]
-        calls.append(("tower_losses", towers))
-    return calls
+    return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
+
+
+def chains(rng: random.Random) -> list[Call]:
+    """Gradients of a few layers, each on what the one before made, with or without tables folded into the first."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    n_rows, n_tasks, specs, given = rng.choice((1, 2, 9, 70)), rng.choice((1, 3)), [], []
+    x = torch.randn(1, n_rows, rng.choice((1, 4, 19)), generator=generator)
+    if rng.random() < 0.5:
+        case = folded_case(rng.randrange(2**31), batch=n_rows)
+        if not case.spec.output_layer:
+            specs, x, given = [case.spec], case.x[None], [torch.tensor(case.places), case.table, case.picks]
+    for _ in range(rng.choice((0, 1, 2))):
+        width, inputs = (specs[-1].dims[-1], outputs_of(specs[-1])) if specs else (x.shape[2], 1)
+        gates = tuple(Gate(i, (0, 1)) for i in sorted(rng.randrange(inputs) for _ in range(2)))
+        of = (0, inputs - 1)
+        specs.append(ExpertGateSpec(width, of, (rng.choice((3, 17)),), gates=gates))
+    width, inputs = (specs[-1].dims[-1], outputs_of(specs[-1])) if specs else (x.shape[2], 1)
+    of = (*sorted(rng.randrange(inputs) for _ in range(n_tasks - 1)), inputs - 1)
+    specs.append(ExpertGateSpec(width, of, (rng.choice((1, 8)),), output_layer=True))
+    params = [new_params(spec, generator) for spec in specs]
+    labels = (torch.rand(n_rows, n_tasks, generator=generator) < 0.3).float()
+    return [
+        (
+            "chain_gradients",
+            [
+                x,
+                [p for one in params for p in one.learned()],
+                [p for one in params for p in one.running()],
+                [native._layer_plan(spec) for spec in specs],
+                [rng.choice((0.0, 0.3)) for _ in specs],
+                [7] * len(specs),
+                rng.random() < 0.5,
+                labels,
+                torch.rand(n_tasks, generator=generator) < 0.5,
+                torch.ones(n_tasks),
+                rng.choice((-1, 0, x.shape[2])),
+                *given,
+            ],
+        )
+    ]
+
+
+def outputs_of(spec: ExpertGateSpec) -> int:
+    """Matrices that a layer makes."""
+    return len(spec.gates) or spec.n_experts
 
 
 def tables(rng: random.Random) -> list[Call]:
@@ -202,6 +242,7 @@ MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
     layers,
     tables,
     folded_layers,
+    chains,
 )
 
 
@@ -314,11 +355,12 @@ NAMES = (
     "embedding_bag_fwd", "embedding_bag_bwd", "embedding_bag_index", "embedding_bag_bwd_sparse", "expert_gate_fwd",
     "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
     "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
-    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks", "take_rows", "tower_losses",
+    "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks", "take_rows",
+    "chain_gradients",
 )  # fmt: skip
 WRITING = (
     "expert_gate_fwd",
-    "tower_losses",
+    "chain_gradients",
     "table_replay",
     "table_step",
     "table_wait_from",
