@@ -100,8 +100,7 @@ class ChainGradients:
             if seen is not None:
                 seen(losses)
             return losses, logits
-        assert lookup.ids is not None or lookup.dense is not None
-        row = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
+        row: Any = lookup.dense if lookup.ids is None else self._lookups.embedding_bag_fwd(*lookup[:5])
         inputs: list[Tensor] = [row.unsqueeze(0)]
         taped: list[tuple[ExpertGateParams, Any]] = []
         *below, towers = self.banks
@@ -135,8 +134,9 @@ class ChainGradients:
             row = native.embedding_bag_fwd(weights, ids, columns, dense, spec)
         else:
             row, folded = folding.look_up(weights, ids, dense)
-        # nobody asks for the dense columns' gradient
-        wanted = row.shape[1] - (spec.n_dense if spec.is_common else 0) if trains_tables else -1
+        wanted = row.shape[1] if trains_tables else -1
+        if trains_tables and spec.is_common and self.banks[0].spec.dims:
+            wanted -= spec.n_dense  # nobody asks for the dense columns' gradient
         x = row.unsqueeze(0)
         for bank in self.banks:
             bank.count_step(x)

@@ -134,6 +134,6 @@ def test_what_does_not_fit_is_refused_by_name(rows, threads, base_seed):
     with pytest.raises(RuntimeError, match="one for each"):
         native.chain_gradients(chain.x, [], *arguments)
     short = layers[0][0]._replace(gamma=())
-    with pytest.raises(RuntimeError, match="lacks tensors|has the wrong|must have"):
+    with pytest.raises(RuntimeError, match="lacks tensors"):
         native.chain_gradients(chain.x, [(short, layers[0][1]), *layers[1:]], *arguments)
     assert same(at_once(chain), at_once(chain))
