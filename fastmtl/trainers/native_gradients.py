@@ -134,9 +134,7 @@ class ChainGradients:
             row = native.embedding_bag_fwd(weights, ids, columns, dense, spec)
         else:
             row, folded = folding.look_up(weights, ids, dense)
-        wanted = row.shape[1] if trains_tables else -1
-        if trains_tables and spec.is_common and self.banks[0].spec.dims:
-            wanted -= spec.n_dense  # nobody asks for the dense columns' gradient
+        wanted = self._columns_of_tables(row, spec) if trains_tables else -1
         x = row.unsqueeze(0)
         for bank in self.banks:
             bank.count_step(x)
@@ -150,6 +148,10 @@ class ChainGradients:
         if dx is not None:
             self._table_gradients(dx[0], lookup, folding, of_small)
         return losses, logits
+
+    def _columns_of_tables(self, row: Tensor, spec: EmbeddingSpec) -> int:
+        """Columns whose gradient is wanted: nobody asks for that of the dense ones, which are last."""
+        return row.shape[1] - (spec.n_dense if spec.is_common and self.banks[0].spec.dims else 0)
 
     def _folding(self, spec: EmbeddingSpec, columns: tuple[int, ...], n_rows: int) -> Folding | None:
         """How small tables are folded into the first bank."""

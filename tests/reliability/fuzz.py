@@ -174,7 +174,7 @@ def tables(rng: random.Random) -> list[Call]:
         ("table_wait", [waits, now, rng.randrange(now), [0.5] * len(FIELDS)]),
         ("table_close", [p, adam, last, RULES.index("adamw"), waits, now + 1, 0, rng.choice((rows, None))]),
         ("dense_step", [[p], [p.clone()], states, counters, rule, [0.1] * len(FIELDS), 1.0]),
-        ("take_rows", [[p, last, waits], rng.choice((rows, torch.zeros(3, dtype=torch.int64)))]),
+        ("take_rows", [[p, last, p > 0], rows]),
         ("in_huge_pages", [[p, waits, *([torch.zeros(4 << 20)] if rng.random() < 0.02 else [])]]),
         ("task_losses", [logits, (logits > 0).float(), kinds, torch.ones(dim)]),
         (
