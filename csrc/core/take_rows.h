@@ -14,6 +14,7 @@ namespace fastmtl {
 constexpr int64_t kRowsAhead = 16;
 
 inline void take_rows(const char* from, int64_t row_bytes, const int64_t* rows, int64_t n, char* to) {
+  if (row_bytes == 0) return;  // and there may be no memory
   constexpr int64_t kLine = 64;
   const auto fetch = [&](int64_t i) {
     const char* row = from + rows[i] * row_bytes;

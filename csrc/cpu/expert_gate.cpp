@@ -281,7 +281,7 @@ std::vector<Tensor> chain_gradients(const Tensor& x, std::vector<Tensor> learned
     learned_of[l] = take(learned, at, n_learned(spec), "learned");
     running_of[l] = take(running, running_at, n_running(spec), "running");
     if (l == 0) spec.n_folded = places ? places->size(0) : 0;
-    work += 3.0 * static_cast<double>(x.size(1)) * static_cast<double>(spec.row_work());
+    work += 2.0 * static_cast<double>(x.size(1)) * static_cast<double>(spec.row_work());
   }
   STD_TORCH_CHECK(at == learned.size() && running_at == running.size(), "there are parameters of no layer");
 
@@ -314,8 +314,9 @@ std::vector<Tensor> chain_gradients(const Tensor& x, std::vector<Tensor> learned
     }
     results.insert(results.end(), of_x.begin(), of_x.end());
   };
-  const double most = static_cast<double>(torch::stable::get_num_threads());
-  HeldTeam::hold(static_cast<int64_t>(std::min(most, work / kThreadWork)), run);
+  // as many as the backward alone is worth
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), Tiles(x.size(1)).count);
+  HeldTeam::hold(static_cast<int64_t>(std::min(static_cast<double>(most), work / kThreadWork)), run);
   return results;
 }
 
