@@ -94,10 +94,13 @@ def run_tests() -> None:
         folder = ROOT / "tests" / "native"
         files = [folder / f"test_{name}.py" for name in ("expert_gate", "packed_gemm", "bf16", "dropout")]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "reliability.sanitized", "-p", "no:cacheprovider"]
+        command += ["--capture=no"]  # a report ends the process, and what pytest had captured with it
         command += ["-k", "not each_build and not does_not_load", *map(str, [folder] if isa is None else files)]
         done = subprocess.run(command, env=environment(isa), capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            raise SystemExit(f"tests/native, {isa or 'best'} build:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+            found = [line for line in done.stderr.splitlines() if "runtime error" in line or "Sanitizer:" in line]
+            text = "\n".join([*found, done.stdout[-6000:], done.stderr[-6000:]])
+            raise SystemExit(f"tests/native, {isa or 'best'} build:\n{text}")
 
 
 def check_that_it_sees() -> None:
