@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.backends import native
-from fastmtl.backends.native_folding import Folding
+from fastmtl.backends.native_folding import Folding, small_tables
 from fastmtl.errors import BadIdError
 from fastmtl.spec import Bag, EmbeddingSpec, ExpertGateSpec, Gate
 
@@ -180,6 +180,30 @@ def test_a_folded_lookup_with_shared_tables_and_padding(base_seed):
         wrong[5, column] = value
         with pytest.raises(BadIdError, match=f"'{BAGS[column].name}'.*{value}"):
             folding.look_up(weights, wrong, dense)
+
+
+@pytest.mark.parametrize(
+    ("isa", "bf16", "tables", "dim", "training", "predicting"),
+    [
+        ("avx512_bf16", False, 32, 4, True, True),  # census
+        ("avx512_bf16", True, 32, 4, True, True),
+        ("amx", True, 32, 4, False, False),
+        ("avx2", True, 7, 5, True, True),  # aliexpress
+        ("avx512_bf16", False, 7, 5, True, True),
+        ("avx512_bf16", True, 7, 5, False, True),
+        ("amx", False, 1, 16, True, True),
+        ("avx512_bf16", True, 1, 16, False, True),
+        ("avx2", False, 9, 1, False, False),
+    ],
+)
+def test_tables_are_folded_where_it_pays(isa, bf16, tables, dim, training, predicting, monkeypatch):
+    monkeypatch.setattr(torch.ops.fastmtl, "gemm_isa", lambda: isa)
+    bags = [Bag(f"f{i}", 0, 16 * dim * i, 16 * dim - i % 2, dim) for i in range(tables)]
+    spec = EmbeddingSpec((*bags, Bag("tall", 0, 10**4, 16 * dim + 1, dim), Bag("list", 0, 0, 5, dim, "mean")), 3)
+    whole = list(range(min(tables, 1024 // (16 * dim))))
+    assert len(small_tables(spec, bf16, training=True)) == len(whole) * training
+    assert len(small_tables(spec, bf16)) == len(whole) * predicting
+    assert small_tables(spec, bf16, among=range(tables, tables + 2)) == []
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
