@@ -33,6 +33,7 @@ class _Group(NamedTuple):
     bags: tuple[Feature, ...]
     dense: tuple[DenseFeature, ...]
     spec: EmbeddingSpec
+    columns: tuple[int, ...] | None  # the bags' column offsets; None: they depend on the batch's sequences
 
 
 class Lookup(NamedTuple):
@@ -150,7 +151,9 @@ class EmbeddingLayer(BatchedModule):
             spec = EmbeddingSpec(tuple(map(self._bag, bags)), sum(f.embed_dim for f in dense))
             if not features:
                 raise ConfigError("EmbeddingLayer: the list of features is empty")
-            group = self._groups[key] = _Group(bags, dense, spec)
+            has_sequences = any(isinstance(f, SequenceFeature) for f in bags)
+            columns = None if has_sequences else tuple(range(len(bags) + 1))
+            group = self._groups[key] = _Group(bags, dense, spec, columns)
         return key, group
 
     def spec_of(self, features: Sequence[Feature]) -> EmbeddingSpec:
@@ -184,7 +187,11 @@ class EmbeddingLayer(BatchedModule):
             ids ``[B, S]`` int64, or int32 where all of the batch's are (None without bags), the bags' column offsets,
             dense ``[B, n_dense]`` (or None).
         """
-        key, group = self._group(features)
+        return self._inputs(x, *self._group(features))
+
+    def _inputs(
+        self, x: Mapping[str, Tensor], key: tuple[str, ...], group: _Group
+    ) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
         if isinstance(x, ReadyBatch) and x.names == key:
             return x.ids, x.columns, x.dense
         if isinstance(x, ColumnBatch):
@@ -227,9 +234,9 @@ class EmbeddingLayer(BatchedModule):
 
     def _columns(self, x: Mapping[str, Tensor], ids: list[Tensor], group: _Group) -> tuple[int, ...] | None:
         """F + 1 offsets of the bags' id columns; None where a concatenated sequence must be padded first."""
+        if group.columns is not None:
+            return group.columns
         columns, at = [0], 0
-        if not any(isinstance(feature, SequenceFeature) for feature in group.bags):
-            return tuple(range(len(group.bags) + 1))
         for feature in group.bags:
             length = 1
             if isinstance(feature, SequenceFeature):
@@ -295,8 +302,8 @@ class EmbeddingLayer(BatchedModule):
     def ready(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> ReadyBatch:
         """``x`` laid out for the lookup of ``features``, its ids sorted where the tables' optimizer wants them so; may
         be made by another thread, while an earlier batch is in use."""
-        ids, columns, dense = self.inputs(x, features)
         names, group = self._group(features)
+        ids, columns, dense = self._inputs(x, names, group)
         index = None
         if ids is not None and self.updater is not None:
             index = self.updater.index(ids, columns, group.spec, self.weights(), alone=True)
@@ -305,9 +312,9 @@ class EmbeddingLayer(BatchedModule):
     def lookup(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> Lookup:
         """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
         reads are current then."""
-        ids, columns, dense = self.inputs(x, features)
-        spec = self.spec_of(features)
-        weights = self.weights()
+        names, group = self._group(features)
+        ids, columns, dense = self._inputs(x, names, group)
+        spec, weights = group.spec, self.weights()
         if ids is None:
             return Lookup(weights, None, columns, dense, spec, None)
         if dense is not None and dense.dtype != weights[0].dtype:
