@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..backends import native
 from ..basic.batch import ColumnBatch, Layout
+from ..errors import BadDataError
 from .columns import as_columns, as_labels, to_tensor
 from .schema import Schema
 
@@ -52,6 +53,9 @@ class PredictDataset(Dataset):
 
         Returns:
             ColumnBatch of B rows, its memory not shared with the data set.
+
+        Raises:
+            BadDataError: a row that the data set does not have.
         """
         return self._batch(_rows_of(self._held(), rows))
 
@@ -106,6 +110,15 @@ def _rows_of(tensors: list[torch.Tensor], rows: torch.Tensor | slice) -> list[to
     if isinstance(rows, slice):
         return [tensor[rows].clone() for tensor in tensors]
     plain = rows.dtype == torch.int64 and all(part.is_contiguous() for part in (rows, *tensors))
-    if plain and native.unavailable() is None:
-        return native.take_rows(tensors, rows)
-    return [tensor.index_select(0, rows) for tensor in tensors]
+    try:
+        if plain and native.unavailable() is None:
+            return native.take_rows(tensors, rows)
+        return [tensor.index_select(0, rows) for tensor in tensors]
+    except (IndexError, RuntimeError):
+        n = len(tensors[0])
+        wrong = rows[(rows < 0) | (rows >= n)]
+        if not len(wrong):
+            raise
+        raise BadDataError(
+            f"row {int(wrong[0])} was asked for of a data set of {n} rows; the sampler's are 0 to {n - 1}"
+        ) from None

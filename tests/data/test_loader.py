@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from fastmtl.backends import native
 from fastmtl.data.loader import ColumnLoader, PredictDataset, TorchDataset
 from fastmtl.errors import BadDataError, ConfigError
 from fastmtl.utils.data import DataGenerator
@@ -235,6 +236,19 @@ def test_bad_data_is_named(x, y, message):
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     with pytest.raises(BadDataError, match=pattern):
         TorchDataset(x, y)
+
+
+@pytest.mark.parametrize("wrong", [-1, 60, 2**40])
+@pytest.mark.parametrize("native_library", [True, False])
+def test_a_samplers_wrong_row_is_named(wrong, native_library, monkeypatch):
+    if not native_library:
+        monkeypatch.setattr(native, "unavailable", lambda: "it is left out")
+    data = TorchDataset({"a": np.arange(60)}, np.zeros(60, np.float32))
+    loader = ColumnLoader(data, 4, sampler=[3, 1, 2, 0, 5, wrong])
+    batches = iter(loader)
+    assert next(batches)[0]["a"].tolist() == [3, 1, 2, 0]
+    with pytest.raises(BadDataError, match=f"row {wrong} was asked for of a data set of 60 rows"):
+        next(batches)
 
 
 def test_impossible_requests_are_named():
