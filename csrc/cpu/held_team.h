@@ -1,13 +1,13 @@
 // Threads that are woken once for several parallel parts of one op, and stay awake between them.
 //
-// What runs between the parts takes microseconds, where waking a sleeping thread takes some 60 us: of a small model's
-// batch, whose parts take 50 to 200 us, that was a fifth. As in core/phases.h nobody waits for a thread that is late.
+// What runs between the parts takes microseconds, where waking a sleeping thread takes some 60 us, and a small model's
+// parts 50 to 200 (docs/performance.md, "One call a batch"). As in core/phases.h nobody waits for a thread that is
+// late.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 
 #include "core/phases.h"
 #include "cpu/tensors.h"

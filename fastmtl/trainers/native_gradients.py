@@ -81,7 +81,7 @@ class ChainGradients:
         Args:
             x: columns, as the model takes them, or what :meth:`ready` made of them.
             labels: ``[B, T]`` float32 on the model's device; NaN where a label is missing.
-            seen: called with the losses as soon as there are any.
+            seen: called with the losses: between forward and backward, on the CPU behind both.
 
         Returns:
             The tasks' losses ``[T]`` and the logits ``[B, T]``.
