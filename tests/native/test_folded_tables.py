@@ -68,8 +68,14 @@ def test_the_same_for_every_number_of_threads(bf16, threads, base_seed):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def case_of_many_rows(seed, spec, batch):
+    """One whose batch has unlike rows: rows nearly all alike leave nothing but rounding to their normalisation."""
+    drawn = (random_case(seed + i, spec, batch) for i in itertools.count())
+    return next(case for case in drawn if case.table.shape[1] > 1 and max(rows for *_, rows in case.places) >= 10)
+
+
 def test_a_row_that_nothing_reads_has_no_gradient(base_seed):
-    case = random_case(base_seed, ExpertGateSpec(1, (0, 0), (16,)), 300)
+    case = case_of_many_rows(base_seed, ExpertGateSpec(1, (0, 0), (16,)), 300)
     read = torch.zeros(sum(rows for *_, rows in case.places) + 1, dtype=torch.bool)
     case.picks[case.picks % 2 == 0] = len(read) - 1
     read[case.picks.long()] = True
@@ -94,9 +100,7 @@ def test_what_no_row_reads_may_be_anything(base_seed):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_nothing_but_folded_tables(bf16, base_seed):
     spec = ExpertGateSpec(1, (0, 0, 0), (40, 8), "tanh", gates=(Gate(0, (0, 1, 2)),))
-    drawn = (random_case(base_seed + i, spec, 200) for i in itertools.count())
-    # rows that are nearly all alike leave rounding to their normalisation
-    case = next(case for case in drawn if case.table.shape[1] > 1 and max(rows for *_, rows in case.places) >= 10)
+    case = case_of_many_rows(base_seed, spec, 200)
     dim, n = case.table.shape[1], len(case.places)
     case.places = [(t * dim, first, rows) for t, (_, first, rows) in enumerate(case.places)]
     case.spec = dataclasses.replace(case.spec, in_features=n * dim)
