@@ -178,10 +178,7 @@ class FastRunner(Runner):
                 # for as long as this runner lives: the rows are current when an epoch ends, not after each step
                 self.stack.enter_context(sparse_updates(self.bare, self.trainer.optimizer))
                 self.model.train()
-                gradients = self.trainer._gradients()
-                self.train_step = self.trainer._step
-                if gradients is not None:
-                    self.train_step = partial(self.trainer._chain_step, gradients)
+                self.train_step = self.stack.enter_context(self.trainer._steps(self.trainer._gradients()))
             return self.train_step(*self._next(self.setting.column_batches))
 
     def predict(self, x: Mapping[str, Tensor]) -> Tensor:

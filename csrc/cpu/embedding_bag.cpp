@@ -7,6 +7,7 @@
 
 #include "core/embedding_bag_sparse.h"
 #include "cpu/embedding_bag_args.h"
+#include "cpu/ops.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -18,6 +19,8 @@ int64_t useful_threads(const Tensor& ids) {
   const int64_t threads = ids.size(0) * ids.size(1) / kGrainLookups;
   return std::clamp<int64_t>(threads, 1, torch::stable::get_num_threads());
 }
+
+}  // namespace
 
 // A message that starts with "bad id" is how a refused id reaches Python.
 Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::optional<Tensor> dense,
@@ -70,6 +73,8 @@ Tensor embedding_bag_fwd(std::vector<Tensor> weights, const Tensor& ids, std::op
   return result;
 }
 
+namespace {
+
 // The weights whose gradient is asked for: `shapes` holds the rows and the width of each, rows < 0 (-1 - rows): not
 // wanted.
 struct Wanted {
@@ -120,6 +125,8 @@ class Neighbours {
   std::vector<int64_t> last_;
 };
 
+}  // namespace
+
 // For each bag, which reads one id: of all bags' rows counted through, the one that a row of the batch reads, or their
 // number where it reads none. [B, F] int32.
 Tensor embedding_bag_picks(const Tensor& ids, const Tensor& plan, std::vector<int64_t> shapes) {
@@ -154,14 +161,12 @@ Tensor embedding_bag_picks(const Tensor& ids, const Tensor& plan, std::vector<in
   return result;
 }
 
-// Returns the wanted gradients.
-std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, const Tensor& plan,
-                                      std::vector<int64_t> shapes) {
-  check_cpu(grad, ScalarType::Float, 2, "grad");
+// The wanted gradients of the weights.
+std::vector<Tensor> embedding_bag_grads(const RowsOfGrad& grad, const Tensor& ids, const Tensor& plan,
+                                        const std::vector<int64_t>& shapes) {
   check_ids(ids);
-  const Tensor rows_dense = dense_rows(grad);
   const int64_t n_rows = ids.size(0);
-  STD_TORCH_CHECK(grad.size(0) == n_rows, "grad has ", grad.size(0), " rows, ids has ", n_rows);
+  STD_TORCH_CHECK(grad.rows == n_rows, "grad has ", grad.rows, " rows, ids has ", n_rows);
   const Wanted wanted(shapes);
   const std::vector<int64_t>&rows = wanted.rows, &dims = wanted.dims;
   std::vector<Tensor> results;
@@ -171,24 +176,33 @@ std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, con
     results.push_back(empty_f32({rows[t], dims[t]}));
     out[t] = results.back().mutable_data_ptr<float>();
   }
-  const Bag* bags = without_max(checked_bags(plan, rows, dims, ids.size(1), grad.size(1)), plan.size(0));
+  const Bag* bags = without_max(checked_bags(plan, rows, dims, ids.size(1), grad.columns), plan.size(0));
   const int64_t threads = useful_threads(ids);
   const std::vector<Unit> units =
       plan_bwd(bags, plan.size(0), rows.data(), dims.data(), wanted.needs, wanted.size(), n_rows, threads);
   const std::vector<std::vector<int64_t>> hands = deal(units, threads);
-  const float* from = rows_dense.const_data_ptr<float>();
-  const int64_t stride = rows_dense.stride(0);
   with_ids(ids, [&](const auto& view) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t hand = begin; hand < end; ++hand) {
         for (int64_t u : hands[hand]) {
           const Unit& unit = units[u];
-          fastmtl::embedding_bag_bwd(unit, bags, dims[unit.table], from, stride, view, n_rows, out[unit.table]);
+          fastmtl::embedding_bag_bwd(unit, bags, dims[unit.table], grad.data, grad.stride, view, n_rows,
+                                     out[unit.table]);
         }
       }
     });
   });
   return results;
+}
+
+namespace {
+
+std::vector<Tensor> embedding_bag_bwd(const Tensor& grad, const Tensor& ids, const Tensor& plan,
+                                      std::vector<int64_t> shapes) {
+  check_cpu(grad, ScalarType::Float, 2, "grad");
+  const Tensor rows = dense_rows(grad);
+  return embedding_bag_grads({rows.const_data_ptr<float>(), rows.size(0), rows.size(1), rows.stride(0)}, ids, plan,
+                             shapes);
 }
 
 Tensor empty_of(int64_t n, ScalarType dtype) {

@@ -5,6 +5,7 @@
 #include "core/expert_gate_bwd.h"
 #include "core/expert_gate_fwd.h"
 #include "cpu/expert_gate_args.h"
+#include "cpu/ops.h"
 #include "cpu/runtime.h"
 
 namespace fastmtl::cpu {
@@ -254,6 +255,8 @@ std::vector<Tensor> task_losses(const Tensor& logits, const Tensor& labels, cons
   return {losses, grad};
 }
 
+}  // namespace
+
 // A chain of layers in training, each of which reads what the one before made, and the last of which makes the tasks'
 // logits: forward, losses and backward. `learned` and `running` are theirs one layer behind the other; tables may be
 // folded into the first. Returns the losses, the logits, the gradients of `learned`, then where x_columns >= 0 that of
@@ -319,6 +322,8 @@ std::vector<Tensor> chain_gradients(const Tensor& x, std::vector<Tensor> learned
   HeldTeam::hold(static_cast<int64_t>(std::min(static_cast<double>(most), work / kThreadWork)), run);
   return results;
 }
+
+namespace {
 
 std::string isa() { return best_kernels().name; }
 

@@ -4,13 +4,11 @@
 
 #include <atomic>
 #include <limits>
-#include <mutex>
 #include <optional>
-#include <shared_mutex>
-#include <unordered_map>
 
 #include "cpu/embedding_bag_args.h"
 #include "cpu/expert_gate_args.h"
+#include "cpu/registry.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -134,34 +132,7 @@ Program checked_program(Numbers& numbers, const std::vector<Tensor>& learned, co
   return program;
 }
 
-class Registry {
- public:
-  int64_t add(std::shared_ptr<const Inference> model) {
-    const std::unique_lock lock(guard_);
-    models_[++last_] = std::move(model);
-    return last_;
-  }
-  std::shared_ptr<const Inference> find(int64_t number) {
-    const std::shared_lock lock(guard_);
-    const auto found = models_.find(number);
-    STD_TORCH_CHECK(found != models_.end(), "no packed model has the number ", number);
-    return found->second;
-  }
-  void remove(int64_t number) {
-    const std::unique_lock lock(guard_);
-    models_.erase(number);
-  }
-
- private:
-  std::shared_mutex guard_;
-  std::unordered_map<int64_t, std::shared_ptr<const Inference>> models_;
-  int64_t last_ = 0;
-};
-
-Registry& registry() {
-  static Registry& all = *new Registry;  // outlives every thread that may still predict at exit
-  return all;
-}
+Registry<const Inference>& registry() { return Registry<const Inference>::global(); }
 
 int64_t inference_new(const Tensor& plan, std::vector<Tensor> learned, std::vector<Tensor> running, bool bf16) {
   Numbers numbers(plan);

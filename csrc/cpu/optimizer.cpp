@@ -11,7 +11,7 @@
 
 #include "core/kernels.h"
 #include "core/optimizer_waiting.h"
-#include "cpu/tensors.h"
+#include "cpu/ops.h"
 
 namespace fastmtl::cpu {
 namespace {
@@ -227,43 +227,49 @@ struct DensePart {
   int64_t size, first_chunk;
 };
 
+float* dense_data(const Tensor& tensor, int64_t size, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == size,
+      name, " must be contiguous float32 on the CPU, and of its parameter's size");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace
+
+// Whether all counters stand at number - 1.
+bool can_step(const DenseState& all, double number) {
+  for (const Tensor& counter : all.counters) {
+    if (*dense_data(counter, 1, "a counter") != static_cast<float>(number - 1)) return false;
+  }
+  return true;
+}
+
 // Step `number` of all parameters at once: states holds the parameters' first states, then their second ones (as many
 // as the rule has), counters their step numbers (or nothing, where the rule keeps none), which are set to `number`.
 // False, and nothing was done: a counter was not number - 1.
-bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
-                std::vector<Tensor> counters, int64_t rule, std::vector<double> numbers, double number) {
-  const size_t n = params.size();
+bool dense_step(DenseState all, int64_t rule, const std::vector<double>& numbers, double number) {
+  const size_t n = all.params.size();
   STD_TORCH_CHECK(rule >= 0 && rule < kRules, "there is no rule ", rule);
-  STD_TORCH_CHECK(grads.size() == n && states.size() == n * static_cast<size_t>(states_of(rule)) &&
-                      (counters.empty() || counters.size() == n),
+  STD_TORCH_CHECK(all.grads.size() == n && all.states.size() == n * static_cast<size_t>(states_of(rule)) &&
+                      (all.counters.empty() || all.counters.size() == n),
                   "each parameter must have a gradient, ", states_of(rule), " states and a counter");
   const Step step = step_of(numbers);
-  const auto data = [&](const Tensor& tensor, int64_t size, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-                        tensor.numel() == size,
-                    name, " must be contiguous float32 on the CPU, and of its parameter's size");
-    return static_cast<float*>(tensor.mutable_data_ptr());
-  };
   std::vector<DensePart> parts(n);
   int64_t chunks = 0, total = 0;
   for (size_t i = 0; i < n; ++i) {
     DensePart& part = parts[i];
-    part.size = params[i].numel();
-    part.p = data(params[i], part.size, "a parameter");
-    if (!grads[i].is_contiguous()) grads[i] = torch::stable::contiguous(grads[i]);
-    part.grad = data(grads[i], part.size, "a gradient");
-    part.first = states.size() > i ? data(states[i], part.size, "a state") : nullptr;
-    part.second = states.size() > n + i ? data(states[n + i], part.size, "a state") : nullptr;
+    part.size = all.params[i].numel();
+    part.p = dense_data(all.params[i], part.size, "a parameter");
+    if (!all.grads[i].is_contiguous()) all.grads[i] = torch::stable::contiguous(all.grads[i]);
+    part.grad = dense_data(all.grads[i], part.size, "a gradient");
+    part.first = all.states.size() > i ? dense_data(all.states[i], part.size, "a state") : nullptr;
+    part.second = all.states.size() > n + i ? dense_data(all.states[n + i], part.size, "a state") : nullptr;
     part.first_chunk = chunks;
     chunks += (part.size + kChunk - 1) / kChunk;
     total += part.size;
   }
-  std::vector<float*> counts;
-  for (const Tensor& counter : counters) {
-    counts.push_back(data(counter, 1, "a counter"));
-    if (*counts.back() != static_cast<float>(number - 1)) return false;
-  }
-  for (float* count : counts) *count = static_cast<float>(number);
+  if (!can_step(all, number)) return false;
+  for (const Tensor& counter : all.counters) *dense_data(counter, 1, "a counter") = static_cast<float>(number);
 
   const OptimizerKernels& use = kernels();
   // small tensors make small chunks: how many threads there is work for depends on the numbers
@@ -279,6 +285,14 @@ bool dense_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
     }
   });
   return true;
+}
+
+namespace {
+
+bool dense_step_op(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states,
+                   std::vector<Tensor> counters, int64_t rule, std::vector<double> numbers, double number) {
+  return dense_step({std::move(params), std::move(grads), std::move(states), std::move(counters)}, rule, numbers,
+                    number);
 }
 
 }  // namespace
@@ -302,7 +316,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("dense_step", TORCH_BOX(&dense_step));
+  m.impl("dense_step", TORCH_BOX(&dense_step_op));
   m.impl("table_replay", TORCH_BOX(&table_replay));
   m.impl("table_step", TORCH_BOX(&table_step));
   m.impl("table_wait_from", TORCH_BOX(&table_wait_from));

@@ -263,7 +263,8 @@ def layer_numbers(spec: ExpertGateSpec) -> list[int]:
     return flat
 
 
-def _layer_plan(spec: ExpertGateSpec) -> Tensor:
+def layer_plan(spec: ExpertGateSpec) -> Tensor:
+    """:func:`layer_numbers` as a tensor, which is kept."""
     key = (id(spec),)
     plan = _kept_plan(key, spec)
     return _keep_plan(key, spec, layer_numbers(spec)) if plan is None else plan
@@ -298,7 +299,7 @@ def expert_gate_fwd(
     dropped = training and spec.dropout > 0
     seed = torch.empty((), dtype=torch.int64).random_() if dropped else None
     out, *saved = _ops.expert_gate_fwd.default(
-        x, params.learned(), params.running(), _layer_plan(spec), training,
+        x, params.learned(), params.running(), layer_plan(spec), training,
         spec.dropout if dropped else 0.0, 0 if seed is None else int(seed), computes_in_bf16(), *(folded or ()),
     )  # fmt: skip
     return out, tuple(saved) if seed is None else (*saved, seed)
@@ -342,7 +343,7 @@ def expert_gate_bwd(
         seed = int(drawn)
     wanted = x.shape[-1] if x_columns is None else x_columns
     grads = _ops.expert_gate_bwd.default(
-        grad, x, params.learned(), saved, _layer_plan(spec), training,
+        grad, x, params.learned(), saved, layer_plan(spec), training,
         spec.dropout if dropped else 0.0, seed, wanted if needs_x else -1, *(folded or ()),
     )  # fmt: skip
     return (grads.pop(len(params.learned())) if needs_x else None), grads
@@ -376,7 +377,7 @@ def chain_gradients(
     seeds = [int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0 else 0 for dropout in dropouts]
     losses, logits, *grads = _ops.chain_gradients.default(
         x, [p for one in learned for p in one], [p for params, _ in layers for p in params.running()],
-        [_layer_plan(spec) for _, spec in layers], dropouts, seeds, computes_in_bf16(),
+        [layer_plan(spec) for _, spec in layers], dropouts, seeds, computes_in_bf16(),
         labels, is_classification, factors, x_columns, *(folded or ()),
     )  # fmt: skip
     given = iter(grads)

@@ -107,6 +107,11 @@ class Folding:
         return cls(spec, columns, folded) if folded else None
 
     @property
+    def width(self) -> int:
+        """Columns of the looked-up rows."""
+        return self._width
+
+    @property
     def least_rows(self) -> int:
         """Rows of a batch that are worth folding the tables for: eight times those of a table in the mean."""
         return max(8 * len(self._among) // len(self._places), 64)
@@ -121,6 +126,20 @@ class Folding:
             eager.raise_bad_id(ids, self._columns, self._spec)
             raise
         return rows, native.Folded(self._places, weights[self._weight], picks)
+
+    def for_program(
+        self, shapes: list[torch.Size], needs: list[bool]
+    ) -> tuple[tuple[Tensor, int], tuple[Any, ...], list[bool]]:
+        """The same for :class:`fastmtl.backends.native_training.TrainingProgram`: the lookup and its width, the folded
+        tables and where their gradients go, and which weights have a gradient beside these."""
+        is_all = self._takes_all(shapes)
+        others = [need and not (is_all and w == self._weight) for w, need in enumerate(needs)]
+        grads = (self._rows, self._among, is_all) if needs[self._weight] else (None, None, False)
+        return (self._kept, self._width), (self._places, self._small, self._weight, *grads), others
+
+    def _takes_all(self, shapes: list[torch.Size]) -> bool:
+        """Whether no row of the weight has another gradient than the folded tables'."""
+        return self._is_alone and len(self._rows) == shapes[self._weight][0]
 
     def table_gradients(
         self,
@@ -138,7 +157,7 @@ class Folding:
             of_small: ``[rows of the folded tables, D]``, their gradients.
         """
         if index is None:
-            is_all = self._is_alone and len(self._rows) == shapes[self._weight][0]
+            is_all = self._takes_all(shapes)
             others = [need and not (is_all and w == self._weight) for w, need in enumerate(needs)]
             found: list[Any] = [None] * len(others)
             if any(others):

@@ -30,10 +30,12 @@ class _Piece(NamedTuple):
 class _Group(NamedTuple):
     """The features of one call, split as the op wants them."""
 
+    names: tuple[str, ...]
     bags: tuple[Feature, ...]
     dense: tuple[DenseFeature, ...]
     spec: EmbeddingSpec
     columns: tuple[int, ...] | None  # the bags' column offsets; None: they depend on the batch's sequences
+    pieces: dict[tuple[Any, ...], tuple[list[_Piece], list[_Piece]]]  # how batches were cut, by layout and device
 
 
 class Lookup(NamedTuple):
@@ -67,7 +69,7 @@ class EmbeddingLayer(BatchedModule):
         self._place: dict[str, tuple[int, int, int]] = {}  # table's feature -> weight, first row, rows
         self._paddings: dict[str, tuple[int, ...]] = {}
         self._groups: dict[tuple[str, ...], _Group] = {}
-        self._pieces: dict[tuple[Any, ...], tuple[list[_Piece], list[_Piece]]] = {}
+        self._all: _Group | None = None  # of all features
         self._make_tables()
 
     # ---------------------------------------------------------------------------------------------- the tables
@@ -116,7 +118,7 @@ class EmbeddingLayer(BatchedModule):
         #: Who updates the tables where they were looked up (a fastmtl.optim.TableOptimizer); None: gradients are dense.
         self.updater: Any = None
         if self.features:
-            self.spec_of(self.features)  # made here, not in the first forward, which may be a traced one
+            self._all = self._group(self.features)  # made here, not in the first forward, which may be a traced one
 
     def weights(self) -> list[Tensor]:
         """The stored tables, ``[V_total, D]`` each."""
@@ -142,7 +144,9 @@ class EmbeddingLayer(BatchedModule):
 
     # ---------------------------------------------------------------------------------------------- a lookup
 
-    def _group(self, features: Sequence[Feature]) -> tuple[tuple[str, ...], _Group]:
+    def _group(self, features: Sequence[Feature]) -> _Group:
+        if features is self.features and self._all is not None:
+            return self._all
         key = tuple(feature.name for feature in features)
         group = self._groups.get(key)
         if group is None:
@@ -153,12 +157,12 @@ class EmbeddingLayer(BatchedModule):
                 raise ConfigError("EmbeddingLayer: the list of features is empty")
             has_sequences = any(isinstance(f, SequenceFeature) for f in bags)
             columns = None if has_sequences else tuple(range(len(bags) + 1))
-            group = self._groups[key] = _Group(bags, dense, spec, columns)
-        return key, group
+            group = self._groups[key] = _Group(key, bags, dense, spec, columns, {})
+        return group
 
     def spec_of(self, features: Sequence[Feature]) -> EmbeddingSpec:
         """How ``features`` are looked up together: one object for the same features."""
-        return self._group(features)[1].spec
+        return self._group(features).spec
 
     def _bag(self, feature: Any) -> Bag:
         weight, start, rows = self._place[feature.shared_with or feature.name]
@@ -179,23 +183,27 @@ class EmbeddingLayer(BatchedModule):
         )
 
     def inputs(
-        self, x: Mapping[str, Tensor], features: Sequence[Feature]
+        self, x: Mapping[str, Tensor], features: Sequence[Feature], finite: bool = False
     ) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
         """The columns of a batch as the op takes them.
+
+        Args:
+            x, features: as for :meth:`forward`.
+            finite: whether somebody else looks at every dense value.
 
         Returns:
             ids ``[B, S]`` int64, or int32 where all of the batch's are (None without bags), the bags' column offsets,
             dense ``[B, n_dense]`` (or None).
         """
-        return self._inputs(x, *self._group(features))
+        return self._inputs(x, self._group(features), finite)
 
     def _inputs(
-        self, x: Mapping[str, Tensor], key: tuple[str, ...], group: _Group
+        self, x: Mapping[str, Tensor], group: _Group, finite: bool = False
     ) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
-        if isinstance(x, ReadyBatch) and x.names == key:
+        if isinstance(x, ReadyBatch) and x.names == group.names:
             return x.ids, x.columns, x.dense
         if isinstance(x, ColumnBatch):
-            bags, others = self._pieces_of(x, key, group)
+            bags, others = self._pieces_of(x, group)
             ids = [_take(x, piece) for piece in bags]
             dense = [_take(x, piece) for piece in others]
         else:
@@ -211,19 +219,19 @@ class EmbeddingLayer(BatchedModule):
             ids, columns = _pad_concat([_column(x, feature.name).long() for feature in group.bags], group.bags)
         dense_values = _join([part.float() for part in dense])
         if dense_values is not None:
-            self._check_dense(dense_values, x, group)
+            self._check_dense(dense_values, x, group, finite)
         return _join(ids), columns, dense_values
 
     def pieces_in_use(self) -> list[Any]:
         """What holds the tensors that :meth:`inputs` reads beside batches; who replays its launches must keep it."""
-        return list(self._pieces.values())
+        return [pieces for group in self._groups.values() for pieces in group.pieces.values()]
 
-    def _pieces_of(self, x: ColumnBatch, key: tuple[str, ...], group: _Group) -> tuple[list[_Piece], list[_Piece]]:
+    def _pieces_of(self, x: ColumnBatch, group: _Group) -> tuple[list[_Piece], list[_Piece]]:
         """How the columns of ids and of dense values are taken from batches of ``x``'s layout; kept for the next."""
         device = x.blocks[0].device if x.blocks else None
-        place = (x.layout, key, device)
+        place = (x.layout, device)
         # a graph makes its own: torch 2.11's compiler can't write down for later what it made of named tuples
-        kept = {} if watched() else self._pieces
+        kept = {} if watched() else group.pieces
         pieces = kept.get(place)
         if pieces is None:
             if len(kept) >= 64:
@@ -253,7 +261,7 @@ class EmbeddingLayer(BatchedModule):
             columns.append(at)
         return tuple(columns)
 
-    def _check_dense(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group) -> None:
+    def _check_dense(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group, finite: bool) -> None:
         if dense.shape[1] != group.spec.n_dense:
             for feature in group.dense:
                 width = _column(x, feature.name).shape[1]
@@ -263,6 +271,8 @@ class EmbeddingLayer(BatchedModule):
                         f"DenseFeature(embed_dim={feature.embed_dim})"
                     )
         # a look at every value would stall a GPU; there the loss's own check of NaN stands in
+        if finite:
+            return
         if dense.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(dense.sum().item()):
             for feature in group.dense:
                 bad = _column(x, feature.name).isfinite().logical_not().any(dim=1).nonzero()
@@ -302,18 +312,18 @@ class EmbeddingLayer(BatchedModule):
     def ready(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> ReadyBatch:
         """``x`` laid out for the lookup of ``features``, its ids sorted where the tables' optimizer wants them so; may
         be made by another thread, while an earlier batch is in use."""
-        names, group = self._group(features)
-        ids, columns, dense = self._inputs(x, names, group)
+        group = self._group(features)
+        ids, columns, dense = self._inputs(x, group)
         index = None
         if ids is not None and self.updater is not None:
             index = self.updater.index(ids, columns, group.spec, self.weights(), alone=True)
-        return ReadyBatch(names, ids, columns, dense, index)
+        return ReadyBatch(group.names, ids, columns, dense, index)
 
     def lookup(self, x: Mapping[str, Tensor], features: Sequence[Feature]) -> Lookup:
         """What :func:`fastmtl.ops.embedding_bag` is to be given for ``features`` of the batch ``x``; the rows that it
         reads are current then."""
-        names, group = self._group(features)
-        ids, columns, dense = self._inputs(x, names, group)
+        group = self._group(features)
+        ids, columns, dense = self._inputs(x, group)
         spec, weights = group.spec, self.weights()
         if ids is None:
             return Lookup(weights, None, columns, dense, spec, None)

@@ -12,7 +12,7 @@ from ..backends import native
 from .rules import Rule, rule_of, step_numbers, why_not
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Parameters of one group that take the same step, and how the library wants them."""
 
     at: list[int]  # their places among the group's parameters with gradients
@@ -29,7 +29,7 @@ class _Kept(NamedTuple):
     rule: Rule
     params: list[nn.Parameter]
     entries: list[tuple[dict[str, Any], tuple[tuple[str, Tensor], ...]]]  # of ``optimizer.state``, and what they held
-    batches: list[_Batch]
+    batches: list[Batch]
 
 
 class DenseStep:
@@ -48,30 +48,48 @@ class DenseStep:
     @torch.no_grad()
     def take(self) -> bool:
         """Take the step; False, and nothing was done: a parameter or a setting needs torch's own."""
+        groups = self._groups()
+        if groups is None:
+            return False
+        for slot, group, params, kept in groups:
+            if kept is None:
+                kept = self._kept[slot] = self._gather(group, params)
+            grads: list[Any] = [p.grad for p in params]
+            for batch in kept.batches:
+                self._run(slot, group, kept.rule, batch, grads)
+            torch.autograd.graph.increment_version(params)
+        return True
+
+    def steady(self) -> list[tuple[dict[str, Any], Rule, Batch]]:
+        """What :meth:`take` would move for the gradients that are there, and by which group's settings, where that is
+        no parameter's first step and stays the same from now on; empty: it is not so."""
+        found = []
+        for slot, group, params, kept in self._groups() or ():
+            if kept is None:
+                kept = self._kept[slot] = self._gather(group, params)
+            found += [(group, kept.rule, batch) for batch in kept.batches]
+        return [] if any(batch.is_first for *_, batch in found) else found
+
+    def _groups(self) -> list[tuple[int, dict[str, Any], list[nn.Parameter], _Kept | None]] | None:
+        """Of each parameter group with gradients its number, itself, these parameters, and what is kept of it; None: a
+        parameter or a setting needs torch's own step."""
         groups = []
         for slot, group in enumerate(self.optimizer.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads: list[Any] = [p.grad for p in params]
             if group.get("fused") or group.get("foreach") or why_not(type(self.optimizer), group):
-                return False
-            for grad in grads:
-                if grad.dtype is not torch.float32 or grad.is_sparse:
-                    return False
+                return None
+            for p in params:
+                if p.grad.dtype is not torch.float32 or p.grad.is_sparse:
+                    return None
             kept = self._kept.get(slot)
             if kept is None or not self._holds(kept, group, params):
                 if not all(p.is_cpu and p.is_contiguous() for p in params):
-                    return False
+                    return None
                 kept = None
-            groups.append((slot, group, params, grads, kept))
-        for slot, group, params, grads, kept in groups:
-            if kept is None:
-                kept = self._kept[slot] = self._gather(group, params)
-            for batch in kept.batches:
-                self._run(slot, group, kept.rule, batch, grads)
-            torch.autograd.graph.increment_version(params)
-        return True
+            groups.append((slot, group, params, kept))
+        return groups
 
     def _holds(self, kept: _Kept, group: dict[str, Any], params: list[nn.Parameter]) -> bool:
         if len(params) != len(kept.params) or rule_of(self.optimizer, group).number != kept.rule.number:
@@ -101,10 +119,10 @@ class DenseStep:
             held = [dict(entries[i][1]) for i in at]
             states = [one[name] for name in rule.states for one in held]
             counters = [one["step"] for one in held if "step" in one]
-            batches.append(_Batch(at, [params[i] for i in at], states, counters, is_first, [number]))
+            batches.append(Batch(at, [params[i] for i in at], states, counters, is_first, [number]))
         return _Kept(rule, params, entries, batches)
 
-    def _run(self, slot: int, group: dict[str, Any], rule: Rule, batch: _Batch, grads: Sequence[Tensor]) -> None:
+    def _run(self, slot: int, group: dict[str, Any], rule: Rule, batch: Batch, grads: Sequence[Tensor]) -> None:
         number = batch.number[0] + 1
         mine = grads if len(batch.at) == len(grads) else [grads[i] for i in batch.at]
         done = torch.ops.fastmtl.dense_step.default(

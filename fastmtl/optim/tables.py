@@ -67,7 +67,8 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     _pending: dict[nn.Parameter, _Pending]
-    _dense: DenseStep
+    #: What moves all other parameters.
+    dense: DenseStep
     #: Whether torch's step can take a table's dense gradient; else that too is taken by rows.
     _takes_dense_tables = True
 
@@ -85,7 +86,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if embedding_update not in ("exact", "lazy"):
             raise ConfigError(f"embedding_update {embedding_update!r} is not known; use 'exact' or 'lazy'")
         self._pending = {}
-        self._dense = DenseStep(self)
+        self.dense = DenseStep(self)
         self._is_lazy = embedding_update == "lazy"
         super().__init__(params, *args, **settings)
         for group in self.param_groups:
@@ -137,7 +138,7 @@ class TableOptimizer(torch.optim.Optimizer):
         return rule_of(self, group)
 
     def _dense_step(self) -> None:
-        if self._dense.take():
+        if self.dense.take():
             return
         step: Any = super().step
         unhooked(step)(self)
@@ -238,7 +239,7 @@ class TableOptimizer(torch.optim.Optimizer):
         tables = state.pop("_tables", None)
         super().__setstate__(state)
         if tables is not None:  # a copy, or from a pickle
-            self._dense = DenseStep(self)
+            self.dense = DenseStep(self)
             self._pending = {table: _Pending(table) for table in tables}
             self._restart()
 

@@ -7,9 +7,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..errors import BadDataError, ConfigError, NotBuiltError
 from ..weighting import MetaBalance, Strategy
 from .arguments import library_task_type, save_weights, strategy_of, writable_folder
 from .batches import training_batches
+from .chain_steps import ChainSteps
 from .device_epoch import DeviceEpochs, epochs_of, trains_here
 from .device_scores import main_scores, outputs_on
 from .evaluation import collect, labels_of, schema_of, to_device, unwrap
@@ -243,10 +243,10 @@ class MTLTrainer:
         total = torch.zeros(self.n_task, device=self.device)
         batches = rows = 0
         gradients = self._gradients()
-        step = self._step if gradients is None else partial(self._chain_step, gradients)
         with (
             sparse_updates(unwrap(self.model), self.optimizer),
             contextlib.closing(training_batches(data_loader, gradients)) as made,
+            self._steps(gradients) as step,
         ):
             bar = Progress(data_loader, "train", self.progress, made)
             for x, y in bar:
@@ -261,6 +261,15 @@ class MTLTrainer:
             raise BadDataError("the training loader has no rows")
         self._rows_seen = rows
         return (total / batches).tolist()
+
+    @contextlib.contextmanager
+    def _steps(self, gradients: ChainGradients | None) -> Iterator[Callable[[Any, Any], Tensor]]:
+        """What takes the steps of an epoch, each from a batch's x and y to its losses ``[T]``."""
+        if gradients is None:
+            yield self._step
+            return
+        with contextlib.closing(ChainSteps(self, gradients)) as steps:
+            yield steps
 
     def _step(self, x: Mapping[str, Tensor], y: Any) -> Tensor:
         """One update; returns the losses ``[T]``, detached."""
@@ -290,16 +299,6 @@ class MTLTrainer:
             return None
         with self._autocast():
             return ChainGradients.of(self.model, self.strategy)
-
-    def _chain_step(self, gradients: ChainGradients, x: Mapping[str, Tensor], y: Any) -> Tensor:
-        """:meth:`_step` without autograd."""
-        labels = labels_of(y, gradients.model).to(self.device, non_blocking=True)
-        with self._autocast():
-            losses, logits = gradients(to_device(x, self.device), labels)
-        if torch.isnan(losses).any():
-            self._explain_nan(torch.sigmoid(logits), FloatingPointError("a loss is NaN"))
-        self._update()
-        return losses
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         try:

@@ -8,7 +8,7 @@ rounding of the losses and, on the CPU, of the sums of small tables, which are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from .. import backend
 from ..backends import native
 from ..backends.native_folding import Folding
+from ..backends.native_training import RuleStep, TrainingProgram
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
@@ -126,15 +127,15 @@ class ChainGradients:
     def _run_at_once(self, lookup: Lookup, labels: Tensor, trains_tables: bool) -> tuple[Tensor, Tensor]:
         """On the CPU: the layers in one call, small tables folded into the first."""
         weights, ids, columns, dense, spec, _ = lookup
-        folding, folded = None, None
-        if ids is None:
-            assert dense is not None
-            row = dense
-        elif (folding := self._folding(spec, columns, len(ids))) is None:
-            row = native.embedding_bag_fwd(weights, ids, columns, dense, spec)
-        else:
+        folding, folded = None if ids is None else self._folding(spec, columns), None
+        if folding is not None and len(ids) < folding.least_rows:
+            folding = None
+        row: Any = dense
+        if folding is not None:
             row, folded = folding.look_up(weights, ids, dense)
-        wanted = self._columns_of_tables(row, spec) if trains_tables else -1
+        elif ids is not None:
+            row = native.embedding_bag_fwd(weights, ids, columns, dense, spec)
+        wanted = self._columns_of_tables(row.shape[1], spec) if trains_tables else -1
         x = row.unsqueeze(0)
         for bank in self.banks:
             bank.count_step(x)
@@ -149,19 +150,43 @@ class ChainGradients:
             self._table_gradients(dx[0], lookup, folding, of_small)
         return losses, logits
 
-    def _columns_of_tables(self, row: Tensor, spec: EmbeddingSpec) -> int:
-        """Columns whose gradient is wanted: nobody asks for that of the dense ones, which are last."""
-        return row.shape[1] - (spec.n_dense if spec.is_common and self.banks[0].spec.dims else 0)
+    def program(self, columns: tuple[int, ...], rules: Sequence[RuleStep]) -> tuple[TrainingProgram, int] | None:
+        """A batch and its optimizer's step as one call of the native library, and the rows that a batch must have for
+        that to compute what a call of this object does; None: it is not possible.
 
-    def _folding(self, spec: EmbeddingSpec, columns: tuple[int, ...], n_rows: int) -> Folding | None:
-        """How small tables are folded into the first bank."""
+        Args:
+            columns: the lookup's.
+            rules: what the optimizer moves, and how.
+        """
+        embedding = self.model.embedding
+        weights, spec = embedding.weights(), embedding.spec_of(embedding.features)
+        given = [p for bank in self.banks for p in bank.params().learned() if p.requires_grad]
+        given += [table for table in weights if table.requires_grad]
+        moved = {id(p) for rule in rules for p in rule.params}
+        if not self._is_native or not spec.bags or not spec.is_common or moved != {id(p) for p in given}:
+            return None
+        folding = self._folding(spec, columns)
+        width = spec.width(columns) if folding is None else folding.width
+        trains_tables = any(table.requires_grad for table in weights)
+        program = TrainingProgram(
+            weights, spec, columns, folding, [(bank.params(), bank.spec) for bank in self.banks],
+            [bank.num_batches_tracked for bank in self.banks], self.model.is_classification, self.factors,
+            self._columns_of_tables(width, spec) if trains_tables else -1, rules, native.computes_in_bf16(),
+        )  # fmt: skip
+        return program, 0 if folding is None else folding.least_rows
+
+    def _columns_of_tables(self, width: int, spec: EmbeddingSpec) -> int:
+        """Columns whose gradient is wanted, of a row's: nobody asks for that of the dense ones, which are last."""
+        return width - (spec.n_dense if spec.is_common and self.banks[0].spec.dims else 0)
+
+    def _folding(self, spec: EmbeddingSpec, columns: tuple[int, ...]) -> Folding | None:
+        """How small tables are folded into the first bank, in batches of enough rows."""
         if len(self.banks) == 1:
             return None
         bf16 = native.computes_in_bf16()
         if self._kept is None or self._kept[0] is not spec or self._kept[1:3] != (columns, bf16):
             self._kept = spec, columns, bf16, Folding.of(spec, columns, self.banks[0].spec, bf16)
-        folding = self._kept[3]
-        return folding if folding is not None and n_rows >= folding.least_rows else None
+        return self._kept[3]
 
     def _towers(
         self, towers: ExpertGate, x: Tensor, labels: Tensor, needs_x: bool

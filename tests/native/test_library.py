@@ -27,7 +27,7 @@ def test_schemas_name_every_mutation(base_seed):
     opcheck(ops.embedding_bag_bwd.default, (lookup.grad, lookup.ids, plan, shapes), test_utils="test_schema")
     spec = ExpertGateSpec(5, (0, 0), (8,), gates=(Gate(0, (0, 1)),))
     case = random_case(base_seed, spec, 40)
-    params, plan = case.params, native._layer_plan(spec)
+    params, plan = case.params, native.layer_plan(spec)
     args = (case.x, params.learned(), params.running(), plan, True, 0.0, 0)
     opcheck(ops.expert_gate_fwd.default, args, test_utils="test_schema")
     _, *saved = ops.expert_gate_fwd.default(*args)
@@ -47,7 +47,7 @@ def test_a_plan_that_does_not_fit_is_refused():
             torch.ops.fastmtl.embedding_bag_fwd.default(weights, ids, None, plan, 4)
     spec = ExpertGateSpec(5, (0, 0), (8,), gates=(Gate(0, (0, 1)),))
     params = new_params(spec, torch.Generator().manual_seed(0))
-    plan = native._layer_plan(spec)
+    plan = native.layer_plan(spec)
     for i in range(len(plan)):
         for value in (-1, 3, 1000):
             wrong = plan.clone()

@@ -25,7 +25,7 @@ from native.lookups import random_lookup
 from torch import Tensor
 
 from fastmtl.backends import native
-from fastmtl.backends.native_folding import split, table_of
+from fastmtl.backends.native_folding import Folding, split, table_of
 from fastmtl.backends.native_inference import Program
 from fastmtl.optim.rules import FIELDS, RULES
 from fastmtl.optim.waiting import WAIT_FIELDS
@@ -97,7 +97,7 @@ def layers(rng: random.Random) -> list[Call]:
     activation = rng.choice(("relu", "prelu", "dice", "softmax", "gelu"))
     inputs = tuple(sorted(rng.randrange(n_inputs) for _ in range(n_experts)))
     spec = ExpertGateSpec(rng.choice((1, 4, 19)), inputs, dims, activation, gates=gates, output_layer=output_layer)
-    params, plan = new_params(spec, generator), native._layer_plan(spec)
+    params, plan = new_params(spec, generator), native.layer_plan(spec)
     x = torch.randn(spec.n_inputs, rng.choice((1, 2, 9)), spec.in_features, generator=generator)
     training, dropout = rng.random() < 0.6, rng.choice((0.0, 0.3))
     forward = [x, params.learned(), params.running(), plan, training, dropout, 7, rng.random() < 0.5]
@@ -132,7 +132,7 @@ def chains(rng: random.Random) -> list[Call]:
                 x,
                 [p for one in params for p in one.learned()],
                 [p for one in params for p in one.running()],
-                [native._layer_plan(spec) for spec in specs],
+                [native.layer_plan(spec) for spec in specs],
                 [rng.choice((0.0, 0.3)) for _ in specs],
                 [7] * len(specs),
                 rng.random() < 0.5,
@@ -214,7 +214,7 @@ def predictions(rng: random.Random) -> list[Call]:
 def folded_layers(rng: random.Random) -> list[Call]:
     """Forward and backward of one small layer with tables folded into it."""
     case = folded_case(rng.randrange(2**31), batch=rng.choice((1, 2, 70)))
-    plan, dropout = native._layer_plan(case.spec), rng.choice((0.0, 0.3))
+    plan, dropout = native.layer_plan(case.spec), rng.choice((0.0, 0.3))
     given = [torch.tensor(case.places), case.table, case.picks]
     learned, x = case.params.learned(), case.x.unsqueeze(0)
     forward = [x, learned, case.params.running(), plan, case.training, dropout, 7, rng.random() < 0.5, *given]
@@ -234,6 +234,50 @@ def folded_layers(rng: random.Random) -> list[Call]:
     return [("expert_gate_fwd", forward), ("expert_gate_bwd", backward)]
 
 
+def trainings(rng: random.Random) -> list[Call]:
+    """Whole steps of a lookup and two layers, with or without folded tables, by an optimizer that keeps no numbers: one
+    case leaves the next one other weights, and nothing else."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    lookup = random_lookup(rng.randrange(2**31), batch=rng.choice((1, 2, 70)))
+    spec, columns, weights = lookup.spec, lookup.columns, lookup.weights
+    shapes, needs = [weight.shape for weight in weights], [rng.random() < 0.8 for _ in weights]
+    kept: tuple[Any, ...] = native.bag_plan(spec, columns), spec.width(columns)
+    small: tuple[Any, ...] = None, None, 0, None, None, False
+    folded = [
+        f
+        for f, bag in enumerate(spec.bags)
+        if bag.table == 0 and bag.pooling == "sum" and columns[f + 1] - columns[f] == 1 and bag.vocab <= 100
+    ]
+    others = needs
+    if folded and rng.random() < 0.7:
+        kept, small, others = Folding(spec, columns, folded).for_program(shapes, needs)
+    first = ExpertGateSpec(spec.width(columns), (0, 0), (rng.choice((3, 17)),), gates=(Gate(0, (0, 1)),))
+    specs = [first, ExpertGateSpec(first.dims[-1], (0,), (rng.choice((1, 8)),), output_layer=True)]
+    params = [new_params(one, generator) for one in specs]
+    learned = [p for one in params for p in one.learned()]
+    x_columns = kept[1] if any(needs) else -1
+    new = [
+        weights, *kept, native._wanted(shapes, others), *small, learned, [p for one in params for p in one.running()],
+        [native.layer_plan(one) for one in specs], [torch.zeros(2, dtype=torch.int64)],
+        [rng.choice((0.0, 0.3)) for _ in specs], rng.random() < 0.5, torch.tensor([True]), torch.ones(1), x_columns,
+    ]  # fmt: skip
+    at = [*range(len(learned)), *(len(learned) + w for w, need in enumerate(needs) if need)]
+    rule = [at, [], [], RULES.index("sgd")]
+    number = torch.ops.fastmtl.training_new(*new)
+    torch.ops.fastmtl.training_add_rule(number, *rule)
+    labels = (torch.rand(len(lookup.ids), 1, generator=generator) < 0.3).float()
+    step = [number, lookup.ids, lookup.dense, labels, [7, 7], [0.0] * len(FIELDS), [1.0]]
+    torch.ops.fastmtl.training_step(*step)
+    return [
+        ("training_new", new),
+        ("training_add_rule", [torch.ops.fastmtl.training_new(*new), *rule]),
+        ("training_step", step),
+        ("training_step", step),
+        ("training_gradients", [number, at]),
+        ("training_free", [torch.ops.fastmtl.training_new(*new)]),
+    ]
+
+
 MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
     lookups,
     layers,
@@ -243,6 +287,7 @@ MAKERS: tuple[Callable[[random.Random], list[Call]], ...] = (
     tables,
     folded_layers,
     chains,
+    trainings,
 )
 
 
@@ -344,8 +389,8 @@ def run(first: int, count: int, seed: int, tell: Callable[[int], None] = lambda 
         try:
             result = ops[name](*args)
             worked += 1
-            if name == "inference_new":
-                ops["inference_free"](result)
+            if name in ("inference_new", "training_new"):
+                ops[name.replace("new", "free")](result)
         except REFUSALS:
             refused += 1
     return worked, refused
@@ -356,7 +401,7 @@ NAMES = (
     "expert_gate_bwd", "table_replay", "table_step", "table_wait_from", "table_wait", "table_close", "dense_step",
     "task_losses", "inference_new", "inference_run", "inference_free", "embedding_bag_general_fwd",
     "embedding_bag_general_bwd", "shuffle_ahead", "in_huge_pages", "embedding_bag_picks", "take_rows",
-    "chain_gradients",
+    "chain_gradients", "training_new", "training_add_rule", "training_step", "training_gradients", "training_free",
 )  # fmt: skip
 WRITING = (
     "expert_gate_fwd",
