@@ -47,7 +47,7 @@ struct TrainedLayers {
   std::vector<Tensor> learned, running, plans, batch_counters;
   std::vector<double> dropouts;
   bool bf16;
-  Tensor is_classification, factors;
+  Tensor is_classification;
   int64_t x_columns;
 };
 
@@ -100,7 +100,7 @@ class Training {
   // The losses, the logits, and whether the step was taken: not where a loss is NaN, or where a counter of the
   // optimizer is not `counts` - 1. `numbers` and `counts` have those of one rule behind the other's.
   std::tuple<Tensor, Tensor, bool> step(const Tensor& ids, const std::optional<Tensor>& dense, const Tensor& labels,
-                                        const std::vector<int64_t>& seeds, const std::vector<double>& numbers,
+                                        const Tensor& factors, const std::vector<int64_t>& seeds, const std::vector<double>& numbers,
                                         const std::vector<double>& counts) {
     const std::lock_guard lock(guard_);
     STD_TORCH_CHECK(counts.size() == rules_.size() && numbers.size() % std::max<size_t>(1, rules_.size()) == 0,
@@ -126,7 +126,7 @@ class Training {
       }
     }
     std::vector<Tensor> found = chain_gradients(x, layers_.learned, layers_.running, layers_.plans, layers_.dropouts,
-                                                seeds, layers_.bf16, labels, layers_.is_classification, layers_.factors,
+                                                seeds, layers_.bf16, labels, layers_.is_classification, factors,
                                                 layers_.x_columns, lookup_.places, table, picks);
     const auto n_learned = static_cast<std::ptrdiff_t>(layers_.learned.size());
     grads_.assign(found.begin() + 2, found.begin() + 2 + n_learned);
@@ -232,7 +232,7 @@ int64_t training_new(std::vector<Tensor> weights, const Tensor& plan, int64_t wi
                      std::optional<Tensor> places, std::optional<Tensor> small_plan, int64_t small_weight,
                      std::optional<Tensor> rows, std::optional<Tensor> among, bool are_all, std::vector<Tensor> learned,
                      std::vector<Tensor> running, std::vector<Tensor> plans, std::vector<Tensor> batch_counters,
-                     std::vector<double> dropouts, bool bf16, const Tensor& is_classification, const Tensor& factors,
+                     std::vector<double> dropouts, bool bf16, const Tensor& is_classification,
                      int64_t x_columns) {
   std::optional<FoldedGrads> folded;
   STD_TORCH_CHECK(rows.has_value() == among.has_value(), "rows and among must be given together");
@@ -241,7 +241,7 @@ int64_t training_new(std::vector<Tensor> weights, const Tensor& plan, int64_t wi
       TrainedLookup{std::move(weights), plan, width, std::move(wanted), places, small_plan,
                     static_cast<size_t>(small_weight)},
       TrainedLayers{std::move(learned), std::move(running), std::move(plans), std::move(batch_counters),
-                    std::move(dropouts), bf16, is_classification, factors, x_columns},
+                    std::move(dropouts), bf16, is_classification, x_columns},
       std::move(folded)));
 }
 
@@ -251,9 +251,10 @@ void training_add_rule(int64_t number, std::vector<int64_t> at, std::vector<Tens
 }
 
 std::tuple<Tensor, Tensor, bool> training_step(int64_t number, const Tensor& ids, std::optional<Tensor> dense,
-                                               const Tensor& labels, std::vector<int64_t> seeds,
-                                               std::vector<double> numbers, std::vector<double> counts) {
-  return registry().find(number)->step(ids, dense, labels, seeds, numbers, counts);
+                                               const Tensor& labels, const Tensor& factors,
+                                               std::vector<int64_t> seeds, std::vector<double> numbers,
+                                               std::vector<double> counts) {
+  return registry().find(number)->step(ids, dense, labels, factors, seeds, numbers, counts);
 }
 
 std::vector<Tensor> training_gradients(int64_t number, std::vector<int64_t> at) {
@@ -276,11 +277,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "training_new(Tensor[] weights, Tensor plan, int width, int[] wanted, Tensor? places, Tensor? small_plan, "
       "int small_weight, Tensor? rows, Tensor? among, bool are_all, Tensor[] learned, Tensor[] running, Tensor[] "
       "plans, "
-      "Tensor[] batch_counters, float[] dropouts, bool bf16, Tensor is_classification, Tensor factors, int x_columns) "
+      "Tensor[] batch_counters, float[] dropouts, bool bf16, Tensor is_classification, int x_columns) "
       "-> int");
   m.def("training_add_rule(int number, int[] at, Tensor[] states, Tensor[] counters, int rule) -> ()");
   m.def(
-      "training_step(int number, Tensor ids, Tensor? dense, Tensor labels, int[] seeds, float[] numbers, float[] "
+      "training_step(int number, Tensor ids, Tensor? dense, Tensor labels, Tensor factors, int[] seeds, float[] numbers, float[] "
       "counts) -> (Tensor, Tensor, bool)");
   m.def("training_gradients(int number, int[] at) -> Tensor[]");
   m.def("training_free(int number) -> ()");

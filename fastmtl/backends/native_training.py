@@ -43,7 +43,7 @@ class TrainingProgram:
         folding: how small tables are folded into the first layer; None: none are.
         layers: the last of them makes the tasks' logits.
         batch_counters: ``[n]`` int64 each, to be raised by 1 in a batch.
-        is_classification, factors: as for :func:`fastmtl.backends.native.task_losses`.
+        is_classification: as for :func:`fastmtl.backends.native.task_losses`.
         x_columns: of so many of the first layer's columns a gradient is wanted; -1: no table is trained.
         rules: which parameters move how.
         bf16: whether products are of bf16 operands.
@@ -58,7 +58,6 @@ class TrainingProgram:
         layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]],
         batch_counters: list[Tensor],
         is_classification: Tensor,
-        factors: Tensor,
         x_columns: int,
         rules: Sequence[RuleStep],
         bf16: bool,
@@ -77,7 +76,7 @@ class TrainingProgram:
         self._number = torch.ops.fastmtl.training_new.default(
             list(weights), *lookup, wanted, *small, learned, running,
             [native.layer_plan(spec) for _, spec in layers], batch_counters, self._dropouts, bf16,
-            is_classification, factors, x_columns,
+            is_classification, x_columns,
         )  # fmt: skip
         weakref.finalize(self, torch.ops.fastmtl.training_free.default, self._number)
         place = {id(p): i for i, p in enumerate([*learned, *weights])}
@@ -92,13 +91,20 @@ class TrainingProgram:
         self.has_run = False
 
     def step(
-        self, ids: Tensor, dense: Tensor | None, labels: Tensor, numbers: list[float], counts: list[float]
+        self,
+        ids: Tensor,
+        dense: Tensor | None,
+        labels: Tensor,
+        factors: Tensor,
+        numbers: list[float],
+        counts: list[float],
     ) -> tuple[Tensor, Tensor, bool]:
         """Train on a batch.
 
         Args:
             ids, dense: as for :func:`fastmtl.ops.embedding_bag`.
             labels: ``[B, T]`` float32; NaN where a label is missing.
+            factors: ``[T]`` float32, of each loss in the sum.
             numbers: of each rule the numbers of its step (``fastmtl.optim.rules.FIELDS``), one behind the other.
             counts: of each rule the number of its step, from 1.
 
@@ -112,7 +118,7 @@ class TrainingProgram:
         """
         seeds = [int(torch.empty((), dtype=torch.int64).random_()) if p > 0 else 0 for p in self._dropouts]
         try:
-            losses, logits, is_done = self._step(self._number, ids, dense, labels, seeds, numbers, counts)
+            losses, logits, is_done = self._step(self._number, ids, dense, labels, factors, seeds, numbers, counts)
         except RuntimeError:
             eager.raise_bad_id(ids, self._columns, self._spec)
             raise

@@ -15,12 +15,32 @@ from .rules import Rule, rule_of, step_numbers, why_not
 class Batch(NamedTuple):
     """Parameters of one group that take the same step, and how the library wants them."""
 
+    rule: Rule
     at: list[int]  # their places among the group's parameters with gradients
     params: list[nn.Parameter]
     states: list[Tensor]  # the first state of each, then the second of each
     counters: list[Tensor]  # their step numbers, where the rule counts
     is_first: bool  # whether the states were made for this step
     number: list[float]  # one entry: the step taken last
+
+    def but(self, others: Sequence[Tensor]) -> tuple[Batch, Batch]:
+        """Its parameters without ``others``, and those among these."""
+        named, n = {id(p) for p in others}, len(self.params)
+
+        def part(inside: bool) -> Batch:
+            at = [i for i, p in enumerate(self.params) if (id(p) in named) is inside]
+            states = [self.states[k * n + i] for k in range(len(self.rule.states)) for i in at]
+            counters = [self.counters[i] for i in at] if self.counters else []
+            params = [self.params[i] for i in at]
+            return self._replace(at=[self.at[i] for i in at], params=params, states=states, counters=counters)
+
+        return part(False), part(True)
+
+    def take(self, grads: Sequence[Tensor], numbers: list[float], number: float) -> bool:
+        """Take step ``number``; False, and nothing was done: a counter does not stand at the one before."""
+        return torch.ops.fastmtl.dense_step.default(
+            self.params, grads, self.states, self.counters, self.rule.number, numbers, number
+        )
 
 
 class _Kept(NamedTuple):
@@ -56,19 +76,19 @@ class DenseStep:
                 kept = self._kept[slot] = self._gather(group, params)
             grads: list[Any] = [p.grad for p in params]
             for batch in kept.batches:
-                self._run(slot, group, kept.rule, batch, grads)
+                self._run(slot, group, batch, grads)
             torch.autograd.graph.increment_version(params)
         return True
 
-    def steady(self) -> list[tuple[dict[str, Any], Rule, Batch]]:
+    def steady(self) -> list[tuple[dict[str, Any], Batch]]:
         """What :meth:`take` would move for the gradients that are there, and by which group's settings, where that is
         no parameter's first step and stays the same from now on; empty: it is not so."""
         found = []
         for slot, group, params, kept in self._groups() or ():
             if kept is None:
                 kept = self._kept[slot] = self._gather(group, params)
-            found += [(group, kept.rule, batch) for batch in kept.batches]
-        return [] if any(batch.is_first for *_, batch in found) else found
+            found += [(group, batch) for batch in kept.batches]
+        return [] if any(batch.is_first for _, batch in found) else found
 
     def _groups(self) -> list[tuple[int, dict[str, Any], list[nn.Parameter], _Kept | None]] | None:
         """Of each parameter group with gradients its number, itself, these parameters, and what is kept of it; None: a
@@ -119,23 +139,20 @@ class DenseStep:
             held = [dict(entries[i][1]) for i in at]
             states = [one[name] for name in rule.states for one in held]
             counters = [one["step"] for one in held if "step" in one]
-            batches.append(Batch(at, [params[i] for i in at], states, counters, is_first, [number]))
+            batches.append(Batch(rule, at, [params[i] for i in at], states, counters, is_first, [number]))
         return _Kept(rule, params, entries, batches)
 
-    def _run(self, slot: int, group: dict[str, Any], rule: Rule, batch: Batch, grads: Sequence[Tensor]) -> None:
+    def _run(self, slot: int, group: dict[str, Any], batch: Batch, grads: Sequence[Tensor]) -> None:
         number = batch.number[0] + 1
         mine = grads if len(batch.at) == len(grads) else [grads[i] for i in batch.at]
-        done = torch.ops.fastmtl.dense_step.default(
-            batch.params, mine, batch.states, batch.counters, rule.number,
-            step_numbers(rule, group, number, batch.is_first), number,
-        )  # fmt: skip
+        done = batch.take(mine, step_numbers(batch.rule, group, number, batch.is_first), number)
         batch.number[0] = number
         if batch.is_first:
             self._kept.pop(slot, None)  # what follows is no first step
         elif not done:  # somebody else has changed the counters
             again = self._kept[slot] = self._gather(group, batch.params)
             for part in again.batches:
-                self._run(slot, group, rule, part, mine)
+                self._run(slot, group, part, mine)
 
 
 def prepare_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, rule: Rule) -> bool:

@@ -13,7 +13,7 @@ from .. import optim
 from ..backends.native_training import RuleStep, TrainingProgram
 from ..errors import BadIdError
 from ..optim.dense import Batch
-from ..optim.rules import Rule, step_numbers
+from ..optim.rules import step_numbers
 from ..weighting import Strategy
 from .evaluation import labels_of, to_device
 from .native_gradients import ChainGradients
@@ -29,10 +29,15 @@ class _AtOnce(NamedTuple):
     """A program, and what must be as it was when it was made."""
 
     program: TrainingProgram
-    columns: tuple[int, ...]
     least_rows: int
+    columns: tuple[int, ...]
     state: Any  # the optimizer's
-    rules: list[tuple[dict[str, Any], Rule, Batch]]
+    rules: list[tuple[dict[str, Any], Batch]]
+    others: list[Batch]  # of each rule the loss weights, which are no part of the program
+
+    def others_are_ready(self) -> bool:
+        """Whether their counters stand where their rules do."""
+        return all(float(counter) == part.number[0] for part in self.others for counter in part.counters)
 
 
 class ChainSteps:
@@ -94,42 +99,48 @@ class ChainSteps:
         trainer, embedding = self._trainer, self._gradients.model.embedding
         ids, columns, _ = embedding.inputs(x, embedding.features)
         rules = trainer.optimizer.dense.steady()
-        if ids is None or not rules:
-            self._may_be_at_once = False
-            return
-        moves = [RuleStep(batch.params, batch.states, batch.counters, rule.number) for _, rule, batch in rules]
-        with trainer._autocast():
-            made = self._gradients.program(columns, moves)
+        weights = trainer.strategy.weights()
+        parts = [batch.but([] if weights is None else [weights]) for _, batch in rules]
+        made = None
+        if ids is not None and rules:
+            moves = [RuleStep(part.params, part.states, part.counters, part.rule.number) for part, _ in parts]
+            with trainer._autocast():
+                made = self._gradients.program(columns, moves)
         self._may_be_at_once = made is not None
         if made is not None:
-            program, least_rows = made
-            self._at_once = _AtOnce(program, columns, least_rows, trainer.optimizer.state, rules)
+            state, others = trainer.optimizer.state, [other for _, other in parts]
+            self._at_once = _AtOnce(*made, columns, state, rules, others)
 
     def _step_at_once(self, at_once: _AtOnce, x: Mapping[str, Tensor], labels: Tensor) -> Tensor | None:
         """None, and nothing was done: this batch, or the optimizer, is not as the program has it."""
         trainer, embedding = self._trainer, self._gradients.model.embedding
-        if trainer.optimizer.state is not at_once.state:
+        if trainer.optimizer.state is not at_once.state or not at_once.others_are_ready():
             self.close()
             return None
         ids, columns, dense = embedding.inputs(x, embedding.features, finite=True)
         if ids is None or columns != at_once.columns or len(ids) < at_once.least_rows:
             return None
-        counts = [batch.number[0] + 1 for *_, batch in at_once.rules]
+        self._gradients.begin()
+        counts = [batch.number[0] + 1 for _, batch in at_once.rules]
         numbers = [
-            number
-            for (group, rule, batch), count in zip(at_once.rules, counts, strict=True)
-            for number in step_numbers(rule, group, count, False)
+            step_numbers(batch.rule, group, count, False)
+            for (group, batch), count in zip(at_once.rules, counts, strict=True)
         ]
+        flat = [number for one in numbers for number in one]
         try:
-            losses, logits, is_taken = at_once.program.step(ids, dense, labels, numbers, counts)
+            losses, logits, is_taken = at_once.program.step(ids, dense, labels, self._gradients.factors, flat, counts)
         except BadIdError:
             raise
         except RuntimeError:
             embedding.inputs(x, embedding.features)  # which says what is not finite
             raise
+        trainer.strategy.give_own_gradients(losses)
         if is_taken:
-            for (*_, batch), count in zip(at_once.rules, counts, strict=True):
+            for (_, batch), other, count, one in zip(at_once.rules, at_once.others, counts, numbers, strict=True):
                 batch.number[0] = count
+                if other.params:
+                    grads: list[Any] = [p.grad for p in other.params]
+                    other.take(grads, one, count)
             return losses
         self.close()
         if torch.isnan(losses).any():

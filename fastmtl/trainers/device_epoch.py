@@ -184,7 +184,7 @@ class DeviceEpochs:
                 self._graphs = GraphStep(self.work, self._recorder, self.model, self.optimizer, self._progress is False)
             with self._autocast():
                 precision = torch.is_autocast_enabled(self.device.type)
-            factors = self.strategy.factors()
+            factors = None if self.strategy.weights() is not None else self.strategy.factors()
             stamp = precision, self._chain is None, None if factors is None else factors.tolist()
             self._graphs.begin_epoch(self._slots.live(), stamp, self._chain)
         return self._slots

@@ -36,14 +36,15 @@ class ChainGradients:
     Args:
         model: a model whose ``layers()`` are a chain.
         banks: these layers.
-        factors: ``[T]``, of each task's loss in the sum that is minimised.
+        strategy: whose factors the tasks' losses have in the sum that is minimised.
         lookups: the backend of ``embedding_bag``, which brings its own backward.
         layers: that of ``expert_gate``, which has ``task_losses`` too.
     """
 
-    def __init__(self, model: MTLModel, banks: list[ExpertGate], factors: Tensor, lookups: Any, layers: Any) -> None:
-        self.model, self.banks = model, banks
-        self.factors = factors.to(model.is_classification.device)
+    def __init__(self, model: MTLModel, banks: list[ExpertGate], strategy: Strategy, lookups: Any, layers: Any) -> None:
+        self.model, self.banks, self.strategy = model, banks, strategy
+        self._learns_factors = strategy.weights() is not None
+        self.factors = self._factors()
         self._lookups, self._layers = lookups, layers
         self._is_native = lookups is native is layers
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -53,9 +54,8 @@ class ChainGradients:
     @classmethod
     def of(cls, model: nn.Module, strategy: Strategy) -> ChainGradients | None:
         """For a bare model that nobody watches, on backends that bring their own backward, and losses summed with
-        fixed factors."""
-        factors = strategy.factors()
-        if factors is None or type(strategy).backward is not Strategy.backward or not is_unwatched(model):
+        factors that are fixed or, on the CPU, known before them."""
+        if strategy.factors() is None or type(strategy).backward is not Strategy.backward or not is_unwatched(model):
             return None
         chain = cast(MTLModel, model)
         banks = _chain(chain)
@@ -68,7 +68,19 @@ class ChainGradients:
             return None  # a maximum's gradient needs the tables
         if lookups.DIFFERENTIABLE or not hasattr(layers, "task_losses"):
             return None
-        return cls(chain, banks, factors, lookups, layers)
+        if strategy.weights() is not None and not (lookups is native is layers):
+            return None  # what is recorded would hold the first ones
+        return cls(chain, banks, strategy, lookups, layers)
+
+    def _factors(self) -> Tensor:
+        factors = self.strategy.factors()
+        assert factors is not None
+        return factors.to(self.model.is_classification.device)
+
+    def begin(self) -> None:
+        """Take the factors of the batch that is next."""
+        if self._learns_factors:
+            self.factors = self._factors()
 
     def ready(self, x: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A batch laid out for the lookup, which may be done by another thread while an earlier one computes."""
@@ -87,6 +99,7 @@ class ChainGradients:
         Returns:
             The tasks' losses ``[T]`` and the logits ``[B, T]``.
         """
+        self.begin()
         for p in self._trained:
             p.grad = None
         # with gradients on: to the tables' optimizer a lookup without them is an evaluation
@@ -98,6 +111,7 @@ class ChainGradients:
         trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         if self._is_native:
             losses, logits = self._run_at_once(lookup, labels, trains_tables)
+            self.strategy.give_own_gradients(losses)
             if seen is not None:
                 seen(losses)
             return losses, logits
@@ -170,7 +184,7 @@ class ChainGradients:
         trains_tables = any(table.requires_grad for table in weights)
         program = TrainingProgram(
             weights, spec, columns, folding, [(bank.params(), bank.spec) for bank in self.banks],
-            [bank.num_batches_tracked for bank in self.banks], self.model.is_classification, self.factors,
+            [bank.num_batches_tracked for bank in self.banks], self.model.is_classification,
             self._columns_of_tables(width, spec) if trains_tables else -1, rules, native.computes_in_bf16(),
         )  # fmt: skip
         return program, 0 if folding is None else folding.least_rows

@@ -43,8 +43,13 @@ class Strategy:
         raise NotImplementedError
 
     def factors(self) -> Tensor | None:
-        """``[T]``, where :meth:`total` is a sum of the losses with fixed factors and :meth:`backward` the base's."""
+        """``[T]``, where :meth:`total` is a sum of the losses with factors that are known before them, and
+        :meth:`backward` the base's; those of the next batch where there are :meth:`weights`."""
         return None
+
+    @torch.no_grad()
+    def give_own_gradients(self, losses: Tensor) -> None:
+        """Fill ``.grad`` of :meth:`weights`, where the model's gradients were taken with :meth:`factors`."""
 
     def after_step(self) -> None:
         """Called after the optimizer's step."""

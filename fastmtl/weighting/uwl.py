@@ -30,5 +30,16 @@ class UncertaintyWeighting(Strategy):
         terms = self.on(losses.device, "scale", self.scale) * losses * torch.exp(-s) + s
         return self.trained(terms).sum()
 
+    @torch.no_grad()
+    def factors(self) -> Tensor | None:
+        if not self.log_variances.is_cpu:
+            return None  # a CUDA graph would hold the first ones
+        return self.spread(self.trained(self.scale * torch.exp(-self.log_variances)))
+
+    @torch.no_grad()
+    def give_own_gradients(self, losses: Tensor) -> None:
+        weighted = self.scale * torch.exp(-self.log_variances) * losses
+        self.log_variances.grad = self.spread(self.trained(1 - weighted))
+
     def weights(self) -> nn.Parameter:
         return self.log_variances

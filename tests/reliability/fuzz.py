@@ -259,14 +259,14 @@ def trainings(rng: random.Random) -> list[Call]:
     new = [
         weights, *kept, native._wanted(shapes, others), *small, learned, [p for one in params for p in one.running()],
         [native.layer_plan(one) for one in specs], [torch.zeros(2, dtype=torch.int64)],
-        [rng.choice((0.0, 0.3)) for _ in specs], rng.random() < 0.5, torch.tensor([True]), torch.ones(1), x_columns,
+        [rng.choice((0.0, 0.3)) for _ in specs], rng.random() < 0.5, torch.tensor([True]), x_columns,
     ]  # fmt: skip
     at = [*range(len(learned)), *(len(learned) + w for w, need in enumerate(needs) if need)]
     rule = [at, [], [], RULES.index("sgd")]
     number = torch.ops.fastmtl.training_new(*new)
     torch.ops.fastmtl.training_add_rule(number, *rule)
     labels = (torch.rand(len(lookup.ids), 1, generator=generator) < 0.3).float()
-    step = [number, lookup.ids, lookup.dense, labels, [7, 7], [0.0] * len(FIELDS), [1.0]]
+    step = [number, lookup.ids, lookup.dense, labels, torch.ones(1), [7, 7], [0.0] * len(FIELDS), [1.0]]
     torch.ops.fastmtl.training_step(*step)
     return [
         ("training_new", new),

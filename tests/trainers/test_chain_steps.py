@@ -110,13 +110,13 @@ def test_the_bits_of_a_step_in_parts(kind, seed, tmp_path):
             next(p for name, p in model.named_parameters() if "weight0" in name).requires_grad_(False)
         # a few rows are too few for tables to be folded, and one has no statistics
         batches = [batch_of(rng, fields, int(rows)) for rows in (300, 300, 257, 20, 300, 1, 400)]
-        rates, amp = [(4, 3e-3)], "bf16" if case % 3 == 2 else None
-        other = copy.deepcopy(model)
-        trainer = new_trainer(model, tmp_path, fn, settings, amp=amp)
+        rates, other = [(4, 3e-3)], copy.deepcopy(model)
+        more = {"amp": "bf16" if case % 3 == 2 else None, "adaptive_params": {"method": "uwl"} if case % 4 == 3 else None}
+        trainer = new_trainer(model, tmp_path, fn, settings, **more)
         got, at_once = train(trainer, batches, seed, rates)
         assert at_once
         with in_parts():
-            expected = new_trainer(other, tmp_path, fn, settings, amp=amp)
+            expected = new_trainer(other, tmp_path, fn, settings, **more)
             want, in_one = train(expected, batches, seed, rates)
         assert not in_one
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), case
@@ -170,6 +170,7 @@ def test_in_parts_where_somebody_acts_between_them(seed, tmp_path):
         "a step of its own": (own_step, {}, False),
         "a hook": (hook, {}, False),
         "a class of its own": (lambda _: None, {"fn": Watching}, False),
+        "learned loss weights": (lambda _: None, {"adaptive_params": {"method": "uwl"}}, True),
         "tables at sparse cost": (lambda _: None, {"embedding_update": "exact"}, False),
         "a task's learning rate": (lambda _: None, {"task_specific_lr": {"task_0": 0.1}}, False),
         "torch's own": (lambda _: None, {"settings": {"lr": 1e-3, "fused": True}}, False),
@@ -186,7 +187,7 @@ def test_the_optimizers_state_is_read_again(seed, tmp_path):
     results = []
     for context in (contextlib.nullcontext(), in_parts()):
         with context:
-            trainer, batches = prepared(seed, tmp_path)
+            trainer, batches = prepared(seed, tmp_path, adaptive_params={"method": "uwl"})
             trainer.model.train()
             torch.manual_seed(seed)
             with trainer._steps(trainer._gradients()) as step:
@@ -202,9 +203,12 @@ def test_the_optimizers_state_is_read_again(seed, tmp_path):
                     state["step"] += 5
                 for x, y in batches:
                     step(x, y)
+                trainer.optimizer.state[trainer.loss_weight]["step"] += 5
+                for x, y in batches:
+                    step(x, y)
             results.append((trainer.model.state_dict(), trainer.optimizer.state_dict()))
     assert same_state(*results)
-    assert int(next(iter(results[0][1]["state"].values()))["step"]) == 20
+    assert sorted({int(state["step"]) for state in results[0][1]["state"].values()}) == [25, 30]
 
 
 def test_bad_input_is_told_as_ever_and_moves_nothing(seed, tmp_path):
