@@ -43,7 +43,7 @@ def _sparse(model, batch):
 
     def run():
         ids, columns, dense = layer.inputs(batch, layer.features)
-        weights, spec = layer.weights(), layer._group(layer.features)[1].spec
+        weights, spec = layer.weights(), layer.spec_of(layer.features)
         index = None
         if torch.is_grad_enabled():
             index = native.embedding_bag_index(ids, columns, spec, [w.shape for w in weights], [True] * len(weights))

@@ -62,10 +62,12 @@ def split(plan: Tensor, folded: list[int]) -> tuple[Tensor, Tensor | None]:
     if not folded:
         return plan, None
     kept, small = plan.clone(), plan[folded].clone()
-    for f in folded:
-        kept[:, native.BAG_OUT] -= plan[f, native.BAG_DIM] * (plan[:, native.BAG_OUT] > plan[f, native.BAG_OUT])
+    is_before = small[:, native.BAG_OUT] < plan[:, native.BAG_OUT, None]
+    kept[:, native.BAG_OUT] -= (is_before * small[:, native.BAG_DIM]).sum(1)
     small[:, native.BAG_OUT] = 0
-    return kept[[f for f in range(len(plan)) if f not in folded]], small
+    is_kept = torch.ones(len(plan), dtype=torch.bool)
+    is_kept[folded] = False
+    return kept[is_kept], small
 
 
 class Folding:

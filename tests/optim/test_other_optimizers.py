@@ -25,7 +25,8 @@ def test_dense_gradients(fn, seed, tmp_path):
         for key, value in model.state_dict().items():
             if key.startswith("embedding"):
                 assert not torch.equal(value, start[key])
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
+    # the first steps of RMSprop and Adamax are signs of gradients, rounding of those that cancel among them
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=0)
 
 
 def test_sparse_gradients(seed):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,6 +32,9 @@ KINK = 16 * ULP
 #: How many times torch-rechub's own noise the gradient of a bias in front of a BatchNorm may be: a sum that cancels to
 #: zero leaves what the order of summation makes it, of which the runs of one implementation see a part only.
 FREE_FACTOR = 16.0
+#: Gradients of weights are sums over the batch, which may cancel: so many units in the last place of the sum of the
+#: summands' sizes are rounding.
+SUM_FACTOR = 2.0
 #: Tensors this much smaller than the largest of their kind are rounding noise around zero.
 FLOOR = 1e-9
 
@@ -184,6 +187,39 @@ class Reference:
         return self._run(in_float64(self.model), self.state)
 
     @cached_property
+    def summands(self) -> dict[str, float]:
+        """By the weights of linear layers and tables: the largest sum of the sizes of what is added up to an element of
+        the gradient, in float64."""
+        model, found = in_float64(self.model), {}
+
+        def note(name: str, sizes: Tensor) -> None:
+            found[name] = found.get(name, 0.0) + sizes
+
+        def linear(name: str, inputs: Tensor, grad: Tensor) -> None:
+            note(name, grad.abs().flatten(0, -2).T @ inputs.detach().abs().flatten(0, -2))
+
+        def table(name: str, ids: Tensor, grad: Tensor, weight: Tensor) -> None:
+            sizes = torch.zeros_like(weight, requires_grad=False)
+            note(name, sizes.index_add_(0, ids.flatten().long(), grad.abs().flatten(0, -2).to(sizes)))
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+                if not output.requires_grad:
+                    return
+                if isinstance(module, nn.Linear):
+                    output.register_hook(lambda grad: linear(name, inputs[0], grad))
+                else:
+                    output.register_hook(lambda grad: table(name, inputs[0], grad, module.weight))
+
+            return hook
+
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.register_forward_hook(watch(f"{path}.weight"))
+        self._run(model, self.state)
+        return {name: _size(sizes) for name, sizes in found.items()}
+
+    @cached_property
     def _nudged_runs(self) -> list[Numbers]:
         return [self.numbers]
 
@@ -265,7 +301,11 @@ def gradient_complaints(reference: Reference, ours: Numbers, tolerance: float) -
     complaints: list[Complaint | None] = []
     for name, gradient in ours.items():
         if name not in free:
-            complaints.append(reference.complaint(prefix + name, gradient, tolerance, FLOOR * largest))
+            complaint = reference.complaint(prefix + name, gradient, tolerance, FLOOR * largest)
+            if complaint is not None:
+                scale = SUM_FACTOR * ULP * reference.summands.get(name, 0.0)
+                complaint = reference.complaint(prefix + name, gradient, tolerance, max(FLOOR * largest, scale))
+            complaints.append(complaint)
             continue
         share = _size(gradient) / max(_size(ours[free[name]]), FLOOR * largest)
         if share > max(1e-3, 4 * noise) and not reference.is_noise(prefix + name, gradient):

@@ -331,7 +331,7 @@ def test_a_plan_that_does_not_fit_is_refused():
         torch.ops.fastmtl.inference_new = real.overloadpacket if hasattr(real, "overloadpacket") else real
     ((plan, learned, running, bf16),) = plans
     x = batch()
-    lookup = native.bag_plan(model.embedding._group(model.embedding.features)[1].spec, (0, 1, 2))
+    lookup = native.bag_plan(model.embedding.spec_of(model.embedding.features), (0, 1, 2))
     ids, dense = [torch.stack([x["user"], x["item"]], 1)], [x["price"][:, None]]
     refused = 0
     for i in range(len(plan)):
