@@ -100,8 +100,8 @@ class Training {
   // The losses, the logits, and whether the step was taken: not where a loss is NaN, or where a counter of the
   // optimizer is not `counts` - 1. `numbers` and `counts` have those of one rule behind the other's.
   std::tuple<Tensor, Tensor, bool> step(const Tensor& ids, const std::optional<Tensor>& dense, const Tensor& labels,
-                                        const Tensor& factors, const std::vector<int64_t>& seeds, const std::vector<double>& numbers,
-                                        const std::vector<double>& counts) {
+                                        const Tensor& factors, const std::vector<int64_t>& seeds,
+                                        const std::vector<double>& numbers, const std::vector<double>& counts) {
     const std::lock_guard lock(guard_);
     STD_TORCH_CHECK(counts.size() == rules_.size() && numbers.size() % std::max<size_t>(1, rules_.size()) == 0,
                     "each of the ", rules_.size(), " rules needs its numbers and its count");
@@ -125,9 +125,9 @@ class Training {
         for (int64_t i = 0; i < counter.size(0); ++i) ++counts_of[i];
       }
     }
-    std::vector<Tensor> found = chain_gradients(x, layers_.learned, layers_.running, layers_.plans, layers_.dropouts,
-                                                seeds, layers_.bf16, labels, layers_.is_classification, factors,
-                                                layers_.x_columns, lookup_.places, table, picks);
+    std::vector<Tensor> found =
+        chain_gradients(x, layers_.learned, layers_.running, layers_.plans, layers_.dropouts, seeds, layers_.bf16,
+                        labels, layers_.is_classification, factors, layers_.x_columns, lookup_.places, table, picks);
     const auto n_learned = static_cast<std::ptrdiff_t>(layers_.learned.size());
     grads_.assign(found.begin() + 2, found.begin() + 2 + n_learned);
     add_table_grads(ids, found);
@@ -232,8 +232,7 @@ int64_t training_new(std::vector<Tensor> weights, const Tensor& plan, int64_t wi
                      std::optional<Tensor> places, std::optional<Tensor> small_plan, int64_t small_weight,
                      std::optional<Tensor> rows, std::optional<Tensor> among, bool are_all, std::vector<Tensor> learned,
                      std::vector<Tensor> running, std::vector<Tensor> plans, std::vector<Tensor> batch_counters,
-                     std::vector<double> dropouts, bool bf16, const Tensor& is_classification,
-                     int64_t x_columns) {
+                     std::vector<double> dropouts, bool bf16, const Tensor& is_classification, int64_t x_columns) {
   std::optional<FoldedGrads> folded;
   STD_TORCH_CHECK(rows.has_value() == among.has_value(), "rows and among must be given together");
   if (rows) folded = FoldedGrads{*rows, *among, are_all};
@@ -251,9 +250,8 @@ void training_add_rule(int64_t number, std::vector<int64_t> at, std::vector<Tens
 }
 
 std::tuple<Tensor, Tensor, bool> training_step(int64_t number, const Tensor& ids, std::optional<Tensor> dense,
-                                               const Tensor& labels, const Tensor& factors,
-                                               std::vector<int64_t> seeds, std::vector<double> numbers,
-                                               std::vector<double> counts) {
+                                               const Tensor& labels, const Tensor& factors, std::vector<int64_t> seeds,
+                                               std::vector<double> numbers, std::vector<double> counts) {
   return registry().find(number)->step(ids, dense, labels, factors, seeds, numbers, counts);
 }
 
@@ -281,7 +279,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
       "-> int");
   m.def("training_add_rule(int number, int[] at, Tensor[] states, Tensor[] counters, int rule) -> ()");
   m.def(
-      "training_step(int number, Tensor ids, Tensor? dense, Tensor labels, Tensor factors, int[] seeds, float[] numbers, float[] "
+      "training_step(int number, Tensor ids, Tensor? dense, Tensor labels, Tensor factors, int[] seeds, float[] "
+      "numbers, float[] "
       "counts) -> (Tensor, Tensor, bool)");
   m.def("training_gradients(int number, int[] at) -> Tensor[]");
   m.def("training_free(int number) -> ()");

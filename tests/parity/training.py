@@ -90,9 +90,7 @@ def losses_by_epoch(
     return np.array([runner.train_one_epoch(train) for _ in range(n_epoch)])
 
 
-def losses_by_step(
-    case: Case, package: str, n_step: int, make: Callable[[Case, str], nn.Module] = build
-) -> np.ndarray:
+def losses_by_step(case: Case, package: str, n_step: int, make: Callable[[Case, str], nn.Module] = build) -> np.ndarray:
     """The total loss before each of ``n_step`` updates of a loop written by hand."""
     model = make(case, package).train()
     train, _, _ = loaders(case, package)

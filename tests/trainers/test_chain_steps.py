@@ -111,7 +111,8 @@ def test_the_bits_of_a_step_in_parts(kind, seed, tmp_path):
         # a few rows are too few for tables to be folded, and one has no statistics
         batches = [batch_of(rng, fields, int(rows)) for rows in (300, 300, 257, 20, 300, 1, 400)]
         rates, other = [(4, 3e-3)], copy.deepcopy(model)
-        more = {"amp": "bf16" if case % 3 == 2 else None, "adaptive_params": {"method": "uwl"} if case % 4 == 3 else None}
+        more = {"amp": "bf16"} if case % 3 == 2 else {}
+        more |= {"adaptive_params": {"method": "uwl"}} if case % 4 == 3 else {}
         trainer = new_trainer(model, tmp_path, fn, settings, **more)
         got, at_once = train(trainer, batches, seed, rates)
         assert at_once
