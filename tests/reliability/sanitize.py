@@ -86,16 +86,16 @@ def environment(isa: str | None = None) -> dict[str, str]:
 
 
 def run_tests() -> None:
-    """tests/native; then, on every other build of the kernels that this processor runs, those of its tests that differ.
+    """tests/native, and whole steps; then, on every other build of the kernels that this processor runs, those of its tests that differ.
 
     The tests that start processes of their own load the library that is installed, and are left out.
     """
     for isa in ISAS:
-        folder = ROOT / "tests" / "native"
+        folder, steps = ROOT / "tests" / "native", ROOT / "tests" / "trainers" / "test_chain_steps.py"
         files = [folder / f"test_{name}.py" for name in ("expert_gate", "packed_gemm", "bf16", "dropout")]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "reliability.sanitized", "-p", "no:cacheprovider"]
         command += ["--capture=no"]  # a report ends the process, and what pytest had captured with it
-        command += ["-k", "not each_build and not does_not_load", *map(str, [folder] if isa is None else files)]
+        command += ["-k", "not each_build and not does_not_load", *map(str, [folder, steps] if isa is None else files)]
         done = subprocess.run(command, env=environment(isa), capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             found = [line for line in done.stderr.splitlines() if "runtime error" in line or "Sanitizer:" in line]
