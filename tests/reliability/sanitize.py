@@ -86,7 +86,8 @@ def environment(isa: str | None = None) -> dict[str, str]:
 
 
 def run_tests() -> None:
-    """tests/native, and whole steps; then, on every other build of the kernels that this processor runs, those of its tests that differ.
+    """tests/native, and whole steps; then, on every other build of the kernels that this processor runs, those of its
+    tests that differ.
 
     The tests that start processes of their own load the library that is installed, and are left out.
     """
