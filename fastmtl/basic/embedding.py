@@ -219,7 +219,9 @@ class EmbeddingLayer(BatchedModule):
             ids, columns = _pad_concat([_column(x, feature.name).long() for feature in group.bags], group.bags)
         dense_values = _join([part.float() for part in dense])
         if dense_values is not None:
-            self._check_dense(dense_values, x, group, finite)
+            self._check_width(dense_values, x, group)
+            if not finite:
+                self._check_dense(dense_values, x, group)
         return _join(ids), columns, dense_values
 
     def pieces_in_use(self) -> list[Any]:
@@ -261,7 +263,7 @@ class EmbeddingLayer(BatchedModule):
             columns.append(at)
         return tuple(columns)
 
-    def _check_dense(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group, finite: bool) -> None:
+    def _check_width(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group) -> None:
         if dense.shape[1] != group.spec.n_dense:
             for feature in group.dense:
                 width = _column(x, feature.name).shape[1]
@@ -270,9 +272,9 @@ class EmbeddingLayer(BatchedModule):
                         f"dense feature {feature.name!r}: the data has {width} values a row, the feature says "
                         f"DenseFeature(embed_dim={feature.embed_dim})"
                     )
+
+    def _check_dense(self, dense: Tensor, x: Mapping[str, Tensor], group: _Group) -> None:
         # a look at every value would stall a GPU; there the loss's own check of NaN stands in
-        if finite:
-            return
         if dense.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(dense.sum().item()):
             for feature in group.dense:
                 bad = _column(x, feature.name).isfinite().logical_not().any(dim=1).nonzero()
