@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <mutex>
-#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -52,10 +51,10 @@ struct TrainedLayers {
 };
 
 // Parameters that take a step together: `at` says which, counted through the layers' and then the weights.
-struct Rule {
+struct MovedTogether {
   std::vector<int64_t> at;
   std::vector<Tensor> states, counters;
-  int64_t number;
+  int64_t rule;
 };
 
 class Training {
@@ -90,7 +89,7 @@ class Training {
     STD_TORCH_CHECK(f.are_all ? other < 0 : other == height, "the weight's gradient has not its rows");
   }
 
-  void add_rule(Rule rule) {
+  void add_rule(MovedTogether rule) {
     const auto n = static_cast<int64_t>(layers_.learned.size() + lookup_.weights.size());
     for (int64_t i : rule.at) STD_TORCH_CHECK(i >= 0 && i < n, "there is no parameter ", i);
     const std::lock_guard lock(guard_);
@@ -213,7 +212,7 @@ class Training {
     const size_t each = numbers.size() / std::max<size_t>(1, rules_.size());
     for (size_t r = 0; r < rules_.size(); ++r) {
       const auto first = numbers.begin() + static_cast<std::ptrdiff_t>(r * each);
-      dense_step(std::move(all[r]), rules_[r].number, {first, first + static_cast<std::ptrdiff_t>(each)}, counts[r]);
+      dense_step(std::move(all[r]), rules_[r].rule, {first, first + static_cast<std::ptrdiff_t>(each)}, counts[r]);
     }
     return true;
   }
@@ -222,7 +221,7 @@ class Training {
   const TrainedLookup lookup_;
   const TrainedLayers layers_;
   const std::optional<FoldedGrads> folded_;
-  std::vector<Rule> rules_;
+  std::vector<MovedTogether> rules_;
   std::vector<std::optional<Tensor>> grads_;
 };
 

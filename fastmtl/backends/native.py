@@ -349,6 +349,11 @@ def expert_gate_bwd(
     return (grads.pop(len(params.learned())) if needs_x else None), grads
 
 
+def dropout_seeds(dropouts: Sequence[float]) -> list[int]:
+    """A seed from torch's generator for each layer that drops out, 0 for the others."""
+    return [int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0 else 0 for dropout in dropouts]
+
+
 def chain_gradients(
     x: Tensor,
     layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]],
@@ -374,10 +379,9 @@ def chain_gradients(
     """
     learned = [params.learned() for params, _ in layers]
     dropouts = [spec.dropout for _, spec in layers]
-    seeds = [int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0 else 0 for dropout in dropouts]
     losses, logits, *grads = _ops.chain_gradients.default(
         x, [p for one in learned for p in one], [p for params, _ in layers for p in params.running()],
-        [layer_plan(spec) for _, spec in layers], dropouts, seeds, computes_in_bf16(),
+        [layer_plan(spec) for _, spec in layers], dropouts, dropout_seeds(dropouts), computes_in_bf16(),
         labels, is_classification, factors, x_columns, *(folded or ()),
     )  # fmt: skip
     given = iter(grads)

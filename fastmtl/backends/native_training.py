@@ -1,7 +1,7 @@
 """Steps of a small model on the CPU, each as one call: what csrc/cpu/training.cpp is told, and its handle.
 
 A small model's step is short enough for its bookkeeping to count: a dozen ops, and the optimizer's checks of every
-parameter, are a quarter of census' step (docs/performance.md, "One call a step").
+parameter, were a third of census' step (docs/performance.md, "One call a step").
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class TrainingProgram:
             BadIdError: an id outside its vocabulary.
             RuntimeError: other input that is refused, dense values that are not finite among it.
         """
-        seeds = [int(torch.empty((), dtype=torch.int64).random_()) if p > 0 else 0 for p in self._dropouts]
+        seeds = native.dropout_seeds(self._dropouts)
         try:
             losses, logits, is_done = self._step(self._number, ids, dense, labels, factors, seeds, numbers, counts)
         except RuntimeError:
