@@ -83,12 +83,28 @@ def test_the_benchmark_goes_on_behind_a_case_that_took_the_gpu_away(tmp_path):
     assert report(tmp_path)[0]["steps"] == found["steps"]
 
 
-@in_gpu_check
-def test_compiled_contenders_take_part(tmp_path):
-    done = run("bench.gpu", "--dry-run", "--cases", "7", "--folder", str(tmp_path))
+def only(chosen, tmp_path, *options, **variables):
+    """A dry run of the plan's cases that ``chosen`` says, and its report."""
+    words = (
+        "import sys\nfrom bench import gpu\n"
+        f"cases = [case for case in gpu.plan() if {chosen}][:1]\n"
+        "gpu.plan = lambda: cases\n"
+        f"sys.argv[1:] = ['--dry-run', '--folder', {str(tmp_path)!r}, *{options!r}]\n"
+        "sys.exit(gpu.main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found, _ = report(tmp_path)
     assert found["left_out"] == []
+    return found
+
+
+@in_gpu_check
+def test_compiled_contenders_take_part(tmp_path):
+    found = only("case.compiled", tmp_path)
     compiled = [row for row in found["steps"] if row["contender"].endswith("compiled")]
     assert {(row["contender"], row["precision"]) for row in compiled} == {
         (f"{PEER} compiled", "ieee"), ("eager compiled", "ieee"),
@@ -99,12 +115,10 @@ def test_compiled_contenders_take_part(tmp_path):
 @without_gpu
 def test_the_kernels_of_a_step_are_taken_out_and_timed(tmp_path):
     """On the interpreter: triton's losses must agree with the peer's, or it is left out; every launch has a line."""
-    more = ("--no-compile", "--cases", "6", "--folder", str(tmp_path))
-    done = run("bench.gpu", "--dry-run", *more, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found, _ = report(tmp_path)
-    assert found["left_out"] == []
-    assert {row["tables"] for row in found["steps"] if row["contender"] == "triton"} == {"exact by rows", ""}
+    for mode, tables in (("inference", ""), ("training", "exact by rows")):
+        found = only(f"case.mode == {mode!r}", tmp_path / mode, "--no-compile", TRITON_INTERPRET="1")
+        assert [row["tables"] for row in found["steps"] if row["contender"] == "triton"] == [tables]
+    found = only("case.mode == 'kernels'", tmp_path / "kernels", TRITON_INTERPRET="1")
     assert "embedding_bag backward + Adam, triton" in {row["call"] for row in found["calls"]}
     kernels = [row["call"] for row in found["kernels"]]
     assert any("embedding_bag_fwd" in name for name in kernels)
@@ -426,9 +440,8 @@ def test_rows_of_reliability_run_on_triton(seed):
     """On the interpreter, a few cases: random configurations, several backwards, bad ids, repeated training."""
     words = (
         "from reliability import against_float64 as a, bad_ids, gradients, repeatability as r\n"
-        f"for i in range({seed}, {seed} + 2):\n"
-        "    [a.KINDS[kind][0](i, 'triton') for kind in ('lookups', 'layers')]\n"
-        "    gradients.check_several_backwards(i, 'triton')\n"
+        f"[a.KINDS[kind][0]({seed}, 'triton') for kind in ('lookups', 'layers')]\n"
+        f"gradients.check_several_backwards({seed}, 'triton')\n"
         f"a.check_chain({seed}, 'triton')\n"
         f"[bad_ids.check('triton', oov, {seed}) for oov in bad_ids.CHOICES]\n"
         f"hashes = [r.weights_hash('MMOE', 'Adam', 'fp32', 1, 'triton', {seed}, 240) for _ in range(2)]\n"
