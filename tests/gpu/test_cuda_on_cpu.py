@@ -58,7 +58,7 @@ def backward(emulate, lookup, table, grad, target, rule=NO_RULE, listed=False, k
 
     spec, ids, weight = lookup.spec, lookup.ids, lookup.weights[table]
     plan = TablePlan(spec, lookup.columns, table, 8, torch.device("cpu"))
-    tables, lookups = plan.tiny_group(0, 2**31 - 1) or (torch.zeros(0, 4), torch.zeros(0, 3))
+    tables, lookups = plan.tiny_group(2**31 - 1) or (torch.zeros(0, 4), torch.zeros(0, 3))
     bits = grad.view(torch.int16) if grad.dtype is torch.bfloat16 else grad
     arrays = {
         "ids": ids.numpy(),

@@ -184,7 +184,7 @@ def _ple(
 #: name -> (its calls, the architectures it is compiled for besides 90)
 WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "embedding ali-ccp fp32": (partial(_embedding, ALI_CCP, 16, 8, 65536, torch.float32, ("adam",)), (80, 100)),
-    "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16), ()),
+    "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16, ("adam",)), (80, 100)),
     "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32, RULES), ()),
     "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32, ("adamw",)), ()),
     "updates ali-ccp": (partial(_updates, ("adam",), sum(ALI_CCP), 16, 65536), (80, 100)),

@@ -21,7 +21,7 @@ def narrow(value, dtype: tl.constexpr):
     if INTERPRET and dtype == tl.bfloat16:
         value = value.to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
 

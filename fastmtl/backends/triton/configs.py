@@ -24,12 +24,34 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The walk over sorted rows: ``walkers`` runs of ``chunk`` lookups a program, ``block_d`` columns at once."""
+class Index:
+    """The rows of a batch: ``block_b`` rows of it and ``bags`` bags a program, of 4 warps; then, sorted, ``block`` of
+    them at a time by ``most_runs`` programs at most, whose ``warps`` these are."""
 
-    chunk: int
-    walkers: int
+    block_b: int
+    bags: int
+    block: int
+    most_runs: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sums over sorted rows: ``pieces`` of them at once, ``block_d`` columns of each; ``programs``, that take one
+    block after the other."""
+
+    pieces: int
     block_d: int
+    programs: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """Sums of rows of several pieces: ``stitched`` pieces at once; ``programs``, that take one row after the other."""
+
+    stitched: int
+    programs: int
     warps: Warps
 
 
@@ -46,11 +68,13 @@ class Replay:
 
 @dataclass(frozen=True)
 class Tiny:
-    """Sums of a tiny table: blocks of ``block_b`` batch rows, ``rows`` of them a program."""
+    """Sums of tiny tables: slices of ``block_v`` rows, blocks of ``block_b`` batch rows, ``rows`` of them a program."""
 
+    block_v: int
     block_b: int
     block_d: int
     rows: int
+    warps: Warps
 
 
 @dataclass(frozen=True)
@@ -59,34 +83,63 @@ class EmbeddingConfig:
 
     Args:
         tiny_vocab: tables of at most so many rows are summed without a sort.
-        tiny_classes: rows of the block that holds such a table, and the program's warps; a table takes the first that
-            holds it.
+        sliced: rows of a tiny table that a program sums.
         elements: elements of a block of batch rows times columns.
         max_block_d: columns of a block; wider tables take several.
-        replayed: elements of a block of rows that make up for missed steps.
+        replayed: elements of a block of rows that move together.
         gathered: rows that are sorted by the steps they missed; a quarter of them where there are few.
-        stitched: chunks looked at in one step when a long segment's partial sums are added.
+        indexed: sorted lookups that are looked at at once.
+        most_runs: programs that share the sorted lookups, at most.
+        resident: programs of one warp that a multiprocessor runs at a time.
+        multiprocessors: for how many of them there is work.
+        stitched: pieces of a row that are added at once, at most.
+        tiny_runs: runs of the batch whose sums of tiny tables are added, at most.
     """
 
     tiny_vocab: int = 128
-    tiny_classes: tuple[tuple[int, Warps], ...] = ((16, Warps(4)), (128, Warps(8)))
+    sliced: int = 16
     elements: int = 1024
     max_block_d: int = 256
     replayed: int = 128
     gathered: int = 128
-    stitched: int = 32
+    indexed: int = 1024
+    most_runs: int = 1024
+    resident: int = 24
+    multiprocessors: int = PROGRAMS
+    stitched: int = 128
+    tiny_runs: int = 128
 
     def lookup(self, dim: int) -> Lookup:
         """Of the forward."""
         block_d = min(power_of_two(dim), self.max_block_d)
         return Lookup(max(self.elements // block_d, 1), block_d, Warps(4))
 
+    def index(self, n: int) -> Index:
+        """Of the index of ``n`` lookups that are sorted."""
+        return Index(max(self.elements // 8, 1), 8, self.indexed, self.most_runs, Warps(8))
+
+    def chunk(self, n: int) -> int:
+        """Lookups of a piece of a row that has more, of ``n``: few where there are few, for whom a long piece would be
+        waited for."""
+        return 8 if n < 2**18 else 16
+
     def segments(self, n: int, dim: int, whole: bool) -> Segments:
-        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows."""
-        block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
-        chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
-        # one warp: its walkers wait for nobody else's rows
-        return Segments(chunk, max(self.replayed // block_d, 1), block_d, Warps(1))
+        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows.
+
+        One warp: its rows wait for nobody else's. No more programs than run at a time: to start one takes as long as
+        some of these need.
+        """
+        block_d = self._columns(dim, whole)
+        pieces = max(self.replayed // block_d, 1)
+        return Segments(pieces, block_d, min(cdiv(n, pieces), self.multiprocessors * self.resident), Warps(1))
+
+    def stitch(self, n: int, dim: int, whole: bool) -> Stitch:
+        """Of the rows of several pieces, which are ``n`` at most."""
+        stitched = max(min(self.stitched, 2048 // self._columns(dim, whole)), 1)
+        return Stitch(stitched, min(n, self.multiprocessors * self.resident // 4), Warps(4))
+
+    def _columns(self, dim: int, whole: bool) -> int:
+        return power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
 
     def update(self, n: int, dim: int, whole: bool) -> Replay:
         """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.
@@ -94,7 +147,7 @@ class EmbeddingConfig:
         A block has one warp, which waits for nobody else's rows, and four numbers a thread, whose chains of operations
         run side by side.
         """
-        block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
+        block_d = self._columns(dim, whole)
         block_r = max(self.replayed // block_d, 1)
         return Replay(
             max(self.gathered if n >= 2**17 else self.gathered // 4, block_r),
@@ -103,9 +156,11 @@ class EmbeddingConfig:
             Warps(1, contract=False),
         )
 
-    def tiny(self, n_rows: int, dim: int) -> Tiny:
-        """Of the backward of tiny tables over a batch of ``n_rows``."""
-        return Tiny(32, min(power_of_two(dim, 16), 64), max(self.elements // 4, n_rows // 64))
+    def tiny(self, n_rows: int, dim: int, exact: bool) -> Tiny:
+        """Of the backward of tiny tables over a batch of ``n_rows``; ``exact``: its gradient is of bf16 already."""
+        block_d = min(power_of_two(dim, 16), 64)
+        block_b = max(self.elements // block_d // (1 if exact else 2), 16)
+        return Tiny(self.sliced, block_b, block_d, max(2 * block_b, cdiv(n_rows, self.tiny_runs)), Warps(1))
 
 
 EMBEDDING = EmbeddingConfig()

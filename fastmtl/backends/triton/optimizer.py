@@ -29,7 +29,7 @@ def table_rows_kernel(
     First_ptr,  # [V, DIM], [V], or anything where the rule has no such state
     Second_ptr,
     Last_ptr,  # [V] int32: the step up to which each row is current
-    Rows_ptr,  # [n], void outside 0 .. V - 1, else unique (ascending where SORTED); read where LISTED
+    Rows_ptr,  # [n], void outside 0 .. V - 1, else unique (where SORTED but for neighbours); read where LISTED
     Grads_ptr,  # [n, DIM]; read where GIVEN
     Steps_ptr,  # [n_kept, 9]: step s is row (s - first_step) % n_kept
     Clock_ptr,  # [1] int32; read where CLOCKED
@@ -288,10 +288,8 @@ def table_catch_up(
         BackendError: as for :func:`table_replay`.
     """
     check_update(p, states, last, rule, steps)
-    for rows, is_sorted in ((index.keys, True), (index.tiny_rows, False)):
-        _run(
-            p, states, last, rule, steps, first_step, rows, None, len(rows), 0, upto, clock=clock, is_sorted=is_sorted
-        )  # fmt: skip
+    rows = index.rows
+    _run(p, states, last, rule, steps, first_step, rows, None, len(rows), 0, upto, clock=clock, is_sorted=True)
 
 
 def table_step(

@@ -48,9 +48,9 @@ def small_blocks(monkeypatch):
         from fastmtl.backends.triton import configs
 
         monkeypatch.setattr(configs, "EXPERT_GATE", configs.ExpertGateConfig(cap=16))
-        monkeypatch.setattr(
-            configs, "EMBEDDING", configs.EmbeddingConfig(tiny_vocab=8, elements=32, max_block_d=4, stitched=2)
-        )
+        sizes = {"indexed": 8, "most_runs": 4, "resident": 4, "multiprocessors": 1, "stitched": 2}
+        blocks = {"tiny_vocab": 8, "sliced": 4, "elements": 32, "max_block_d": 4}
+        monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(**blocks, **sizes))
 
 
 @pytest.fixture(autouse=True)
