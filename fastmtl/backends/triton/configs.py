@@ -84,7 +84,8 @@ class EmbeddingConfig:
     Args:
         tiny_vocab: tables of at most so many rows are summed without a sort.
         sliced: rows of a tiny table that a program sums.
-        elements: elements of a block of batch rows times columns.
+        looked_up: elements of a block of batch rows times columns that are looked up.
+        elements: of such a block of a gradient.
         max_block_d: columns of a block; wider tables take several.
         replayed: elements of a block of rows that move together.
         gathered: rows that are sorted by the steps they missed; a quarter of them where there are few.
@@ -98,6 +99,7 @@ class EmbeddingConfig:
 
     tiny_vocab: int = 128
     sliced: int = 16
+    looked_up: int = 1024
     elements: int = 1024
     max_block_d: int = 256
     replayed: int = 128
@@ -112,7 +114,7 @@ class EmbeddingConfig:
     def lookup(self, dim: int) -> Lookup:
         """Of the forward."""
         block_d = min(power_of_two(dim), self.max_block_d)
-        return Lookup(max(self.elements // block_d, 1), block_d, Warps(4))
+        return Lookup(max(self.looked_up // block_d, 1), block_d, Warps(4))
 
     def index(self, n: int) -> Index:
         """Of the index of ``n`` lookups that are sorted."""

@@ -38,11 +38,11 @@ from .tiny_tables import add_tiny_tables
 @triton.jit
 def embedding_segments_kernel(
     Rows_ptr,  # [n]: of each piece, ascending
-    Begins_ptr,  # [n + 1]: first lookup of each piece
+    Begins_ptr,  # [n + 1]: twice the first lookup of each piece, 1 more where it is not all of a row
     Sizes_ptr,  # [2] int64: how many pieces, how many rows of several
-    Places_ptr,  # [n]: of the lookups in their order: column * pitch + row of the batch
+    Places_ptr,  # [n]: of the lookups in their order: row of the batch << shift | output column
     Grad_ptr,  # [B, W]
-    Columns_ptr,  # [n_columns, 2] int32: output column, bag
+    Bags_ptr,  # [W] int32: the bag of an output column; read where there is a MEAN
     Count_ptr,  # [n_bags, B]; read where there is a MEAN
     Rank_ptr,  # [n] int64: which distinct row a lookup's is; read where RANKED
     Out_ptr,  # [V_total, DIM], or [M, DIM] by rank
@@ -56,11 +56,11 @@ def embedding_segments_kernel(
     Now_ptr,  # [1] int32: the step's number
     n_programs,
     n_rows,
-    pitch,
     shift,
     stride_gb,
     DIM: tl.constexpr,
     MEAN: tl.constexpr,
+    WIDE: tl.constexpr,
     RANKED: tl.constexpr,
     RULE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -80,11 +80,12 @@ def embedding_segments_kernel(
     n_pieces = n_pieces.to(Begins_ptr.dtype.element_ty)  # how far programs reach is less than 2^20 more
     start = tl.program_id(0).to(Begins_ptr.dtype.element_ty) * PIECES
     at = start + tl.arange(0, PIECES)
-    row, whole, begin, end = load_pieces(Rows_ptr, Begins_ptr, at, n_pieces)
+    row, begin, end, parted = load_pieces(Rows_ptr, Begins_ptr, at, n_pieces)
     for _ in range(start, n_pieces, n_programs * PIECES):
         # what the next block is about is asked for before this one is worked on
         following = at + n_programs * PIECES
-        next_row, next_whole, next_begin, next_end = load_pieces(Rows_ptr, Begins_ptr, following, n_pieces)
+        next_row, next_begin, next_end, next_parted = load_pieces(Rows_ptr, Begins_ptr, following, n_pieces)
+        whole = (at < n_pieces) & (parted == 0)
         p, first, second = 0.0, 0.0, 0.0
         if RULE != NO_RULE:
             p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row.to(tl.int64), whole, d, DIM, RULE)
@@ -98,16 +99,16 @@ def embedding_segments_kernel(
             place2 = tl.load(Places_ptr + one + 2, mask=live2, other=0)
             place3 = tl.load(Places_ptr + one + 3, mask=live3, other=0)
             value0 = gradient_of(
-                Grad_ptr, Columns_ptr, Count_ptr, place0, live0, d, n_rows, pitch, shift, stride_gb, DIM, MEAN, ALIGN
+                Grad_ptr, Bags_ptr, Count_ptr, place0, live0, d, n_rows, shift, stride_gb, DIM, MEAN, WIDE, ALIGN
             )
             value1 = gradient_of(
-                Grad_ptr, Columns_ptr, Count_ptr, place1, live1, d, n_rows, pitch, shift, stride_gb, DIM, MEAN, ALIGN
+                Grad_ptr, Bags_ptr, Count_ptr, place1, live1, d, n_rows, shift, stride_gb, DIM, MEAN, WIDE, ALIGN
             )
             value2 = gradient_of(
-                Grad_ptr, Columns_ptr, Count_ptr, place2, live2, d, n_rows, pitch, shift, stride_gb, DIM, MEAN, ALIGN
+                Grad_ptr, Bags_ptr, Count_ptr, place2, live2, d, n_rows, shift, stride_gb, DIM, MEAN, WIDE, ALIGN
             )
             value3 = gradient_of(
-                Grad_ptr, Columns_ptr, Count_ptr, place3, live3, d, n_rows, pitch, shift, stride_gb, DIM, MEAN, ALIGN
+                Grad_ptr, Bags_ptr, Count_ptr, place3, live3, d, n_rows, shift, stride_gb, DIM, MEAN, WIDE, ALIGN
             )
             total = total + value0 + value1 + value2 + value3
         if RULE == NO_RULE:
@@ -117,22 +118,19 @@ def embedding_segments_kernel(
             store_rows(P_ptr, First_ptr, Second_ptr, row.to(tl.int64), whole, d, p, first, second, DIM, RULE)
             if tl.program_id(1) == 0:
                 tl.store(Last_ptr + row, tl.zeros([PIECES], tl.int32) + now, mask=whole)
-        parted = (at < n_pieces) & ~whole
         partial = Partial_ptr + partial_slot(begin, CHUNK).to(tl.int64)[:, None] * DIM + d[None, :]
-        tl.store(partial, total, mask=parted[:, None] & inside)
-        at, row, whole, begin, end = following, next_row, next_whole, next_begin, next_end
+        tl.store(partial, total, mask=(parted != 0)[:, None] & inside)
+        at, row, begin, end, parted = following, next_row, next_begin, next_end, next_parted
 
 
 @triton.jit
 def load_pieces(Rows_ptr, Begins_ptr, at, n_pieces):
-    """Of the pieces ``at``: their row, whether they are all of it, their first and last + 1 lookup."""
+    """Of the pieces ``at``: their row, their first and last + 1 lookup, and 1 where they are not all of their row."""
     live = at < n_pieces
     row = tl.load(Rows_ptr + at, mask=live, other=0)
-    before = tl.load(Rows_ptr + at - 1, mask=live & (at > 0), other=-1)
-    after = tl.load(Rows_ptr + at + 1, mask=at + 1 < n_pieces, other=-1)
     begin = tl.load(Begins_ptr + at, mask=live, other=0)
     end = tl.load(Begins_ptr + at + 1, mask=live, other=0)
-    return row, live & (row != before) & (row != after), begin, end
+    return row, begin >> 1, end >> 1, begin & 1
 
 
 @triton.jit
@@ -144,27 +142,28 @@ def partial_slot(begin, CHUNK: tl.constexpr):
 @triton.jit
 def gradient_of(
     Grad_ptr,
-    Columns_ptr,
+    Bags_ptr,
     Count_ptr,
     place,
     live,
     d,
     n_rows,
-    pitch,
     shift,
     stride_gb,
     DIM: tl.constexpr,
     MEAN: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """A block of lookups' gradients, from their places."""
-    b = (place & (pitch - 1)).to(tl.int64)
-    column = Columns_ptr + (place >> shift) * 2
-    start = aligned(tl.load(column, mask=live, other=0), ALIGN)
-    source = b[:, None] * aligned(stride_gb, ALIGN) + start[:, None] + d[None, :]
+    """A block of lookups' gradients, from their places; WIDE: the gradient has more elements than 32 bits count."""
+    b = place >> shift
+    column = place - (b << shift)
+    if WIDE:
+        b = b.to(tl.int64)
+    source = tl.multiple_of(b * aligned(stride_gb, ALIGN) + column, ALIGN)[:, None] + d[None, :]
     value = tl.load(Grad_ptr + source, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
     if MEAN:
-        bag = tl.load(column + 1, mask=live, other=0).to(tl.int64)
+        bag = tl.load(Bags_ptr + column, mask=live, other=0).to(tl.int64)
         value = value / tl.load(Count_ptr + bag * n_rows + b, mask=live, other=1.0)[:, None]
     return value
 
@@ -249,7 +248,6 @@ def _add_segments(
     whole = update is not None and update.whole_rows
     chunk, config = configs.EMBEDDING.chunk(n), configs.EMBEDDING.segments(n, dim, whole)
     stitch = configs.EMBEDDING.stitch(len(rows.longs), dim, whole)
-    pitch = pitch_of(len(grad))
     shared = {
         "Sizes_ptr": rows.sizes,
         "Rank_ptr": rows.order if rank is None else rank,
@@ -271,14 +269,14 @@ def _add_segments(
         Begins_ptr=rows.begins,
         Places_ptr=rows.places,
         Grad_ptr=grad,
-        Columns_ptr=table.sorted_columns,
+        Bags_ptr=table.sorted_bags,
         Count_ptr=rows.counted,
         n_programs=config.programs,
         n_rows=len(grad),
-        pitch=pitch,
-        shift=pitch.bit_length() - 1,
+        shift=pitch_of(table).bit_length() - 1,
         stride_gb=grad.stride(0),
         MEAN=table.has_mean,
+        WIDE=len(grad) * grad.stride(0) >= 2**31 - 2**20,
         ALIGN=alignment(table.align, grad.stride(0)),
         PIECES=config.pieces,
         **shared,

@@ -114,9 +114,10 @@ def embedding_pieces_kernel(
     Keys_ptr,  # [n]
     Order_ptr,  # [n] int64: where each stood in [n_sorted, B]
     Counts_ptr,  # [2, n_runs]
-    Places_ptr,  # [n]: column * pitch + row of the batch
+    Columns_ptr,  # [n_sorted, 2] int32: output column, bag
+    Places_ptr,  # [n]: row of the batch * pitch + output column
     Rows_ptr,  # [n ...]: of each piece; void behind them
-    Begins_ptr,  # [n + 1]: the first lookup of each piece, and the end of the last
+    Begins_ptr,  # [n + 1]: twice the first lookup of each piece, 1 more where it is not all of a row; the last's end
     Longs_ptr,  # [n // CHUNK + 1]: the first lookup of each row of several pieces
     Sizes_ptr,  # [2] int64: how many pieces, how many such rows
     n,
@@ -144,18 +145,20 @@ def embedding_pieces_kernel(
         key, live, piece, long = beginnings(Keys_ptr, i, n, void, CHUNK)
         order = tl.load(Order_ptr + i, mask=i < n, other=0)
         column = order // n_rows
-        place = column * pitch + (order - column * n_rows)
+        place = (order - column * n_rows) * pitch + tl.load(Columns_ptr + column * 2, mask=i < n, other=0)
         tl.store(Places_ptr + i, place.to(Places_ptr.dtype.element_ty), mask=i < n)
         up_to = tl.cumsum(piece.to(tl.int32), axis=0)
         mine = rank + up_to - 1
         tl.store(Rows_ptr + mine, key.to(Rows_ptr.dtype.element_ty), mask=piece)
-        tl.store(Begins_ptr + mine, i.to(Begins_ptr.dtype.element_ty), mask=piece)
+        is_part = long | (tl.load(Keys_ptr + i - 1, mask=piece & (i > 0), other=-1).to(tl.int64) == key)
+        begin = i * 2 + is_part.to(tl.int64)
+        tl.store(Begins_ptr + mine, begin.to(Begins_ptr.dtype.element_ty), mask=piece)
         # a lookup that begins no piece has a place behind the pieces
         none = tl.zeros([BLOCK], tl.int64) + void
         tl.store(Rows_ptr + n_pieces + i - (rank + up_to), none.to(Rows_ptr.dtype.element_ty), mask=(i < n) & ~piece)
         follows = tl.load(Keys_ptr + i + 1, mask=i + 1 < n, other=-1).to(tl.int64)
         is_last = live & ((i + 1 == n) | (follows == void))
-        tl.store(Begins_ptr + n_pieces + tl.zeros_like(i), (i + 1).to(Begins_ptr.dtype.element_ty), mask=is_last)
+        tl.store(Begins_ptr + n_pieces + tl.zeros_like(i), (i * 2 + 2).to(Begins_ptr.dtype.element_ty), mask=is_last)
         long_up_to = tl.cumsum(long.to(tl.int32), axis=0)
         tl.store(Longs_ptr + long_rank + long_up_to - 1, i.to(Longs_ptr.dtype.element_ty), mask=long)
         rank += tl.sum(piece.to(tl.int32), axis=0)
@@ -168,9 +171,10 @@ class Rows(NamedTuple):
     Args:
         keys: ``[n]`` rows of the sorted lookups, ascending; ``V_total`` (void) where a lookup counts as nothing.
         order: ``[n]`` int64, where each stood in ``[n_sorted, B]``.
-        places: ``[n]``, the same as ``column * pitch + row of the batch``, ``pitch`` the next power of two from B on.
+        places: ``[n]``, the same as ``row of the batch * pitch + output column``, see :func:`pitch_of`.
         rows: ``[n + n_tiny_rows]``, of the pieces; void behind them; and all rows of tiny tables, looked up or not.
-        begins: ``[n + 1]``, the first lookup of each piece, and the end of the last.
+        begins: ``[n + 1]``, twice the first lookup of each piece, one more where it is not all of a row; and the end of
+            the last, twice.
         longs: the first lookup of each row that has several pieces.
         sizes: ``[2]`` int64, the number of pieces, and that of rows with several.
         tiny: ``[n_tiny_columns, B]`` int32, rows among all those of tiny tables; -1 where a lookup counts as nothing.
@@ -189,9 +193,9 @@ class Rows(NamedTuple):
     counted: Tensor
 
 
-def pitch_of(n_rows: int) -> int:
-    """What a place's column is multiplied by."""
-    return power_of_two(n_rows)
+def pitch_of(table: TablePlan) -> int:
+    """What a place's row is multiplied by: a power of two, so that it is taken apart by a shift."""
+    return power_of_two(table.width)
 
 
 def _empty(n_rows: int, table: TablePlan, n_weight_rows: int, device: torch.device) -> Rows:
@@ -206,9 +210,9 @@ def _empty(n_rows: int, table: TablePlan, n_weight_rows: int, device: torch.devi
     return Rows(
         made(n, n_weight_rows),
         torch.empty(n, dtype=torch.int64, device=device),
-        made(n, table.n_sorted * pitch_of(n_rows)),
+        made(n, n_rows * pitch_of(table)),
         rows,
-        made(n + 1, n),
+        made(n + 1, 2 * n),
         made(n // configs.EMBEDDING.chunk(n) + 1, n),
         (torch.empty if n else torch.zeros)(2, dtype=torch.int64, device=device),
         torch.empty(table.n_tiny_columns, n_rows, dtype=torch.int32, device=device),
@@ -251,11 +255,11 @@ def sort_rows(ids: Tensor, table: TablePlan, n_weight_rows: int, out: Rows | Non
     )
     if len(found):
         torch.sort(found, stable=True, out=(made.keys, made.order))
-        _cut(made, n_rows, n_weight_rows, config)
+        _cut(made, n_rows, table, n_weight_rows, config)
     return made
 
 
-def _cut(rows: Rows, n_rows: int, n_weight_rows: int, config: configs.Index) -> None:
+def _cut(rows: Rows, n_rows: int, table: TablePlan, n_weight_rows: int, config: configs.Index) -> None:
     n, chunk = len(rows.keys), configs.EMBEDDING.chunk(len(rows.keys))
     run = round_up(cdiv(n, config.most_runs), config.block)
     n_runs = cdiv(n, run)
@@ -276,13 +280,14 @@ def _cut(rows: Rows, n_rows: int, n_weight_rows: int, config: configs.Index) -> 
         (n_runs,),
         config.warps,
         Order_ptr=rows.order,
+        Columns_ptr=table.sorted_columns,
         Places_ptr=rows.places,
         Rows_ptr=rows.rows,
         Begins_ptr=rows.begins,
         Longs_ptr=rows.longs,
         Sizes_ptr=rows.sizes,
         n_rows=n_rows,
-        pitch=pitch_of(n_rows),
+        pitch=pitch_of(table),
         MOST_RUNS=power_of_two(n_runs),
         **shared,
     )

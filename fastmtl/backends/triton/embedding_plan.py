@@ -42,6 +42,8 @@ class TablePlan:
         bags: ``[n_bags, 12]`` int64, the same for whole bags, and where the backward puts the bag's rows: 1 + the
             table's first row among all tiny ones where it is tiny, else 0; the first column among those of its kind.
         sorted_columns: ``[n_sorted, 2]`` int32: output column and bag of each id column whose rows are sorted.
+        sorted_bags: ``[width]`` int32: the bag of each of these output columns.
+        width: the lookup's, of all weights.
         tiny: the tables that are not sorted.
         align: a power of two that divides every output column a slot begins at.
     """
@@ -92,6 +94,11 @@ class TablePlan:
         self.slots = torch.tensor(slots, dtype=torch.int64, device=device).reshape(-1, len(SLOT_FIELDS))
         self.bags = torch.tensor(bags, dtype=torch.int64, device=device).reshape(-1, len(SLOT_FIELDS) + 2)
         self.sorted_columns = torch.tensor(sorted_columns, dtype=torch.int32, device=device).reshape(-1, 2)
+        self.width = max(sum(widths), 1)
+        bag_of = torch.zeros(self.width, dtype=torch.int32)
+        for out, at in sorted_columns:
+            bag_of[out] = at
+        self.sorted_bags = bag_of.to(device)
         self.has_mean = any(spec.bags[f].pooling == "mean" for f in mine)
         self.align = alignment(*(row[-1] for row in slots))
         self.tiny = tuple(

@@ -19,7 +19,7 @@ from . import configs
 from .common import aligned, narrow, operand
 from .embedding_index import Rows
 from .embedding_plan import TablePlan
-from .launch import alignment, cdiv, launch, power_of_two
+from .launch import INTERPRET, alignment, cdiv, launch, power_of_two
 from .optimizer import update_arguments
 from .optimizer_quick import take_step
 from .optimizer_rules import NO_RULE, load_step
@@ -50,24 +50,31 @@ def tiny_tables_kernel(
 ):
     piece = Slices_ptr + (tl.program_id(0) % n_slices) * 4
     run = (tl.program_id(0) // n_slices).to(tl.int64)
-    end = tl.minimum((run + 1) * run_rows, n_rows)
+    n_live = tl.minimum(n_rows - run * run_rows, run_rows).to(tl.int32)
     n_slice_rows = tl.load(piece)
     first_row = tl.load(piece + 1)
     v = tl.arange(0, BLOCK_V)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    operands: tl.constexpr = tl.float32 if INTERPRET else tl.bfloat16
+    one = tl.full([1, 1], 1.0, operands)
     total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     hits = tl.zeros([BLOCK_V, 16], tl.float32)
-    ones = operand(tl.full([BLOCK_B, 16], 1.0, tl.float32), tl.bfloat16)
     for lookup in range(tl.load(piece + 2), tl.load(piece + 3)):
-        rows = Tiny_ptr + tl.load(Lookups_ptr + lookup * 3).to(tl.int64) * n_rows
-        grad = Grad_ptr + aligned(tl.load(Lookups_ptr + lookup * 3 + 1), ALIGN)
-        count = Count_ptr + tl.load(Lookups_ptr + lookup * 3 + 2).to(tl.int64) * n_rows
-        b = run * run_rows + tl.arange(0, BLOCK_B)
-        row, value, divisor = load_block(rows, grad, count, b, end, d, stride_gb, DIM, MEAN, ALIGN)
-        for _ in range(run * run_rows, end, BLOCK_B):
-            b += BLOCK_B  # the next block is asked for before this one is worked on
-            next_row, next_value, next_divisor = load_block(rows, grad, count, b, end, d, stride_gb, DIM, MEAN, ALIGN)
-            chosen = operand(tl.where(row[None, :] == first_row + v[:, None], 1.0, 0.0), tl.bfloat16)
+        rows = Tiny_ptr + tl.load(Lookups_ptr + lookup * 3).to(tl.int64) * n_rows + run * run_rows
+        grad = Grad_ptr + run * run_rows * aligned(stride_gb, ALIGN)
+        grad += aligned(tl.load(Lookups_ptr + lookup * 3 + 1), ALIGN)
+        count = Count_ptr + tl.load(Lookups_ptr + lookup * 3 + 2).to(tl.int64) * n_rows + run * run_rows
+        row, value, divisor = load_block(rows, grad, count, n_live, d, stride_gb, DIM, MEAN, ALIGN, BLOCK_B)
+        for step in range(0, n_live, BLOCK_B):
+            # the next block is asked for before this one is worked on
+            rows += BLOCK_B
+            grad += aligned(stride_gb, ALIGN).to(tl.int64) * BLOCK_B
+            count += BLOCK_B
+            left = n_live - step - BLOCK_B
+            next_row, next_value, next_divisor = load_block(
+                rows, grad, count, left, d, stride_gb, DIM, MEAN, ALIGN, BLOCK_B
+            )
+            chosen = tl.where(row[None, :] == first_row + v[:, None], one, tl.zeros_like(one))
             if EXACT:
                 total = tl.dot(chosen, operand(value, tl.bfloat16), total, input_precision="ieee")
             else:
@@ -83,7 +90,7 @@ def tiny_tables_kernel(
                 part = tl.dot(chosen, operand(middle, tl.bfloat16), part, input_precision="ieee")
                 total += tl.dot(chosen, operand(high, tl.bfloat16), part, input_precision="ieee")
             if COUNTED:
-                hits = tl.dot(chosen, ones, hits, input_precision="ieee")
+                hits = tl.dot(chosen, tl.full([BLOCK_B, 16], 1.0, operands), hits, input_precision="ieee")
             row, value, divisor = next_row, next_value, next_divisor
     target = run * n_tiny_rows + first_row + v
     live = v < n_slice_rows
@@ -94,12 +101,22 @@ def tiny_tables_kernel(
 
 @triton.jit
 def load_block(
-    Tiny_ptr, Grad_ptr, Count_ptr, b, end, d, stride_gb, DIM: tl.constexpr, MEAN: tl.constexpr, ALIGN: tl.constexpr
+    Tiny_ptr,
+    Grad_ptr,
+    Count_ptr,
+    left,
+    d,
+    stride_gb,
+    DIM: tl.constexpr,
+    MEAN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """Of the batch rows ``b`` before ``end``: their rows, gradients, and what these are divided by."""
-    live = b < end
+    """Of a block of the batch of which ``left`` are there: rows, gradients, and what these are divided by."""
+    b = tl.arange(0, BLOCK_B)
+    live = b < left
     row = tl.load(Tiny_ptr + b, mask=live, other=-1)
-    source = b[:, None] * aligned(stride_gb, ALIGN) + d[None, :]
+    source = b.to(tl.int64)[:, None] * aligned(stride_gb, ALIGN) + d[None, :]
     value = tl.load(Grad_ptr + source, mask=live[:, None] & (d < DIM)[None, :], other=0.0)
     divisor = tl.load(Count_ptr + b, mask=live, other=1.0) if MEAN else row
     return row, value, divisor

@@ -49,7 +49,7 @@ def small_blocks(monkeypatch):
 
         monkeypatch.setattr(configs, "EXPERT_GATE", configs.ExpertGateConfig(cap=16))
         sizes = {"indexed": 8, "most_runs": 4, "resident": 4, "multiprocessors": 1, "stitched": 2}
-        blocks = {"tiny_vocab": 8, "sliced": 4, "elements": 32, "max_block_d": 4}
+        blocks = {"tiny_vocab": 8, "sliced": 4, "looked_up": 32, "elements": 32, "max_block_d": 4}
         monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(**blocks, **sizes))
 
 
