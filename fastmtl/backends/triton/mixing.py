@@ -63,6 +63,11 @@ def expert_gate_mix_kernel(
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < n_units
     mask = live[:, None] & inside[None, :]
+    z_rows = Z_ptr + first_row * pitch
+    at_z = m[:, None] * pitch + h[None, :]
+    # two experts' are on their way all the time, from here on (behind the last one its own, once more)
+    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
+    then = tl.load(z_rows + (at_z + tl.minimum(1, n_experts - 1) * n_units), mask=mask, other=0.0)
     of_rows = Share_ptr + first_row * n_gate_columns
     for g in tl.static_range(GATES):
         column = tl.load(Spans_ptr + g * 3) + p
@@ -78,12 +83,10 @@ def expert_gate_mix_kernel(
     sums: tl.tuple = ()
     for _g in tl.static_range(GATES):
         sums += (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
-    z_rows = Z_ptr + first_row * pitch
-    at_z = m[:, None] * pitch + h[None, :]
-    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
     for e in range(n_experts):
-        z = following  # the next expert's is on its way meanwhile (behind the last one its own, once more)
-        following = tl.load(z_rows + (at_z + tl.minimum(e + 1, n_experts - 1) * n_units), mask=mask, other=0.0)
+        z = following
+        following = then
+        then = tl.load(z_rows + (at_z + tl.minimum(e + 2, n_experts - 1) * n_units), mask=mask, other=0.0)
         c = e * n_units + h
         mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
         scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
