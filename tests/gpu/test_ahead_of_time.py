@@ -32,7 +32,7 @@ LIMITS = {
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (128, 1),
     "expert_gate_rows_kernel": (255, 1),
-    "expert_gate_tail_kernel": (168, 5),
+    "expert_gate_tail_kernel": (176, 5),
     "expert_gate_softmax_kernel": (128, 1),
     "expert_gate_sums_kernel": (128, 1),
     "expert_gate_folded_kernel": (255, 225),
