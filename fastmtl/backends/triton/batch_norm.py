@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...spec import BN_EPSILON, BN_MOMENTUM, LEARNED_ACTIVATIONS, ExpertGateParams
 from . import configs
+from .common import begin
 from .hidden import Hidden
-from .launch import cdiv, launch
+from .launch import cdiv, launch, starts_early
 from .layer_plan import LayerPlan
 
 #: Rows of a piece that the backward's tiles leave, and of their sums: D, D * normalised z, alpha's, the head's weight,
@@ -87,7 +88,9 @@ def expert_gate_statistics_kernel(
     GATES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(n_columns, BLOCK_C)
     block = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
@@ -140,6 +143,7 @@ def statistics(
         GATES=gate is not None,
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,
+        EARLY=starts_early(stat.device),
     )
     return stat
 
@@ -204,7 +208,9 @@ def expert_gate_sums_kernel(
     SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(n_columns, BLOCK_C)
     block = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
@@ -261,4 +267,5 @@ def add_up(
         SUMS=SUMS,
         BLOCK_R=config.block_r,
         BLOCK_C=config.block_c,
+        EARLY=starts_early(part.device),
     )

@@ -18,9 +18,9 @@ from torch import Tensor
 from ...spec import ExpertGateParams
 from . import configs
 from .activations import activate, kept, learned_scalar
-from .common import narrow, normalise
+from .common import begin, narrow, normalise
 from .hidden import Hidden
-from .launch import cdiv, launch, power_of_two
+from .launch import cdiv, launch, power_of_two, starts_early
 from .layer_plan import LayerPlan
 
 
@@ -53,7 +53,9 @@ def expert_gate_mix_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(n_units, BLOCK_H)
     block = tl.program_id(0) % n_blocks
     first_row = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_B
@@ -131,7 +133,9 @@ def expert_gate_rows_kernel(
     HEAD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     e = tl.program_id(0) % n_experts
     first_row = (tl.program_id(0) // n_experts).to(tl.int64) * BLOCK_B
     m = tl.arange(0, BLOCK_B)
@@ -190,6 +194,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
         BLOCK_C=power_of_two(plan.widest_gate),
+        EARLY=starts_early(device),
     )
     return y, share
 
@@ -215,6 +220,7 @@ def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Ten
         HEAD=head,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(y.device),
     )
 
 

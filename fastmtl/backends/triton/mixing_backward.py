@@ -20,9 +20,9 @@ from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams
 from . import configs
 from .activations import activate, activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
-from .common import narrow
+from .common import begin, narrow
 from .hidden import Hidden
-from .launch import INTERPRET, cdiv, launch, power_of_two
+from .launch import INTERPRET, cdiv, launch, power_of_two, starts_early
 from .layer_plan import LayerPlan
 from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
 
@@ -129,7 +129,9 @@ def expert_gate_tail_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_groups = n_experts // TOGETHER
     of_group = (tl.program_id(0) % n_groups) * TOGETHER  # neighbours share the rows of dy
     n_blocks = tl.cdiv(n_units, BLOCK_H)
@@ -285,7 +287,9 @@ def expert_gate_softmax_kernel(
     SUMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     g = tl.program_id(0) % n_gates
     run = tl.program_id(0) // n_gates
     m = tl.arange(0, BLOCK_B)
@@ -382,6 +386,7 @@ def _tail(
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
         BLOCK_P=configs.EXPERT_GATE.losses(n_rows).pieces,
+        EARLY=starts_early(grad.device),
     )
     return part
 
@@ -422,6 +427,7 @@ def mix_bwd(
         SUMS=SUMS,
         BLOCK_B=config.block_b,
         BLOCK_C=block_c,
+        EARLY=starts_early(device),
     )
     return part, gate_part
 

@@ -22,9 +22,9 @@ from ...spec import LEARNED_ACTIVATIONS
 from . import configs
 from .activations import activate_bwd, kept, learned_scalar
 from .batch_norm import SUMS
-from .common import aligned, narrow
+from .common import aligned, begin, narrow
 from .hidden import Hidden
-from .launch import alignment, cdiv, launch
+from .launch import alignment, cdiv, launch, starts_early
 
 
 @triton.jit
@@ -37,7 +37,9 @@ def expert_gate_pieces_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(pitch, BLOCK_H)
     c = (tl.program_id(0) % n_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     run = tl.program_id(0) // n_blocks
@@ -100,7 +102,9 @@ def expert_gate_back_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     per_expert = tl.cdiv(n_units, BLOCK_H)
     block = tl.program_id(0) % (n_experts * per_expert)
     run = tl.program_id(0) // (n_experts * per_expert)
@@ -167,7 +171,9 @@ def expert_gate_dz_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     per_expert = tl.cdiv(n_units, BLOCK_H)
     n_columns = n_experts * n_units
     n_blocks = n_experts * per_expert + tl.cdiv(pitch - n_columns, BLOCK_H)
@@ -227,6 +233,7 @@ def pieces(z: Tensor) -> tuple[Tensor, int]:
         ALIGN=alignment(pitch),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(z.device),
     )
     return part, config.run
 
@@ -257,6 +264,7 @@ def sums(dh: Tensor, hidden: Hidden) -> Tensor:
         ALIGN=alignment(pitch, units, most=16),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(dh.device),
     )
     return part
 
@@ -292,5 +300,6 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
         ALIGN=alignment(pitch, units, most=16),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(d.device),
     )
     return out
