@@ -9,6 +9,16 @@ from .launch import INTERPRET
 
 
 @triton.jit
+def begin(EARLY: tl.constexpr):
+    """The first thing that a kernel does whose launches may come early (launch.starts_early): wait until all is done
+    that was launched before, then let the next launch come. A launch's way to the machine, a microsecond or two, is
+    behind it then when its turn comes. (A launch that does not come early finds nothing to wait for.)"""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def aligned(value, ALIGN: tl.constexpr):
     """``value``, which the caller knows to be a multiple of ALIGN, in a form that lets the compiler know it too: loads
     of 16 bytes depend on it, and only arguments that are multiples of 16 are seen to be aligned without help."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import Warps, cdiv, power_of_two, round_up
+from .launch import Warps, alignment, cdiv, power_of_two, round_up
 
 #: Programs that run at a time on the largest machine, one a multiprocessor.
 PROGRAMS = 132
+
+#: Runs of a batch at most that leave pieces of a sum behind: what adds them up holds all of a column's in registers.
+PIECES = 256
 
 
 @dataclass(frozen=True)
@@ -232,9 +235,26 @@ class ExpertGateConfig:
 
     cap: int = 1 << 30
 
+    def pieces(self, n_rows: int, pitch: int) -> Rows:
+        """Of the statistics' pieces of a buffer ``[n_rows, pitch]``: a vector of 16 bytes a thread and block, four
+        blocks on their way at a time; narrow buffers in narrower blocks, so that they too fill the machine."""
+        block_h = min(power_of_two(pitch, 16), 128)
+        while block_h > 32 and cdiv(pitch, block_h) * PIECES < 3 * PROGRAMS:
+            block_h //= 2
+        block_b = min(2048 // block_h, self.cap // 4)
+        together = 4 * block_b
+        run = min(n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS), 256) // together * together
+        return Rows(block_b, block_h, max(run, round_up(cdiv(n_rows, PIECES), together)), Warps(8))
+
+    def back(self, n_rows: int, units: int, n_experts: int) -> Rows:
+        """Of the sums of D under activations that look at each unit alone: two blocks on their way at a time."""
+        block_h = min(power_of_two(units, 16), 128)
+        block_b = min(2048 // block_h, self.cap // 2)
+        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), 2 * block_b), Warps(8))
+
     def columns(self, n_rows: int, pitch: int, units: int, elements: int) -> Rows:
         """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns and about so many
-        elements: runs long enough to leave few pieces, short enough for every multiprocessor to have several."""
+        elements: runs short enough for every multiprocessor to have several."""
         block_h = min(power_of_two(units, 16), 128)
         block_b = min(elements // block_h, self.cap)
         run = n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS)
@@ -252,9 +272,10 @@ class ExpertGateConfig:
         splits = max(splits, cdiv(n_rows * pitch, 2**30))
         return round_up(cdiv(n_rows, splits), block_k)
 
-    def reduction(self) -> Reduction:
-        """Of the pieces that the row tiles leave."""
-        return Reduction(min(64, self.cap), 16, Warps(4))
+    def reduction(self, n_pieces: int) -> Reduction:
+        """Of ``n_pieces`` that a pass leaves: a block holds all of them (two sizes only, each of which is compiled)."""
+        assert n_pieces <= PIECES, n_pieces
+        return Reduction(64, 16, Warps(4)) if n_pieces <= 64 else Reduction(PIECES, 16, Warps(8))
 
     def softmax(self, columns: int, n_rows: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts and ``n_rows`` of the batch."""
@@ -262,10 +283,10 @@ class ExpertGateConfig:
         return Rows(block_b, columns, self._run(n_rows, 1, block_b), Warps(4))
 
     def _run(self, n_rows: int, programs: int, block_b: int) -> int:
-        """Rows of a program that leaves sums behind, ``programs`` of them side by side: enough to fill the machine
-        eight times over, and at most 256 pieces to add up."""
+        """Rows of a program that leaves sums behind, ``programs`` of them side by side, in multiples of ``block_b``:
+        enough to fill the machine eight times over, and at most PIECES to add up."""
         run = min(cdiv(n_rows * programs, 8 * PROGRAMS), min(256, 2 * self.cap))
-        return round_up(max(run, cdiv(n_rows, 256), 1), block_b)
+        return round_up(max(run, cdiv(n_rows, PIECES), 1), block_b)
 
     def folded(self, precision: str, generation: int, width_in: int, first: int, last: int) -> Folded:
         """Of inference: of experts that read ``width_in`` columns (a multiple of 16) and have hidden layers of
@@ -308,12 +329,15 @@ class ExpertGateConfig:
         elements = max(16384 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
         return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(8))
 
-    def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
-        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold
-        all units of an expert."""
+    def tail(self, units: int, whole: bool, n_rows: int, n_experts: int, mixed: bool) -> tuple[Rows, int]:
+        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch, and the experts of a
+        block; ``whole``: blocks hold all units of an expert; ``mixed``: under gates, whose gradients are the same for
+        all experts: a row of them is read once for those of a block."""
         block_h = self._units(units, whole)
         block_b = min(max(1024 // block_h, 1), 32, self.cap)
-        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), block_b), Warps(4))
+        together = min(alignment(n_experts, most=4), block_b) if mixed else 1
+        programs = n_experts // together * cdiv(units, block_h)
+        return Rows(block_b, block_h, self._run(n_rows, programs, block_b // together), Warps(4)), together
 
     def rows(self, units: int, whole: bool, dropped: bool, backward: bool = False) -> Rows:
         """Of experts without gates, and of those without hidden layers; ``whole``: blocks hold all units of an expert;

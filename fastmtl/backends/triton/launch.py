@@ -40,6 +40,12 @@ def generation(device: torch.device) -> int:
     return _generation(device.index) if device.type == "cuda" else compiling_for
 
 
+def starts_early(device: torch.device) -> bool:
+    """What kernels that call common.begin are told as EARLY: whether such a launch may come to the machine before the
+    one ahead of it has ended, and wait for its data there. From Hopper on."""
+    return not INTERPRET.value and generation(device) >= 9
+
+
 @dataclass(frozen=True)
 class Warps:
     """How a program is laid out on the machine: its warps, the depth of its software pipeline, and whether the compiler
@@ -104,13 +110,16 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -
     """Run ``kernel`` on ``grid`` programs, on the GPU of its tensors; an empty grid runs nothing."""
     if 0 in grid:
         return
+    options = warps.options()
+    if arguments.get("EARLY"):
+        options["launch_pdl"] = True
     if recorder is not None:
         recorder(kernel, grid, warps, arguments)
     elif several_gpus():  # Triton launches on the current one, wherever the tensors lie
         with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-            kernel[grid](**arguments, **warps.options())
+            kernel[grid](**arguments, **options)
     else:
-        compiled = kernel[grid](**arguments, **warps.options())
+        compiled = kernel[grid](**arguments, **options)
         if _notes.launches is not None:
             _notes.launches.append(Launched(kernel, grid, warps, arguments, compiled))
 

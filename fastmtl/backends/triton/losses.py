@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import cdiv, launch
+from .common import begin
+from .launch import cdiv, launch, starts_early
 
 
 @triton.jit
@@ -74,7 +75,9 @@ def task_counts_kernel(
     stride_lb,
     stride_lt,
     BLOCK_B: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     task = tl.program_id(0) % n_tasks
     piece = tl.program_id(0) // n_tasks
     first_row = piece.to(tl.int64) * run_rows
@@ -152,6 +155,7 @@ def task_counts(labels: Tensor) -> Tensor:
         stride_lb=labels.stride(0),
         stride_lt=labels.stride(1),
         BLOCK_B=config.block_b,
+        EARLY=starts_early(labels.device),
     )
     return counts
 
