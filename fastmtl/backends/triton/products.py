@@ -62,16 +62,14 @@ def forward(h: Tensor, weight: Tensor, plan: LayerPlan, layer: int) -> Tensor:
     return z
 
 
-def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int) -> Tensor:
-    """dW ``[columns, I]`` fp32, its rows as :func:`first_weight` has them; rows that pad are not all written."""
-    dw = torch.empty(plan.pitch[layer], h.shape[2], dtype=torch.float32, device=h.device)
+def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int, dw: Tensor) -> None:
+    """Write dW to ``dw [columns, I]`` fp32, its rows as the weight's operand has them; of those that pad not all."""
     for block in plan.blocks(layer):
         columns, sources, rows = _columns(dz, block), _sources(h, block), _rows(dw, block)
         if wgrad.is_for(columns):
             wgrad.wgrad(columns, sources, rows)
         else:
             product(columns.transpose(1, 2), sources, rows)
-    return dw
 
 
 def input_gradient(dz: Tensor, weight: Tensor, out: Tensor, plan: LayerPlan, layer: int) -> Tensor:
