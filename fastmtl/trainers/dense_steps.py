@@ -55,7 +55,8 @@ def _part(
 ) -> _Part | None:
     if group.get("fused") or group.get("foreach") or why_not(type(optimizer), group):
         return None
-    grads: list[Any] = [p.grad for p in params]
+    given: list[Any] = [p.grad for p in params]
+    grads = [grad if grad.is_sparse else grad.contiguous() for grad in given]
     if not all(_fits(tensor, rate) for tensor in (*params, *grads)):
         return None
     if not hasattr(backend.resolve("expert_gate", *params), "dense_step"):

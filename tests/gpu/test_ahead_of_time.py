@@ -27,6 +27,7 @@ LIMITS = {
     "note_losses_kernel": (48, 1),
     "dense_numbers_kernel": (48, 1),
     "dense_step_kernel": (128, 1),
+    "operands_kernel": (48, 1),
     "expert_gate_pieces_kernel": (128, 4),
     "expert_gate_dz_kernel": (144, 8),
     "expert_gate_wgrad_kernel": (176, 97),

@@ -17,12 +17,13 @@ def aligned(value, ALIGN: tl.constexpr):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead.)"""
+    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead, and makes
+    something of numbers below 1.2e-38.)"""
     if INTERPRET and dtype == tl.bfloat16:
         value = value.to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+        value = tl.where(tl.abs(value) >= 1.2e-38, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
 
 

@@ -282,3 +282,5 @@ EXPERT_GATE = ExpertGateConfig()
 
 #: Of the dense parameters' step: few programs for a million of them, since each first looks for its tensor.
 DENSE_STEP = Elements(1024, Warps(4, contract=False))
+#: Of the weights' copies for products.
+OPERANDS = Elements(1024, Warps(4))

@@ -129,6 +129,14 @@ class LayerPlan:
         return torch.tensor(self.gate_columns, dtype=torch.int32, device=self.device)
 
     @cached_property
+    def rows_of_gates(self) -> Tensor:
+        """``[pitch - columns of the experts]`` int32: the gates' row that each column behind the experts' is, or -1."""
+        rows = [-1] * (self.pitch[0] - self.columns[0])
+        for row, column in enumerate(self.gate_columns):
+            rows[column - self.columns[0]] = row
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+    @cached_property
     def members(self) -> Tensor:
         """``[E, n_gates2]`` int32: the column in which gate g weighs expert e, or -1."""
         table = torch.full((self.spec.n_experts, self.n_gates2), -1, dtype=torch.int32)

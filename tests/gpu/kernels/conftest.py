@@ -48,6 +48,7 @@ def small_blocks(monkeypatch):
         from fastmtl.backends.triton import configs
 
         monkeypatch.setattr(configs, "DENSE_STEP", configs.Elements(16, configs.DENSE_STEP.warps))
+        monkeypatch.setattr(configs, "OPERANDS", configs.Elements(64, configs.OPERANDS.warps))
         monkeypatch.setattr(configs, "EXPERT_GATE", configs.ExpertGateConfig(cap=16))
         monkeypatch.setattr(
             configs, "EMBEDDING", configs.EmbeddingConfig(tiny_vocab=8, elements=32, max_block_d=4, stitched=2)
