@@ -84,6 +84,7 @@ task_losses = triton.task_losses
 tower_losses = triton.tower_losses
 advance = triton.advance
 note_losses = triton.note_losses
+dense_step = triton.dense_step
 
 
 def embedding_bag_fwd(

@@ -27,7 +27,8 @@ def aligned(value, ALIGN: tl.constexpr):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead.)"""
+    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead, and makes
+    something of numbers below 1.2e-38.)"""
     if INTERPRET and dtype == tl.bfloat16:
         value = value.to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)

@@ -81,6 +81,14 @@ class Tiny:
 
 
 @dataclass(frozen=True)
+class Elements:
+    """Elements of a program that looks at each alone."""
+
+    block: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
 class EmbeddingConfig:
     """Choices of embedding_bag.
 
@@ -352,3 +360,8 @@ class ExpertGateConfig:
 
 
 EXPERT_GATE = ExpertGateConfig()
+
+#: Of the dense parameters' step: few programs for a million of them, since each first looks for its tensor.
+DENSE_STEP = Elements(1024, Warps(4, contract=False))
+#: Of the weights' copies for products.
+OPERANDS = Elements(1024, Warps(4))
