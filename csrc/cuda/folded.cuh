@@ -46,9 +46,9 @@ struct Folded {
   const bool* is_probability;                                 // [n_gates], or null for logits
   float* out;                                                 // [n_rows, n_outputs]
 
-  __device__ __forceinline__ int inputs() const { return (n_in + 31) / 32; }  // stages of a first layer
-  __device__ __forceinline__ int of_expert() const { return inputs() + 4; }
-  __device__ __forceinline__ int of_tile() const { return n_experts * of_expert() + 2 + 2 * n_gates; }
+  __host__ __device__ __forceinline__ int inputs() const { return (n_in + 31) / 32; }  // stages of a first layer
+  __host__ __device__ __forceinline__ int of_expert() const { return inputs() + 4; }
+  __host__ __device__ __forceinline__ int of_tile() const { return n_experts * of_expert() + 2 + 2 * n_gates; }
 };
 
 // Bytes of shared memory, and where things begin in it.
@@ -274,6 +274,7 @@ __device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* m
   const uint32_t barriers = room + Room::barriers;
   Stages<CLUSTER, STAGES> ring{room + Room::ring, barriers, barriers + 8 * STAGES};
   const int inputs = f.inputs(), n_experts = f.n_experts;
+  lag = lag < inputs ? lag : inputs - 1;
   uint32_t expert = 0;  // counts on over the tiles
   const auto biases_of = [&](uint32_t number) {
     return reinterpret_cast<const float*>(memory + Room::biases + (number % 2) * Room::of_biases);
@@ -293,7 +294,7 @@ __device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* m
 
   int64_t row = static_cast<int64_t>(first_tile) * kProgramRows;
   bring_rows(f, x, row + kWarpgroupRows * mine);
-  if (lag > 0 && mine == 1) threads_meet(3, 2 * kWarpgroup);
+  if (lag > 0 && n_tiles > 0 && mine == 1) threads_meet(3, 2 * kWarpgroup);
   for (int tile = 0; tile < n_tiles; ++tile, row += static_cast<int64_t>(step) * kProgramRows) {
     copies_arrive();
     threads_meet(1 + mine, kWarpgroup);
