@@ -6,8 +6,6 @@ torch finds a GPU. All else, the forward and the layers, is the triton backend's
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..spec import EmbeddingSpec
-from . import triton
+from . import cuda_library, triton
 from .updates import ROWWISE_ADAGRAD, Update, behind_on, check_gradients, check_range, check_update
 
 if TYPE_CHECKING:
@@ -48,24 +46,11 @@ class Rows(NamedTuple):
     tiny_rows: Tensor
 
 
-@functools.cache
-def _load() -> str | None:
-    """Load the library; returns why it could not be loaded."""
-    found = importlib.util.find_spec("fastmtl._cuda")
-    if found is None or found.origin is None:
-        return "the CUDA library was not built: nvcc or a torch for CUDA was missing when fastmtl was installed"
-    try:
-        torch.ops.load_library(found.origin)
-    except (OSError, RuntimeError) as error:
-        return f"the CUDA library {found.origin} does not load into torch {torch.__version__}: {error}"
-    return None
-
-
 def unavailable() -> str | None:
     """Why this backend can't run on this machine; None: it can."""
     if triton.interpreting():
         return "it can't run on Triton's interpreter"
-    return triton.unavailable() or _load()
+    return triton.unavailable() or cuda_library.missing()
 
 
 def unsupported(op: str, *tensors: Tensor) -> str | None:

@@ -81,19 +81,50 @@ class Launched(NamedTuple):
         return self.compiled[(*self.grid, 1, 1)[:3]]
 
 
+class Called(NamedTuple):
+    """A call of an op that is no kernel of Triton's, noted like a launch: it takes tensors, not their addresses."""
+
+    kernel: Operation
+    arguments: dict[str, Any]
+    compiled: None = None
+
+    def again(self) -> Callable[..., Any]:
+        """What makes such a call of the op's arguments in their order."""
+        return self.kernel.run
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An op of the CUDA library, named as a kernel is.
+
+    Args:
+        name: its own.
+        run: takes the arguments in their order.
+        arg_names: their names; those in :data:`fastmtl.backends.triton.replay.WRITTEN` are written to.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    arg_names: tuple[str, ...]
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+
 class _Notes(threading.local):
     """What a thread is noting."""
 
-    launches: list[Launched] | None = None
+    launches: list[Launched | Called] | None = None
 
 
 _notes = _Notes()
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[list[Launched]]:
+def noting() -> Iterator[list[Launched | Called]]:
     """While this lasts the launches that this thread makes are written down."""
-    before, made = _notes.launches, list[Launched]()
+    before, made = _notes.launches, list[Launched | Called]()
     _notes.launches = made
     try:
         yield made
@@ -122,6 +153,13 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -
         compiled = kernel[grid](**arguments, **options)
         if _notes.launches is not None:
             _notes.launches.append(Launched(kernel, grid, warps, arguments, compiled))
+
+
+def call(operation: Operation, **arguments: Any) -> None:
+    """Run an op of the CUDA library."""
+    operation.run(*(arguments[name] for name in operation.arg_names))
+    if _notes.launches is not None:
+        _notes.launches.append(Called(operation, arguments))
 
 
 @functools.cache
