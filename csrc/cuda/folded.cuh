@@ -414,6 +414,7 @@ __global__ void __launch_bounds__(kFoldedThreads, 1)
   if (threadIdx.x >= 2 * kWarpgroup) {
     fewer_registers<24>();
     if (threadIdx.x == 2 * kWarpgroup) bring_stages<CLUSTER, STAGES>(f, room, n_tiles);
+    __syncwarp(0xFFFFFFFFu);  // a warp meets the other program's as a whole
   } else {
     more_registers<240>();
     multiply_tiles<ACT, CLUSTER, STAGES>(f, memory, room, cluster * CLUSTER + rank, n_tiles, n_clusters * CLUSTER, lag);
