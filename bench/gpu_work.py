@@ -129,7 +129,10 @@ def launch_bytes(arguments: Mapping[str, Any], rows: int, touched: int) -> float
         touched: see :func:`touched_rows`.
     """
     found, seen = 0.0, set()
-    for name, tensor in arguments.items():
+    flat = [
+        (name, one) for name, value in arguments.items() for one in (value if isinstance(value, tuple) else (value,))
+    ]
+    for name, tensor in flat:
         if not isinstance(tensor, Tensor) or (tensor.data_ptr(), tensor.numel()) in seen:
             continue
         seen.add((tensor.data_ptr(), tensor.numel()))

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/backward.h"
+#include "cuda/folded.cuh"
 
 // torch exports it; its header declares it only to those who see all of CUDA's
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -60,6 +61,24 @@ class Gpu {
     }
     kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared), stream_>>>(args...);
     check(cudaGetLastError(), "launch");
+  }
+  // In clusters of `cluster` programs, a kernel that is made for them.
+  template <class... Parameters, class... Args>
+  void run_clusters(void (*kernel)(Parameters...), int64_t programs, unsigned cluster, int threads, int64_t shared,
+                    Args... args) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "shared memory");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(programs);
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
   }
   void sort(const uint32_t* keys, const int32_t* order, uint32_t* keys_out, int32_t* order_out, int64_t n, int bits) {
     with_storage("sort", [&](void* storage, size_t& size) {
@@ -306,6 +325,58 @@ void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+// A layer of experts and gates with its towers, on Hopper: predictions [B, G] of x [B, I] bf16. stages: see Stages of
+// fastmtl/backends/triton/stages.py.
+void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> is_probability, const Tensor& out) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 &&
+                      x.stride(0) % 8 == 0 && aligned(x.mutable_data_ptr()),
+                  "x [B, I] must be bfloat16 on a GPU, its rows at multiples of 16 bytes");
+  STD_TORCH_CHECK(x.size(1) > 64 && x.size(1) <= kMostInput && x.size(0) < std::numeric_limits<int32_t>::max(),
+                  "x must have 65 to ", kMostInput, " columns, and fewer than 2^31 rows");
+  STD_TORCH_CHECK(stages.size() == 9, "nine tensors make the stages");
+  Folded f{};
+  f.x = x.mutable_data_ptr();
+  f.row_bytes = 2 * x.stride(0);
+  f.n_rows = static_cast<int32_t>(x.size(0));
+  f.n_in = static_cast<int32_t>(x.size(1));
+  const int64_t n_experts = stages[4].size(0), n_gates = stages[4].size(1);
+  f.n_experts = static_cast<int32_t>(n_experts);
+  f.n_gates = static_cast<int32_t>(n_gates);
+  f.n_outputs = f.n_gates;
+  check_tensor(stages[0], ScalarType::Byte, {f.of_tile(), kStageBytes}, "the stages' weights");
+  check_tensor(stages[1], ScalarType::Float, {n_experts, kUnits1 + kUnits2}, "biases");
+  check_tensor(stages[2], ScalarType::Float, {kGateColumns}, "the gates' biases");
+  check_tensor(stages[3], ScalarType::Int, {n_gates + 1}, "the gates' columns");
+  check_tensor(stages[4], ScalarType::Int, {n_experts, n_gates}, "members");
+  check_tensor(stages[5], ScalarType::Float, {n_gates, kTower1}, "biases of towers");
+  check_tensor(stages[6], ScalarType::Float, {n_gates, kTower2}, "biases of towers");
+  check_tensor(stages[7], ScalarType::Float, {n_gates, kTower2}, "heads");
+  check_tensor(stages[8], ScalarType::Float, {n_gates}, "biases of heads");
+  check_tensor(out, ScalarType::Float, {x.size(0), n_gates}, "out");
+  if (is_probability) check_tensor(*is_probability, ScalarType::Bool, {n_gates}, "is_probability");
+  STD_TORCH_CHECK(n_gates > 0 && aligned(stages[0].mutable_data_ptr()) && aligned(stages[1].mutable_data_ptr()),
+                  "there are gates, and stages at multiples of 16 bytes");
+  if (f.n_rows == 0) return;
+  f.stages = data<unsigned char>(stages[0]);
+  f.biases = data<unsigned char>(stages[1]);
+  f.gate_bias = data<float>(stages[2]);
+  f.gate_columns = data<int32_t>(stages[3]);
+  f.members = data<int32_t>(stages[4]);
+  f.tower_bias1 = data<float>(stages[5]);
+  f.tower_bias2 = data<float>(stages[6]);
+  f.head = data<float>(stages[7]);
+  f.head_bias = data<float>(stages[8]);
+  f.is_probability = is_probability ? data<bool>(*is_probability) : nullptr;
+  f.out = data<float>(out);
+  Gpu gpu(x);
+  constexpr int kCluster = 2, kStages = 7, kLag = 3;
+  const int64_t groups = (x.size(0) + kCluster * kProgramRows - 1) / (kCluster * kProgramRows);
+  const int64_t programs = kCluster * std::min(groups, gpu.multiprocessors() / kCluster);
+  f.left = gpu.scratch<uint4>(programs * n_experts * 2 * 8 * kWarpgroup);
+  gpu.run_clusters(folded_kernel<kRelu, kCluster, kStages>, programs, kCluster, kFoldedThreads,
+                   FoldedRoom<kStages>::bytes, f, static_cast<int32_t>(groups), int32_t{kLag});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
@@ -319,6 +390,7 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
   m.def(
       "table_rows(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, Tensor? grads, int n, int start, int upto, bool lazily, Tensor? clock, Tensor(d!) behind) -> ()");
+  m.def("folded(Tensor x, Tensor[] stages, Tensor? is_probability, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
@@ -326,6 +398,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("embedding_bag_bwd_step", TORCH_BOX(&embedding_bag_bwd_step));
   m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
   m.impl("table_rows", TORCH_BOX(&table_rows));
+  m.impl("folded", TORCH_BOX(&folded));
 }
 
 }  // namespace fastmtl::cuda

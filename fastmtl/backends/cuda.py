@@ -6,21 +6,18 @@ torch finds a GPU. All else, the forward and the layers, is the triton backend's
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
 from ..spec import EmbeddingSpec
-from . import triton
+from . import cuda_library, triton
 from .updates import ROWWISE_ADAGRAD, Update, behind_on, check_gradients, check_range, check_update
 
 if TYPE_CHECKING:
-    from .triton.embedding_index import Rows
     from .triton.embedding_plan import TablePlan
 
 #: The library's ops bring their own backward; autograd lives in fastmtl/ops.
@@ -31,24 +28,29 @@ _ops: Any = torch.ops.fastmtl_cuda
 TINY_VOCAB = 128
 
 
-@functools.cache
-def _load() -> str | None:
-    """Load the library; returns why it could not be loaded."""
-    found = importlib.util.find_spec("fastmtl._cuda")
-    if found is None or found.origin is None:
-        return "the CUDA library was not built: nvcc or a torch for CUDA was missing when fastmtl was installed"
-    try:
-        torch.ops.load_library(found.origin)
-    except (OSError, RuntimeError) as error:
-        return f"the CUDA library {found.origin} does not load into torch {torch.__version__}: {error}"
-    return None
+class Rows(NamedTuple):
+    """The rows a batch reads of one weight, in order.
+
+    Args:
+        keys: ``[n]`` int32, the bits of unsigned numbers, ascending; ``V_total`` where a lookup counts as nothing.
+        order: ``[n]`` int32, where each stood in ``[B, n_sorted]``.
+        tiny: ``[B, n_tiny_columns]`` int32, rows of the tiny tables, -1 where a lookup counts as nothing.
+        counted: ``[B, n_bags]``, what each bag's gradient is divided by: 1, or the lookups that a mean counts.
+        tiny_rows: ``[n]`` int64, all rows of the tiny tables, looked up or not.
+    """
+
+    keys: Tensor
+    order: Tensor
+    tiny: Tensor
+    counted: Tensor
+    tiny_rows: Tensor
 
 
 def unavailable() -> str | None:
     """Why this backend can't run on this machine; None: it can."""
     if triton.interpreting():
         return "it can't run on Triton's interpreter"
-    return triton.unavailable() or _load()
+    return triton.unavailable() or cuda_library.missing()
 
 
 def unsupported(op: str, *tensors: Tensor) -> str | None:
@@ -67,6 +69,7 @@ task_losses = triton.task_losses
 tower_losses = triton.tower_losses
 advance = triton.advance
 note_losses = triton.note_losses
+dense_step = triton.dense_step
 
 
 def embedding_bag_fwd(
@@ -92,7 +95,7 @@ def _plans(
 def _plan_arguments(plan: TablePlan) -> tuple[list[Tensor], int, int, int, bool]:
     """How the library takes a plan: its tensors, the columns of tiny ids, the largest tiny vocabulary, what divides
     every output column, and whether there is a mean."""
-    group = plan.tiny_group(0, TINY_VOCAB)
+    group = plan.tiny_group(TINY_VOCAB)
     if group is None:
         nothing = torch.empty(0, dtype=torch.int32, device=plan.device)
         group = nothing.view(0, 4), nothing.view(0, 3)
@@ -193,9 +196,8 @@ def embedding_bag_index(
     needs: list[bool],
     out: Sequence[Rows | None] | None = None,
 ) -> list[Rows | None]:
-    """As the triton backend's :func:`fastmtl.backends.triton.embedding_index.embedding_bag_index`; keys and order are
-    int32, the keys as the bits of unsigned numbers."""
-    from .triton.embedding_index import Rows
+    """As the triton backend's :func:`fastmtl.backends.triton.embedding_index.embedding_bag_index`, but what comes of it
+    is this backend's."""
     from .triton.embedding_plan import plans
 
     found: list[Rows | None] = []

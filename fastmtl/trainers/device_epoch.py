@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import backend
 from ..backends.deferred import PLACES, Watch, watching
+from ..backends.triton import branches
 from ..basic.loss_func import RegularizationLoss, device_losses
 from ..data.resident import RowBatch, has_columns, resident
 from ..errors import BadDataError
@@ -43,8 +44,8 @@ class DeviceEpochs:
         autocast: makes the context of the forward.
         device: a GPU, or what stands in for one.
         progress: show a bar; None: where stderr is a terminal.
-        recorder, fills, streams: stand-ins of tests; None: the device's. The first records steps, the second how
-            places are filled.
+        recorder, fills, streams, beside: stand-ins of tests; None: the device's. The first records steps, the second
+            how places are filled; the last is for parts of a step that do not wait for each other.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class DeviceEpochs:
         recorder: Recorder | None = None,
         fills: Recorder | None = None,
         streams: Streams | None = None,
+        beside: branches.Branches | None = None,
     ) -> None:
         self.model, self.inner, self.device = model, unwrap(model), device
         self.strategy, self.optimizer, self.penalty = strategy, optimizer, penalty
@@ -69,6 +71,8 @@ class DeviceEpochs:
         if isinstance(self.streams, CudaStreams):  # they run at once: each has memory of its own
             recorder = recorder or CudaGraphs(self.streams.main)
             fills = fills or CudaGraphs(self.streams.side)
+            beside = beside or branches.CudaBranches(device)
+        self._beside = beside
         self._recorder = recorder or Rerun()
         self._fills = Recordings(fills or Rerun(), "batches are cut", progress is False)
         n_task = self.inner.n_task
@@ -88,16 +92,19 @@ class DeviceEpochs:
     def work(self, slot: Slot) -> None:
         """Forward, losses, backward and update of the batch in ``slot``; what a graph records."""
         if self._chain is not None:
-            with self._autocast():
-                self._chain(slot.x, slot.labels, self._note)
-        else:
-            with self._autocast():
-                outputs = self.model(slot.x)
-            losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
-            self._note(losses.detach())
-            for p in self.model.parameters():
-                p.grad = None
-            self.strategy.backward(losses, self.penalty(self.model))
+            with branches.allowed(self._beside):
+                with self._autocast():
+                    self._chain(slot.x, slot.labels, self._note)
+                branches.join(branches.WEIGHTS)  # gradients, for whoever moves by them
+                self._update()
+            return
+        with self._autocast():
+            outputs = self.model(slot.x)
+        losses = device_losses(outputs.float(), slot.labels, self.inner.is_classification)
+        self._note(losses.detach())
+        for p in self.model.parameters():
+            p.grad = None
+        self.strategy.backward(losses, self.penalty(self.model))
         self._update()
 
     def _note(self, losses: Tensor) -> None:

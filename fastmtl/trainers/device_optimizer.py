@@ -14,15 +14,17 @@ from ..optim.dense import unhooked
 from ..optim.rules import Rule
 from ..optim.tables import ROWWISE_RULE, check_row_sums, make_row_sums
 from ..spec import EmbeddingSpec
+from . import dense_steps
 from .device_tables import DeviceTables
 
 
 class DeviceOptimizer(torch.optim.Optimizer):
     """What :class:`Adam`, :class:`AdamW`, :class:`SGD` and :class:`Adagrad` add to torch's classes of these names.
 
-    Parameters take torch's fused step, which reads the learning rate on the device, so that all of :meth:`step` can be
-    captured in a CUDA graph. Tables move in the backward (:class:`DeviceTables`). ``param_groups``, ``state`` and
-    ``state_dict`` are torch's: a checkpoint of the one continues in the other, and schedules work.
+    Parameters take a step that reads the learning rate on the device, so that all of :meth:`step` can be captured in a
+    CUDA graph: one of ours (dense_steps.py), else torch's fused one. Tables move in the backward
+    (:class:`DeviceTables`). ``param_groups``, ``state`` and ``state_dict`` are torch's: a checkpoint of the one
+    continues in the other, and schedules work.
 
     A step is: :meth:`begin`; forward and backward; :meth:`step`. Where the last two are replayed from a graph,
     :meth:`end` takes the place of ``step``.
@@ -157,23 +159,28 @@ class DeviceOptimizer(torch.optim.Optimizer):
             assert self.updates is not None
             self.updates.take(table)
             table.grad = None
-        own: Any = super().step
-        fresh = [p for p in self._without_momentum() if p.grad is not None]
-        lost = self._lost if self._may_be_vetoed else None
+        if self.updates is not None:  # before the parameters' step, which it may run beside
+            self.updates.sweep()
         try:
-            with self._on_device():
-                unhooked(own)(self)
-            if fresh and lost is not None:  # torch has not written to a buffer whose first step was vetoed
-                for p in fresh:
-                    buffer = self.state[p]["momentum_buffer"]
-                    buffer.copy_(torch.where(lost == 1, 0, buffer))
+            lost = self._lost if self._may_be_vetoed else None
+            if not dense_steps.take(self, [rate for _, rate in self._rates], lost):
+                self._take_torchs(super().step, lost)
         finally:
+            self._may_be_vetoed = False
             for table, grad in dense:
                 table.grad = grad
-        if self.updates is not None:
-            self.updates.sweep()
         self._has_begun = False
         return loss
+
+    def _take_torchs(self, step: Any, lost: Tensor | None) -> None:
+        """torch's fused step of the parameters; where ``lost`` is 1 it moves nothing."""
+        fresh = [p for p in self._without_momentum() if p.grad is not None]
+        with self._on_device():
+            unhooked(step)(self)
+        if lost is not None:  # torch has not written to a buffer whose first step was vetoed
+            for p in fresh:
+                buffer = self.state[p]["momentum_buffer"]
+                buffer.copy_(torch.where(lost == 1, 0, buffer))
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -191,7 +198,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         try:
             yield
         finally:
-            self.found_inf, self._may_be_vetoed = None, False
+            self.found_inf = None
             for group, held in zip(self.param_groups, before, strict=True):
                 for name, value in held.items():
                     group[name] = value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
+from ..backends.triton import branches
 from ..backends.updates import FIELDS, Update, check_reached
 from ..errors import ConfigError
 from ..optim.dense import prepare_state
@@ -240,7 +241,8 @@ class DeviceTables:
         self._count()
         if not self._is_still:
             for p in self.tables:
-                self._replay(p, -(-len(p) // MOST_MISSED), 0, self._clock)
+                share = -(-len(p) // MOST_MISSED)
+                branches.beside(branches.TABLES, self._replay, p, share, 0, self._clock)
 
     # ------------------------------------------------------------------------------------------- between steps
 

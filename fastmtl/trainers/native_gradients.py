@@ -19,6 +19,8 @@ from .. import backend
 from ..backends import native
 from ..backends.native_folding import Folding
 from ..backends.native_training import RuleStep, TrainingProgram
+from ..backends.triton import branches
+from ..backends.updates import Update
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
@@ -221,6 +223,10 @@ class ChainGradients:
 
     def _table_gradients(self, grad: Tensor, lookup: Lookup, folding: Folding | None, of_small: Tensor | None) -> None:
         weights, ids, columns, _, spec, index = lookup
+        if index is not None and any(isinstance(update, Update) for update in index):
+            step = self._lookups.embedding_bag_bwd_step  # which leaves no gradient
+            branches.beside(branches.TABLES, step, grad, ids, lookup.columns, spec, index)
+            return
         needs = [table.requires_grad for table in weights]
         shapes = [table.shape for table in weights]
         if folding is not None and of_small is not None:

@@ -33,7 +33,7 @@ _TYPES = {
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 #: Kernels whose instructions are looked at.
-DISASSEMBLED = re.compile("expert_gate_folded|expert_gate_wgrad|embedding_bag_fwd")
+DISASSEMBLED = re.compile("expert_gate_folded|expert_gate_wgrad|embedding_bag_fwd|dense_step")
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 #: What optimizer_quick.py makes quotients and square roots of.
@@ -47,9 +47,9 @@ class Launch:
 
     kernel: Any
     warps: launching.Warps
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    aligned: tuple[tuple[str, int], ...]  # a parameter, and which of a tuple's values, else -1
     programs: int
 
     def key(self) -> tuple:
@@ -108,9 +108,12 @@ def _describe(kernel: Any, grid: tuple[int, ...], warps: launching.Warps, argume
     signature, constants, aligned = [], [], []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        if isinstance(value, Tensor):
+        if isinstance(value, tuple):
+            signature.append((name, tuple(map(_type_of, value))))
+            aligned += [(name, i) for i, one in enumerate(value) if _is_aligned(one)]
+        elif isinstance(value, Tensor):
             signature.append((name, _TYPES[value.dtype]))
-            aligned.append(name)  # torch's allocations are, and the views that are passed begin at multiples of 16
+            aligned.append((name, -1))
         elif (
             parameter.is_constexpr
             or (value == 1 and not (isinstance(value, float) or parameter.do_not_specialize))
@@ -118,18 +121,29 @@ def _describe(kernel: Any, grid: tuple[int, ...], warps: launching.Warps, argume
         ):
             signature.append((name, "constexpr"))
             constants.append((name, value))
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-        elif parameter.do_not_specialize:
+        elif parameter.do_not_specialize and isinstance(value, int):
             signature.append((name, "i32"))
         else:
-            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
-                aligned.append(name)
+            signature.append((name, _type_of(value)))
+            if _is_aligned(value):
+                aligned.append((name, -1))
     programs = 1
     for side in grid:
         programs *= side
     return Launch(kernel, warps, tuple(signature), tuple(constants), tuple(aligned), programs)
+
+
+def _type_of(value: Tensor | float) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value: Tensor | float) -> bool:
+    """torch's allocations are, and the views that are passed begin at multiples of 16."""
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def compile_for(launch: Launch, arch: int, workload: str) -> Report:
@@ -140,7 +154,7 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs={(names.index(constant),): value for constant, value in launch.constants},
-        attrs={(names.index(pointer),): [["tt.divisibility", 16]] for pointer in launch.aligned},
+        attrs={(names.index(name), *(() if i < 0 else (i,))): [["tt.divisibility", 16]] for name, i in launch.aligned},
     )
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.warps.options())

@@ -32,6 +32,7 @@ LIMITS = {
     "tiny_tables_kernel": 176,
     "tiny_tables_sum_kernel": 80,
     "table_rows_kernel": 96,
+    "folded_kernel": 168,  # what a third of a program starts with: two of them take the third's
 }
 
 
@@ -104,7 +105,7 @@ def test_what_it_takes_from_torch_is_there(library):
 def test_rows_are_loaded_sixteen_bytes_at_a_time(library):
     """The kernels of tables whose width is a multiple of four; a gradient in bf16 is half as wide."""
     listing = subprocess.run(
-        [tool("cuobjdump"), "-sass", "-arch", "sm_90", library], capture_output=True, text=True, check=True
+        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", library], capture_output=True, text=True, check=True
     ).stdout
     kernels = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
     seen = 0

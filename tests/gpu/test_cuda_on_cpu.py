@@ -1,21 +1,17 @@
 """The CUDA kernels run on the CPU, by emulation/: a thread for each of a block's. Numbers, races and bounds."""
 
 import importlib.util
-import shutil
 import subprocess
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulated import COMPILER, HERE, emulator
 from kernels.triton_cases import check, random_lookup
 
 from fastmtl.backends import eager, native, updates
 from fastmtl.spec import Bag, EmbeddingSpec
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: 'fastmtl[gpu]'"),
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is here"),
@@ -23,33 +19,12 @@ pytestmark = [
 NO_RULE = -1
 ROWWISE = updates.ROWWISE_ADAGRAD
 STEP = (0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1)
-SANITIZERS = {"plain": (), "race": ("-fsanitize=thread",), "memory": ("-fsanitize=address,undefined",)}
 
 
 @pytest.fixture(scope="module")
 def emulate(tmp_path_factory):
-    """``emulate(arrays, kind="plain", **numbers)`` runs the program and gives the arrays that it wrote."""
-    folder = tmp_path_factory.mktemp("emulated")
-
-    @cache
-    def program(kind):
-        flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-        flags += ["-ffp-contract=off", *SANITIZERS[kind], *(["-fno-sanitize-recover=all"] * (kind != "plain"))]
-        command = [COMPILER, *flags, "-I", HERE.parents[1] / "csrc", HERE / "emulation" / "emulate.cpp"]
-        subprocess.run([*command, "-o", folder / kind], check=True)
-        return folder / kind
-
-    def run(arrays, kind="plain", **numbers):
-        for file in folder.glob("*.bin"):
-            file.unlink()
-        for name, array in arrays.items():
-            np.ascontiguousarray(array).tofile(folder / f"{name}.bin")
-        command = [program(kind), folder, *(f"{name}={int(value)}" for name, value in numbers.items())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-6000:]
-        return lambda name, like: np.fromfile(folder / f"{name}.bin", like.dtype).reshape(like.shape)
-
-    return run
+    """See :func:`emulated.emulator`."""
+    return emulator(tmp_path_factory.mktemp("emulated"), "emulate.cpp")
 
 
 def backward(emulate, lookup, table, grad, target, rule=NO_RULE, listed=False, kind="plain"):
@@ -58,7 +33,7 @@ def backward(emulate, lookup, table, grad, target, rule=NO_RULE, listed=False, k
 
     spec, ids, weight = lookup.spec, lookup.ids, lookup.weights[table]
     plan = TablePlan(spec, lookup.columns, table, 8, torch.device("cpu"))
-    tables, lookups = plan.tiny_group(0, 2**31 - 1) or (torch.zeros(0, 4), torch.zeros(0, 3))
+    tables, lookups = plan.tiny_group(2**31 - 1) or (torch.zeros(0, 4), torch.zeros(0, 3))
     bits = grad.view(torch.int16) if grad.dtype is torch.bfloat16 else grad
     arrays = {
         "ids": ids.numpy(),

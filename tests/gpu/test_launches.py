@@ -59,3 +59,30 @@ def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch):
         torch.Tensor, tuple, torch.Tensor, "off",
     ]  # fmt: skip
     assert events[1][1] is tensor
+
+
+def test_launches_that_wait_for_their_data_themselves_may_come_early(monkeypatch):
+    """From Hopper on, and only kernels that begin with waiting: all that are told EARLY do."""
+    from triton_workloads import _layer, _mmoe, _tower_losses, _towers
+
+    from fastmtl.backends.triton import launch as launching
+
+    options = []
+    kernel = {(2,): lambda **arguments: options.append(arguments)}
+    tensor = torch.zeros(3)
+    for early in ({}, {"EARLY": False}, {"EARLY": True}):
+        launching.launch(kernel, (2,), launching.Warps(), X_ptr=tensor, **early)
+    assert ["launch_pdl" in one for one in options] == [False, False, True]
+    told = []
+    monkeypatch.setattr(
+        launching, "recorder", lambda kernel, _grid, _warps, arguments: told.append((kernel, arguments))
+    )
+    for generation in (8, 9, 10):
+        told.clear()
+        monkeypatch.setattr(launching, "compiling_for", generation)
+        _layer(_mmoe(48, 4, (32, 16), 2), 9000, "bf16")
+        _tower_losses(_towers(16, (16, 8), 2), 9000)
+        assert {arguments["EARLY"] for _, arguments in told} == {generation >= 9}
+    for kernel, _ in told:
+        first = kernel.fn.__code__.co_names[0]
+        assert first == "begin", kernel.fn.__name__

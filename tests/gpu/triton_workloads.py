@@ -13,7 +13,7 @@ import torch
 from fastmtl.backends import deferred
 from fastmtl.backends import triton as backend
 from fastmtl.backends.triton import inference, optimizer
-from fastmtl.backends.updates import FIELDS, RULES, STATES, Update
+from fastmtl.backends.updates import FIELDS, RULES, STATES, STEP_FIELDS, Update
 from fastmtl.spec import (
     LEARNED_ACTIVATIONS,
     Bag,
@@ -93,6 +93,20 @@ def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
         optimizer.table_replay(*table, listed, 0, 0, 0, clock)
         optimizer.table_step(*table, listed, grads, False, 0, rows // 32, clock)
         optimizer.table_step(*table, listed, grads, True, 0, 0)
+
+
+def _dense_steps(rules: tuple[str, ...], *layers: ExpertGateSpec) -> None:
+    """The step of a model's layers, vetoed or not."""
+    params = [p for spec in layers for p in _parameters(spec).learned()]
+    rate = torch.empty((), device="meta")
+    numbers = dict.fromkeys(STEP_FIELDS, 0.5)
+    for name in rules:
+        rule = RULES.index(name)
+        states = [[torch.empty_like(p) for _ in range(STATES[rule])] for p in params]
+        counts = [rate] * len(params) if name in ("adam", "adamw", "adagrad") else []
+        settings = {"weight_decay": 1e-5, "lr_decay": 0.0, "beta1": 0.9, "beta2": 0.999}
+        for lost in (None, rate):
+            backend.dense_step(params, params, states, counts, rule, numbers, settings, rate, lost)
 
 
 def _parameters(spec: ExpertGateSpec) -> ExpertGateParams:
@@ -184,12 +198,22 @@ def _ple(
 #: name -> (its calls, the architectures it is compiled for besides 90)
 WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "embedding ali-ccp fp32": (partial(_embedding, ALI_CCP, 16, 8, 65536, torch.float32, ("adam",)), (80, 100)),
-    "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16), ()),
+    "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16, ("adam",)), (80, 100)),
     "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32, RULES), ()),
     "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32, ("adamw",)), ()),
     "updates ali-ccp": (partial(_updates, ("adam",), sum(ALI_CCP), 16, 65536), (80, 100)),
     "updates of every rule": (partial(_updates, RULES, sum(ALI_CCP), 16, 65536), ()),
     "updates wide": (partial(_updates, ("adamw", "rowwise_adagrad"), 1 << 26, 128, 65536), ()),
+    "dense steps": (
+        partial(_dense_steps, ("adam",), _mmoe(376, 8, (256, 128), 2), _towers(128, (64, 32), 2)),
+        (80, 100),
+    ),
+    "dense steps of every rule": (
+        partial(
+            _dense_steps, RULES[:-1], _ple(0, 376, (256, 128), 4, 2, 2), _ple(1, 128, (256, 128), 4, 2, 2, last=True)
+        ),
+        (),
+    ),
     "updates narrow": (partial(_updates, ("adam",), 5000, 4, 8192), ()),
     **{
         f"mmoe ali-ccp {precision}": (partial(_layer, _mmoe(376, 8, (256, 128), 2), 65536, precision), (80, 100))

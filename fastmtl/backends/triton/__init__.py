@@ -175,6 +175,13 @@ def advance(ring: Tensor, step: Tensor, clock: Tensor, taken: Tensor | None = No
     run(ring, step, clock, taken)
 
 
+def dense_step(*arguments: Any) -> None:
+    """See :func:`fastmtl.backends.triton.dense_optimizer.dense_step`."""
+    from .dense_optimizer import dense_step as run
+
+    run(*arguments)
+
+
 def note_losses(*arguments: Any) -> None:
     """See :func:`fastmtl.backends.triton.notes.note_losses`."""
     from .notes import note_losses as run

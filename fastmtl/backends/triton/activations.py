@@ -61,7 +61,7 @@ def _softmax(y, inside):
 def activate(y, alpha, inside, n_units, ACT: tl.constexpr):
     """The activation of ``y``; ``alpha`` is the learned scalar, ``inside`` and ``n_units`` matter row-wise only."""
     if ACT == "relu":
-        h = tl.where(y < 0, 0.0, y)
+        h = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "leakyrelu":
         h = tl.where(y > 0, y, _SLOPE * y)
     elif ACT == "prelu":

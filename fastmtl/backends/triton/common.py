@@ -9,6 +9,16 @@ from .launch import INTERPRET
 
 
 @triton.jit
+def begin(EARLY: tl.constexpr):
+    """The first thing that a kernel does whose launches may come early (launch.starts_early): wait until all is done
+    that was launched before, then let the next launch come. A launch's way to the machine, a microsecond or two, is
+    behind it then when its turn comes. (A launch that does not come early finds nothing to wait for.)"""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def aligned(value, ALIGN: tl.constexpr):
     """``value``, which the caller knows to be a multiple of ALIGN, in a form that lets the compiler know it too: loads
     of 16 bytes depend on it, and only arguments that are multiples of 16 are seen to be aligned without help."""
@@ -17,11 +27,12 @@ def aligned(value, ALIGN: tl.constexpr):
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead.)"""
+    """``value``, rounded to ``dtype`` to nearest, ties to even. (The interpreter cuts digits off instead, and makes
+    something of numbers below 1.2e-38.)"""
     if INTERPRET and dtype == tl.bfloat16:
         value = value.to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import Warps, cdiv, power_of_two, round_up
+from .launch import Warps, alignment, cdiv, power_of_two, round_up
 
 #: Programs that run at a time on the largest machine, one a multiprocessor.
 PROGRAMS = 132
+
+#: Runs of a batch at most that leave pieces of a sum behind: what adds them up holds all of a column's in registers.
+PIECES = 256
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,34 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The walk over sorted rows: ``walkers`` runs of ``chunk`` lookups a program, ``block_d`` columns at once."""
+class Index:
+    """The rows of a batch: ``block_b`` rows of it and ``bags`` bags a program, of 4 warps; then, sorted, ``block`` of
+    them at a time by ``most_runs`` programs at most, whose ``warps`` these are."""
 
-    chunk: int
-    walkers: int
+    block_b: int
+    bags: int
+    block: int
+    most_runs: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sums over sorted rows: ``pieces`` of them at once, ``block_d`` columns of each; ``programs``, that take one
+    block after the other."""
+
+    pieces: int
     block_d: int
+    programs: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """Sums of rows of several pieces: ``stitched`` pieces at once; ``programs``, that take one row after the other."""
+
+    stitched: int
+    programs: int
     warps: Warps
 
 
@@ -46,11 +71,21 @@ class Replay:
 
 @dataclass(frozen=True)
 class Tiny:
-    """Sums of a tiny table: blocks of ``block_b`` batch rows, ``rows`` of them a program."""
+    """Sums of tiny tables: slices of ``block_v`` rows, blocks of ``block_b`` batch rows, ``rows`` of them a program."""
 
+    block_v: int
     block_b: int
     block_d: int
     rows: int
+    warps: Warps
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of a program that looks at each alone."""
+
+    block: int
+    warps: Warps
 
 
 @dataclass(frozen=True)
@@ -59,34 +94,65 @@ class EmbeddingConfig:
 
     Args:
         tiny_vocab: tables of at most so many rows are summed without a sort.
-        tiny_classes: rows of the block that holds such a table, and the program's warps; a table takes the first that
-            holds it.
-        elements: elements of a block of batch rows times columns.
+        sliced: rows of a tiny table that a program sums.
+        looked_up: elements of a block of batch rows times columns that are looked up.
+        elements: of such a block of a gradient.
         max_block_d: columns of a block; wider tables take several.
-        replayed: elements of a block of rows that make up for missed steps.
+        replayed: elements of a block of rows that move together.
         gathered: rows that are sorted by the steps they missed; a quarter of them where there are few.
-        stitched: chunks looked at in one step when a long segment's partial sums are added.
+        indexed: sorted lookups that are looked at at once.
+        most_runs: programs that share the sorted lookups, at most.
+        resident: programs of one warp that a multiprocessor runs at a time.
+        multiprocessors: for how many of them there is work.
+        stitched: pieces of a row that are added at once, at most.
+        tiny_runs: runs of the batch whose sums of tiny tables are added, at most.
     """
 
     tiny_vocab: int = 128
-    tiny_classes: tuple[tuple[int, Warps], ...] = ((16, Warps(4)), (128, Warps(8)))
+    sliced: int = 16
+    looked_up: int = 1024
     elements: int = 1024
     max_block_d: int = 256
     replayed: int = 128
     gathered: int = 128
-    stitched: int = 32
+    indexed: int = 1024
+    most_runs: int = 1024
+    resident: int = 24
+    multiprocessors: int = PROGRAMS
+    stitched: int = 128
+    tiny_runs: int = 128
 
     def lookup(self, dim: int) -> Lookup:
         """Of the forward."""
         block_d = min(power_of_two(dim), self.max_block_d)
-        return Lookup(max(self.elements // block_d, 1), block_d, Warps(4))
+        return Lookup(max(self.looked_up // block_d, 1), block_d, Warps(4))
+
+    def index(self, n: int) -> Index:
+        """Of the index of ``n`` lookups that are sorted."""
+        return Index(max(self.elements // 8, 1), 8, self.indexed, self.most_runs, Warps(8))
+
+    def chunk(self, n: int) -> int:
+        """Lookups of a piece of a row that has more, of ``n``: few where there are few, for whom a long piece would be
+        waited for."""
+        return 8 if n < 2**18 else 16
 
     def segments(self, n: int, dim: int, whole: bool) -> Segments:
-        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows."""
-        block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
-        chunk = 8 if n < 2**18 else 32  # short walks fill the machine, long ones leave fewer pieces to stitch
-        # one warp: its walkers wait for nobody else's rows
-        return Segments(chunk, max(self.replayed // block_d, 1), block_d, Warps(1))
+        """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows.
+
+        One warp: its rows wait for nobody else's. No more programs than run at a time: to start one takes as long as
+        some of these need.
+        """
+        block_d = self._columns(dim, whole)
+        pieces = max(self.replayed // block_d, 1)
+        return Segments(pieces, block_d, min(cdiv(n, pieces), self.multiprocessors * self.resident), Warps(1))
+
+    def stitch(self, n: int, dim: int, whole: bool) -> Stitch:
+        """Of the rows of several pieces, which are ``n`` at most."""
+        stitched = max(min(self.stitched, 2048 // self._columns(dim, whole)), 1)
+        return Stitch(stitched, min(n, self.multiprocessors * self.resident // 4), Warps(4))
+
+    def _columns(self, dim: int, whole: bool) -> int:
+        return power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
 
     def update(self, n: int, dim: int, whole: bool) -> Replay:
         """Of an optimizer step of ``n`` rows ``dim`` wide; ``whole``: a block must hold whole rows.
@@ -94,7 +160,7 @@ class EmbeddingConfig:
         A block has one warp, which waits for nobody else's rows, and four numbers a thread, whose chains of operations
         run side by side.
         """
-        block_d = power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
+        block_d = self._columns(dim, whole)
         block_r = max(self.replayed // block_d, 1)
         return Replay(
             max(self.gathered if n >= 2**17 else self.gathered // 4, block_r),
@@ -103,9 +169,11 @@ class EmbeddingConfig:
             Warps(1, contract=False),
         )
 
-    def tiny(self, n_rows: int, dim: int) -> Tiny:
-        """Of the backward of tiny tables over a batch of ``n_rows``."""
-        return Tiny(32, min(power_of_two(dim, 16), 64), max(self.elements // 4, n_rows // 64))
+    def tiny(self, n_rows: int, dim: int, exact: bool) -> Tiny:
+        """Of the backward of tiny tables over a batch of ``n_rows``; ``exact``: its gradient is of bf16 already."""
+        block_d = min(power_of_two(dim, 16), 64)
+        block_b = max(self.elements // block_d // (1 if exact else 2), 16)
+        return Tiny(self.sliced, block_b, block_d, max(2 * block_b, cdiv(n_rows, self.tiny_runs)), Warps(1))
 
 
 EMBEDDING = EmbeddingConfig()
@@ -175,9 +243,26 @@ class ExpertGateConfig:
 
     cap: int = 1 << 30
 
+    def pieces(self, n_rows: int, pitch: int) -> Rows:
+        """Of the statistics' pieces of a buffer ``[n_rows, pitch]``: a vector of 16 bytes a thread and block, four
+        blocks on their way at a time; narrow buffers in narrower blocks, so that they too fill the machine."""
+        block_h = min(power_of_two(pitch, 16), 128)
+        while block_h > 32 and cdiv(pitch, block_h) * PIECES < 3 * PROGRAMS:
+            block_h //= 2
+        block_b = min(2048 // block_h, self.cap // 4)
+        together = 4 * block_b
+        run = min(n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS), 256) // together * together
+        return Rows(block_b, block_h, max(run, round_up(cdiv(n_rows, PIECES), together)), Warps(8))
+
+    def back(self, n_rows: int, units: int, n_experts: int) -> Rows:
+        """Of the sums of D under activations that look at each unit alone: two blocks on their way at a time."""
+        block_h = min(power_of_two(units, 16), 128)
+        block_b = min(2048 // block_h, self.cap // 2)
+        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), 2 * block_b), Warps(8))
+
     def columns(self, n_rows: int, pitch: int, units: int, elements: int) -> Rows:
         """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns and about so many
-        elements: runs long enough to leave few pieces, short enough for every multiprocessor to have several."""
+        elements: runs short enough for every multiprocessor to have several."""
         block_h = min(power_of_two(units, 16), 128)
         block_b = min(elements // block_h, self.cap)
         run = n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS)
@@ -195,9 +280,10 @@ class ExpertGateConfig:
         splits = max(splits, cdiv(n_rows * pitch, 2**30))
         return round_up(cdiv(n_rows, splits), block_k)
 
-    def reduction(self) -> Reduction:
-        """Of the pieces that the row tiles leave."""
-        return Reduction(min(64, self.cap), 16, Warps(4))
+    def reduction(self, n_pieces: int) -> Reduction:
+        """Of ``n_pieces`` that a pass leaves: a block holds all of them (two sizes only, each of which is compiled)."""
+        assert n_pieces <= PIECES, n_pieces
+        return Reduction(64, 16, Warps(4)) if n_pieces <= 64 else Reduction(PIECES, 16, Warps(8))
 
     def softmax(self, columns: int, n_rows: int) -> Rows:
         """Of the backward of a gate over ``columns`` (a power of two) experts and ``n_rows`` of the batch."""
@@ -205,10 +291,10 @@ class ExpertGateConfig:
         return Rows(block_b, columns, self._run(n_rows, 1, block_b), Warps(4))
 
     def _run(self, n_rows: int, programs: int, block_b: int) -> int:
-        """Rows of a program that leaves sums behind, ``programs`` of them side by side: enough to fill the machine
-        eight times over, and at most 256 pieces to add up."""
+        """Rows of a program that leaves sums behind, ``programs`` of them side by side, in multiples of ``block_b``:
+        enough to fill the machine eight times over, and at most PIECES to add up."""
         run = min(cdiv(n_rows * programs, 8 * PROGRAMS), min(256, 2 * self.cap))
-        return round_up(max(run, cdiv(n_rows, 256), 1), block_b)
+        return round_up(max(run, cdiv(n_rows, PIECES), 1), block_b)
 
     def folded(self, precision: str, generation: int, width_in: int, first: int, last: int) -> Folded:
         """Of inference: of experts that read ``width_in`` columns (a multiple of 16) and have hidden layers of
@@ -251,12 +337,15 @@ class ExpertGateConfig:
         elements = max(16384 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
         return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(8))
 
-    def tail(self, units: int, whole: bool, n_rows: int, n_experts: int) -> Rows:
-        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch; ``whole``: blocks hold
-        all units of an expert."""
+    def tail(self, units: int, whole: bool, n_rows: int, n_experts: int, mixed: bool) -> tuple[Rows, int]:
+        """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch, and the experts of a
+        block; ``whole``: blocks hold all units of an expert; ``mixed``: under gates, whose gradients are the same for
+        all experts: a row of them is read once for those of a block."""
         block_h = self._units(units, whole)
         block_b = min(max(1024 // block_h, 1), 32, self.cap)
-        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), block_b), Warps(4))
+        together = min(alignment(n_experts, most=4), block_b) if mixed else 1
+        programs = n_experts // together * cdiv(units, block_h)
+        return Rows(block_b, block_h, self._run(n_rows, programs, block_b // together), Warps(4)), together
 
     def rows(self, units: int, whole: bool, dropped: bool, backward: bool = False) -> Rows:
         """Of experts without gates, and of those without hidden layers; ``whole``: blocks hold all units of an expert;
@@ -271,3 +360,8 @@ class ExpertGateConfig:
 
 
 EXPERT_GATE = ExpertGateConfig()
+
+#: Of the dense parameters' step: few programs for a million of them, since each first looks for its tensor.
+DENSE_STEP = Elements(1024, Warps(4, contract=False))
+#: Of the weights' copies for products.
+OPERANDS = Elements(1024, Warps(4))

@@ -39,9 +39,11 @@ class TablePlan:
     Attributes:
         slots: ``[n_slots, 10]`` int64, one row for each D columns of the output (a bag, or one id of a concatenated
             bag): :data:`SLOT_FIELDS`.
-        bags: ``[n_bags, 12]`` int64, the same for whole bags, and where the backward puts the bag's rows: whether its
-            table is tiny, and its first column among those of its kind.
+        bags: ``[n_bags, 12]`` int64, the same for whole bags, and where the backward puts the bag's rows: 1 + the
+            table's first row among all tiny ones where it is tiny, else 0; the first column among those of its kind.
         sorted_columns: ``[n_sorted, 2]`` int32: output column and bag of each id column whose rows are sorted.
+        sorted_bags: ``[width]`` int32: the bag of each of these output columns.
+        width: the lookup's, of all weights.
         tiny: the tables that are not sorted.
         align: a power of two that divides every output column a slot begins at.
     """
@@ -60,7 +62,8 @@ class TablePlan:
         slots, bags = [], []
         sorted_columns: list[tuple[int, int]] = []
         lookups: dict[int, list[tuple[int, int, int]]] = {}
-        n_tiny = 0
+        first_rows: dict[int, int] = {}
+        n_tiny = n_tiny_rows = 0
         for at, f in enumerate(mine):
             bag, first, length = spec.bags[f], columns[f], columns[f + 1] - columns[f]
             concat = bag.pooling == "concat"
@@ -70,7 +73,13 @@ class TablePlan:
             else:
                 slots.append(_fields(bag, first, length, starts[f]))
             tiny = vocabs[bag.offset] <= tiny_vocab
-            bags.append((*_fields(bag, first, length, starts[f]), tiny, n_tiny if tiny else len(sorted_columns)))
+            if tiny and bag.offset not in first_rows:
+                first_rows[bag.offset] = n_tiny_rows
+                n_tiny_rows += vocabs[bag.offset]
+            bags.append((
+                *_fields(bag, first, length, starts[f]), 1 + first_rows[bag.offset] if tiny else 0,
+                n_tiny if tiny else len(sorted_columns),
+            ))  # fmt: skip
             if tiny:
                 lookups.setdefault(bag.offset, []).extend((n_tiny + i, out, at) for i, out in enumerate(outs))
                 n_tiny += length
@@ -85,13 +94,17 @@ class TablePlan:
         self.slots = torch.tensor(slots, dtype=torch.int64, device=device).reshape(-1, len(SLOT_FIELDS))
         self.bags = torch.tensor(bags, dtype=torch.int64, device=device).reshape(-1, len(SLOT_FIELDS) + 2)
         self.sorted_columns = torch.tensor(sorted_columns, dtype=torch.int32, device=device).reshape(-1, 2)
+        self.width = max(sum(widths), 1)
+        bag_of = torch.zeros(self.width, dtype=torch.int32)
+        for out, at in sorted_columns:
+            bag_of[out] = at
+        self.sorted_bags = bag_of.to(device)
         self.has_mean = any(spec.bags[f].pooling == "mean" for f in mine)
         self.align = alignment(*(row[-1] for row in slots))
-        tables, first_row = [], 0
-        for offset, found in lookups.items():
-            tables.append(TinyTable(offset, vocabs[offset], first_row, tuple(found)))
-            first_row += vocabs[offset]
-        self.tiny, self.n_tiny_rows = tuple(tables), first_row
+        self.tiny = tuple(
+            TinyTable(offset, vocabs[offset], first_rows[offset], tuple(found)) for offset, found in lookups.items()
+        )
+        self.n_tiny_rows = n_tiny_rows
 
     @cached_property
     def tiny_rows(self) -> Tensor:
@@ -99,27 +112,24 @@ class TablePlan:
         rows = [t.offset + v for t in self.tiny for v in range(t.vocab)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def tiny_group(self, least: int, most: int) -> tuple[Tensor, Tensor] | None:
-        """The tiny tables with ``least < vocab <= most``: their tables ``[n, 4]`` (vocabulary, first tiny row, first
-        and last + 1 lookup) and their lookups ``[m, 3]``, int32; None: there are none."""
-        return self._groups.get((least, most)) or self._make_group(least, most)
+    def tiny_group(self, most: int) -> tuple[Tensor, Tensor] | None:
+        """The tiny tables in slices of at most ``most`` rows: the slices ``[n, 4]`` (rows, the first of them among all
+        tiny rows, first and last + 1 lookup) and the lookups ``[m, 3]``, int32; None: there are none."""
+        if self.tiny and most not in self._groups:
+            slices: list[tuple[int, ...]] = []
+            lookups: list[tuple[int, ...]] = []
+            for tiny in self.tiny:
+                end = len(lookups) + len(tiny.lookups)
+                for begin in range(0, tiny.vocab, most):
+                    slices.append((min(most, tiny.vocab - begin), tiny.first + begin, len(lookups), end))
+                lookups += tiny.lookups
+            made = [torch.tensor(rows, dtype=torch.int32, device=self.device) for rows in (slices, lookups)]
+            self._groups[most] = made[0], made[1]
+        return self._groups.get(most)
 
     @cached_property
-    def _groups(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    def _groups(self) -> dict[int, tuple[Tensor, Tensor]]:
         return {}
-
-    def _make_group(self, least: int, most: int) -> tuple[Tensor, Tensor] | None:
-        tables: list[tuple[int, ...]] = []
-        lookups: list[tuple[int, ...]] = []
-        for tiny in self.tiny:
-            if least < tiny.vocab <= most:
-                tables.append((tiny.vocab, tiny.first, len(lookups), len(lookups) + len(tiny.lookups)))
-                lookups += tiny.lookups
-        if not tables:
-            return None
-        group = tuple(torch.tensor(rows, dtype=torch.int32, device=self.device) for rows in (tables, lookups))
-        self._groups[least, most] = group[0], group[1]
-        return group[0], group[1]
 
 
 def _fields(bag: Bag, first: int, length: int, out: int) -> tuple[int, ...]:

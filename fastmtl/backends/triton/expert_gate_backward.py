@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
-from . import products
+from . import branches, products
 from .batch_norm import SUMS, add_up
 from .expert_gate_forward import Saved, as_input, hidden_layers
 from .hidden import Hidden
 from .launch import round_up
 from .layer_plan import LayerPlan, layer_plan
 from .linear_heads import linear_heads_bwd
-from .losses import TaskLosses, task_counts
+from .losses import TaskLosses, count_labels, empty_counts
 from .mixing_backward import activations_bwd, experts_bwd, head_bwd, losses_bwd, mix_bwd
-from .passes import gradient
+from .passes import gradient, sums
 from .precision import of_dtype
 
 
@@ -33,6 +33,7 @@ class _Layers:
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what makes dz of D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
+        gate_part: the pieces of the gates' sums, added up with those of the first layer's experts.
     """
 
     def __init__(self, hidden: list[Hidden], plan: LayerPlan, batch_statistics: bool):
@@ -42,11 +43,15 @@ class _Layers:
         self.coef = [plan.per_column(layer.layer, 2) for layer in hidden]
         self.weight: list[Tensor] = [layer.stat for layer in hidden]
         self.gate_weight: Tensor | None = None
+        self.gate_part: Tensor | None = None
 
     def add_up(self, layer: int, part: Tensor, head: Tensor | None = None, losses: bool = False) -> None:
-        """Add the pieces of the sums of a layer's experts up."""
-        grads, coef = self.grads[layer], self.coef[layer]
-        add_up(part, self.hidden[layer], grads, coef, self.plan.columns[layer], self.batch_statistics, head, losses)
+        """Add the pieces of the sums of a layer's experts up, and in the first layer those of the gates."""
+        grads, coef, gates = self.grads[layer], self.coef[layer], None
+        if layer == 0 and self.gate_part is not None:
+            gates = (self.gate_part, self.plan.gate_places)
+        columns = self.plan.columns[layer]
+        add_up(part, self.hidden[layer], grads, coef, columns, self.batch_statistics, head, losses, gates)
 
     def add_up_heads(self, part: Tensor, losses: bool = False) -> tuple[list[Tensor], Tensor]:
         """The same of the last layer under heads; returns the gradients of their weight and bias, and the losses
@@ -56,10 +61,6 @@ class _Layers:
         self.add_up(at, part, head, losses)
         weight = self.grads[at][3, : self.plan.columns[at]].view(spec.n_experts, -1)
         return [weight, head[0]], head[1]
-
-    def add_up_gates(self, part: Tensor) -> None:
-        """The same of the gates."""
-        add_up(part, self.hidden[0], self.grads[0], self.coef[0], self.plan.gate_places, self.batch_statistics)
 
     def gradients(self, out: list[Tensor]) -> list[Tensor]:
         """In the order of ``params.learned()``; ``out``: those of the head."""
@@ -124,10 +125,13 @@ def tower_losses(
     if not spec.dims or spec.dims[-1] > 128 or n_rows == 0:
         return None
     assert params.out_bias is not None
+    counts = empty_counts(labels)
+    branches.beside(branches.LABELS, count_labels, labels, counts)
     hidden, kept = hidden_layers(x, params, spec, True)
     layers = _Layers(hidden, layer_plan(spec, x.device), n_rows > 1)
     logits = torch.empty(n_rows, spec.n_experts, dtype=torch.float32, device=x.device)
-    made = TaskLosses(labels, is_classification, factors, params.out_bias, task_counts(labels), logits)
+    made = TaskLosses(labels, is_classification, factors, params.out_bias, counts, logits)
+    branches.join(branches.LABELS)
     out, losses = layers.add_up_heads(losses_bwd(made, hidden[-1], layers.d[-1], params), losses=True)
     dx = _walk_down(x, layers, kept, needs_x)
     return losses, logits, dx, layers.gradients(out)
@@ -144,14 +148,31 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
         if not layer:
             break
         under = layers.hidden[layer - 1]
-        dw = products.weight_gradient(dz, under.by_expert(kept.h[layer - 1]), plan, layer)
-        layers.weight[layer] = dw[: plan.columns[layer]]
+        _weight_gradient(dz, under.by_expert(kept.h[layer - 1]), layers, layer)
         _descend(dz, kept.weight[layer], layers, layer)
-    dw = products.weight_gradient(dz, as_input(x, of_dtype(dz.dtype)), plan, 0)
-    layers.weight[0] = dw[: plan.columns[0]]
-    if plan.spec.gates:
-        layers.gate_weight = plan.of_gates(dw, 0)
+    _weight_gradient(dz, as_input(x, of_dtype(dz.dtype)), layers, 0)
     return _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
+
+
+def _weight_gradient(dz: Tensor, h: Tensor, layers: _Layers, layer: int) -> None:
+    """The gradients of a layer's weights, beside the way down."""
+    plan = layers.plan
+    dw = torch.empty(plan.pitch[layer], h.shape[2], dtype=torch.float32, device=h.device)
+    layers.weight[layer] = dw[: plan.columns[layer]]
+    scattered = None
+    if not layer and plan.spec.gates:
+        if plan.gates_are_together:
+            layers.gate_weight = plan.of_gates(dw, 0)
+        else:
+            layers.gate_weight = scattered = dw.new_empty(plan.spec.gate_rows, h.shape[2])
+    branches.beside(branches.WEIGHTS, _multiply, dz, h, plan, layer, dw, scattered)
+
+
+def _multiply(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int, dw: Tensor, gates: Tensor | None) -> None:
+    """dW into ``dw``; the gates' rows of it into ``gates``, where these lie apart."""
+    products.weight_gradient(dz, h, plan, layer, dw)
+    if gates is not None:
+        torch.index_select(dw, 0, plan.gate_places, out=gates)
 
 
 def _descend(dz: Tensor, weight: Tensor, layers: _Layers, layer: int) -> None:
@@ -164,7 +185,7 @@ def _descend(dz: Tensor, weight: Tensor, layers: _Layers, layer: int) -> None:
         part = activations_bwd(dh, under, d)
     else:
         products.input_gradient(dz, weight, under.by_expert(d), layers.plan, layer)
-        part = activations_bwd(d, under, None)
+        part = sums(d, under)
     layers.add_up(layer - 1, part)
 
 
@@ -186,7 +207,6 @@ def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) 
     if kept.share is None:
         layers.add_up(at, experts_bwd(grad, last, d))
         return []
-    part, gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.share)
+    part, layers.gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.share)
     layers.add_up(at, part)
-    layers.add_up_gates(gate_part)
     return []

@@ -16,6 +16,7 @@ from .hidden import Hidden
 from .layer_plan import layer_plan
 from .linear_heads import linear_heads
 from .mixing import activations, experts, head, mix
+from .operands import operands
 from .passes import pieces
 from .precision import Precision, of_input
 
@@ -99,8 +100,7 @@ def hidden_layers(
     precision = of_input(x)
     plan = layer_plan(spec, x.device)
     seed = torch.empty((), dtype=torch.int64, device=x.device).random_() if drops(spec, training) else None
-    first = products.first_weight(params, plan, precision)
-    weights = (first, *(products.as_operand(weight, precision) for weight in params.weight[1:]))
+    weights = operands(params, plan, precision)
     layers: list[Hidden] = []
     written: list[Tensor] = []
     h = as_input(x, precision)

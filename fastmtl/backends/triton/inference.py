@@ -16,16 +16,18 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
-from .. import deferred
+from .. import cuda_library, deferred
 from . import configs
 from .embedding_bag_forward import check, embedding_bag_fwd
 from .embedding_plan import plans
 from .expert_gate_forward import expert_gate_fwd
 from .folded import run_folded
-from .launch import generation, noting, repeatable
+from .launch import Operation, call, cdiv, generation, noting, repeatable
 from .packing import PackedLayer, PackedTowers, why_not
 from .precision import of_dtype
 from .replay import Replay
+from .stages import stages_of
+from .stages import why_not as why_not_staged
 
 
 class _Stage(NamedTuple):
@@ -105,6 +107,15 @@ class _Kept(NamedTuple):
     owners: tuple[Any, ...]
 
 
+#: The layer with its towers in CUDA C++ (csrc/cuda/folded.cuh).
+_ON_HOPPER = Operation(
+    "folded",
+    lambda x, stages, is_probability, out: torch.ops.fastmtl_cuda.folded(x, stages, is_probability, out),
+    ("X_ptr", "stages", "is_probability", "Out_ptr"),
+)
+#: Rows of its tiles. With fewer tiles than half the multiprocessors, those that share a tile's experts are sooner done.
+_TILE = 128
+
 #: Kinds of calls (batch sizes, mostly) that are kept, and marks for a kind that was seen once, or can't be kept.
 _MOST_KEPT, _ONCE, _NEVER = 256, 1, 2
 
@@ -172,12 +183,17 @@ class PackedProgram:
             packed_towers = PackedTowers(towers.spec, towers.params, layer.h2, is_probability, self.dtype)
         arguments = {**layer.arguments(), **(packed_towers or layer).tower_arguments()}
         self._constants += [value for value in arguments.values() if isinstance(value, Tensor)]
+        stages = _staged(layer, packed_towers)
 
         def run(matrices: dict[int, Tensor], logits: dict[int, Tensor]) -> None:
             x, out = _gathered(stage, matrices), None
             if last.spec.output_layer:
                 out = torch.empty(x.shape[1], last.spec.n_experts, dtype=torch.float32, device=x.device)
-            found = run_folded(x, layer, of_dtype(self.dtype), out, packed_towers)
+            if stages is not None and out is not None and _fits(x):
+                call(_ON_HOPPER, X_ptr=x[0], stages=stages, is_probability=is_probability, Out_ptr=out)
+                found = out
+            else:
+                found = run_folded(x, layer, of_dtype(self.dtype), out, packed_towers)
             if out is None:
                 matrices.update(zip(stage.results, found, strict=True))
             elif self._in_kernel:
@@ -279,6 +295,20 @@ class PackedProgram:
                 one = torch.sigmoid(one)
             made.append(one * torch.sigmoid(logits[b].float()) if kind == "product" else one)
         return torch.stack(made, dim=1)
+
+
+def _staged(layer: PackedLayer, towers: PackedTowers | None) -> list[Tensor] | None:
+    """The weights for CUDA C++ on Hopper; None where that is not here, or does not take such a layer."""
+    device = layer.arguments()["W2_ptr"].device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or cuda_library.missing():
+        return None
+    return None if towers is None or why_not_staged(layer, towers) else list(stages_of(layer, towers))
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether a layer's input ``[1, B, I]`` is read by tiles: there are enough, and 16 bytes are loaded at a time."""
+    enough = 2 * cdiv(x.shape[1], _TILE) > configs.PROGRAMS
+    return enough and x.stride(1) % 8 == 0 and x.stride(2) == 1 and x.data_ptr() % 16 == 0
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -40,6 +40,12 @@ def generation(device: torch.device) -> int:
     return _generation(device.index) if device.type == "cuda" else compiling_for
 
 
+def starts_early(device: torch.device) -> bool:
+    """What kernels that call common.begin are told as EARLY: whether such a launch may come to the machine before the
+    one ahead of it has ended, and wait for its data there. From Hopper on."""
+    return not INTERPRET.value and generation(device) >= 9
+
+
 @dataclass(frozen=True)
 class Warps:
     """How a program is laid out on the machine: its warps, the depth of its software pipeline, and whether the compiler
@@ -75,19 +81,50 @@ class Launched(NamedTuple):
         return self.compiled[(*self.grid, 1, 1)[:3]]
 
 
+class Called(NamedTuple):
+    """A call of an op that is no kernel of Triton's, noted like a launch: it takes tensors, not their addresses."""
+
+    kernel: Operation
+    arguments: dict[str, Any]
+    compiled: None = None
+
+    def again(self) -> Callable[..., Any]:
+        """What makes such a call of the op's arguments in their order."""
+        return self.kernel.run
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An op of the CUDA library, named as a kernel is.
+
+    Args:
+        name: its own.
+        run: takes the arguments in their order.
+        arg_names: their names; those in :data:`fastmtl.backends.triton.replay.WRITTEN` are written to.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    arg_names: tuple[str, ...]
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+
 class _Notes(threading.local):
     """What a thread is noting."""
 
-    launches: list[Launched] | None = None
+    launches: list[Launched | Called] | None = None
 
 
 _notes = _Notes()
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[list[Launched]]:
+def noting() -> Iterator[list[Launched | Called]]:
     """While this lasts the launches that this thread makes are written down."""
-    before, made = _notes.launches, list[Launched]()
+    before, made = _notes.launches, list[Launched | Called]()
     _notes.launches = made
     try:
         yield made
@@ -104,15 +141,25 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -
     """Run ``kernel`` on ``grid`` programs, on the GPU of its tensors; an empty grid runs nothing."""
     if 0 in grid:
         return
+    options = warps.options()
+    if arguments.get("EARLY"):
+        options["launch_pdl"] = True
     if recorder is not None:
         recorder(kernel, grid, warps, arguments)
     elif several_gpus():  # Triton launches on the current one, wherever the tensors lie
         with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-            kernel[grid](**arguments, **warps.options())
+            kernel[grid](**arguments, **options)
     else:
-        compiled = kernel[grid](**arguments, **warps.options())
+        compiled = kernel[grid](**arguments, **options)
         if _notes.launches is not None:
             _notes.launches.append(Launched(kernel, grid, warps, arguments, compiled))
+
+
+def call(operation: Operation, **arguments: Any) -> None:
+    """Run an op of the CUDA library."""
+    operation.run(*(arguments[name] for name in operation.arg_names))
+    if _notes.launches is not None:
+        _notes.launches.append(Called(operation, arguments))
 
 
 @functools.cache

@@ -112,17 +112,29 @@ class LayerPlan:
         spans = self.spec.gate_input_spans
         return [self._gate_column(n, row) for n, span in enumerate(spans) for row in range(*span)]
 
+    @cached_property
+    def gates_are_together(self) -> bool:
+        """Whether nothing lies between the gates' columns."""
+        return self.gate_columns[-1] - self.gate_columns[0] == self.spec.gate_rows - 1
+
     def of_gates(self, buffer: Tensor, axis: int) -> Tensor:
-        """The gates' rows of a buffer that has one for each column of the first layer."""
-        first, last = self.gate_columns[0], self.gate_columns[-1]
-        if last - first == self.spec.gate_rows - 1:
-            return buffer.narrow(axis, first, last - first + 1)
+        """The gates' rows of a buffer with one for each column of the first layer; a view where they are together."""
+        if self.gates_are_together:
+            return buffer.narrow(axis, self.gate_columns[0], self.spec.gate_rows)
         return buffer.index_select(axis, self.gate_places)
 
     @cached_property
     def gate_places(self) -> Tensor:
         """:attr:`gate_columns` as ``[C]`` int32."""
         return torch.tensor(self.gate_columns, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def rows_of_gates(self) -> Tensor:
+        """``[pitch - columns of the experts]`` int32: the gates' row that each column behind the experts' is, or -1."""
+        rows = [-1] * (self.pitch[0] - self.columns[0])
+        for row, column in enumerate(self.gate_columns):
+            rows[column - self.columns[0]] = row
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
 
     @cached_property
     def members(self) -> Tensor:

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import cdiv, launch
+from .common import begin
+from .launch import cdiv, launch, starts_early
 
 
 @triton.jit
@@ -74,7 +75,9 @@ def task_counts_kernel(
     stride_lb,
     stride_lt,
     BLOCK_B: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     task = tl.program_id(0) % n_tasks
     piece = tl.program_id(0) // n_tasks
     first_row = piece.to(tl.int64) * run_rows
@@ -134,15 +137,20 @@ def task_losses_sum_kernel(Part_ptr, Loss_ptr, n_tasks, n_pieces, BLOCK_P: tl.co
     tl.store(Loss_ptr + task, tl.sum(total, axis=0))
 
 
-def task_counts(labels: Tensor) -> Tensor:
-    """The labels that are there, ``[n_pieces, T]`` int32, by runs of the batch."""
+def empty_counts(labels: Tensor) -> Tensor:
+    """For the numbers of labels that are there, ``[n_pieces, T]`` int32, by runs of the batch."""
+    n_rows, n_tasks = labels.shape
+    n_pieces = cdiv(n_rows, configs.EXPERT_GATE.losses(n_rows).run)
+    return torch.empty(n_pieces, n_tasks, dtype=torch.int32, device=labels.device)
+
+
+def count_labels(labels: Tensor, counts: Tensor) -> None:
+    """Write them to ``counts``, see :func:`empty_counts`."""
     n_rows, n_tasks = labels.shape
     config = configs.EXPERT_GATE.losses(n_rows)
-    n_pieces = cdiv(n_rows, config.run)
-    counts = torch.empty(n_pieces, n_tasks, dtype=torch.int32, device=labels.device)
     launch(
         task_counts_kernel,
-        (n_pieces * n_tasks,),
+        (len(counts) * n_tasks,),
         config.warps,
         Label_ptr=labels,
         Counts_ptr=counts,
@@ -152,8 +160,8 @@ def task_counts(labels: Tensor) -> Tensor:
         stride_lb=labels.stride(0),
         stride_lt=labels.stride(1),
         BLOCK_B=config.block_b,
+        EARLY=starts_early(labels.device),
     )
-    return counts
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class TaskLosses:
         is_classification: ``[T]`` bool.
         factors: ``[T]`` fp32, of each loss in the sum.
         bias: ``[T]``, the heads'.
-        counts: the labels that are there, see :func:`task_counts`.
+        counts: the labels that are there, see :func:`empty_counts`.
         logits: ``[B, T]`` fp32, written.
     """
 
@@ -206,7 +214,8 @@ def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, facto
     if n_rows == 0:
         return losses, grad
     config = configs.EXPERT_GATE.losses(n_rows)
-    counts = task_counts(labels)
+    counts = empty_counts(labels)
+    count_labels(labels, counts)
     part = torch.empty(counts.shape, dtype=torch.float32, device=logits.device)
     launch(
         task_losses_kernel,

@@ -18,9 +18,9 @@ from torch import Tensor
 from ...spec import ExpertGateParams
 from . import configs
 from .activations import activate, kept, learned_scalar
-from .common import narrow, normalise
+from .common import begin, narrow, normalise
 from .hidden import Hidden
-from .launch import cdiv, launch, power_of_two
+from .launch import cdiv, launch, power_of_two, starts_early
 from .layer_plan import LayerPlan
 
 
@@ -53,7 +53,9 @@ def expert_gate_mix_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(n_units, BLOCK_H)
     block = tl.program_id(0) % n_blocks
     first_row = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_B
@@ -63,6 +65,11 @@ def expert_gate_mix_kernel(
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < n_units
     mask = live[:, None] & inside[None, :]
+    z_rows = Z_ptr + first_row * pitch
+    at_z = m[:, None] * pitch + h[None, :]
+    # two experts' are on their way all the time, from here on (behind the last one its own, once more)
+    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
+    then = tl.load(z_rows + (at_z + tl.minimum(1, n_experts - 1) * n_units), mask=mask, other=0.0)
     of_rows = Share_ptr + first_row * n_gate_columns
     for g in tl.static_range(GATES):
         column = tl.load(Spans_ptr + g * 3) + p
@@ -78,12 +85,10 @@ def expert_gate_mix_kernel(
     sums: tl.tuple = ()
     for _g in tl.static_range(GATES):
         sums += (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
-    z_rows = Z_ptr + first_row * pitch
-    at_z = m[:, None] * pitch + h[None, :]
-    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
     for e in range(n_experts):
-        z = following  # the next expert's is on its way meanwhile (behind the last one its own, once more)
-        following = tl.load(z_rows + (at_z + tl.minimum(e + 1, n_experts - 1) * n_units), mask=mask, other=0.0)
+        z = following
+        following = then
+        then = tl.load(z_rows + (at_z + tl.minimum(e + 2, n_experts - 1) * n_units), mask=mask, other=0.0)
         c = e * n_units + h
         mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
         scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
@@ -128,7 +133,9 @@ def expert_gate_rows_kernel(
     HEAD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     e = tl.program_id(0) % n_experts
     first_row = (tl.program_id(0) // n_experts).to(tl.int64) * BLOCK_B
     m = tl.arange(0, BLOCK_B)
@@ -187,6 +194,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
         BLOCK_C=power_of_two(plan.widest_gate),
+        EARLY=starts_early(device),
     )
     return y, share
 
@@ -212,6 +220,7 @@ def _rows(hidden: Hidden, y: Tensor, stride_ye: int, stride_yb: int, weight: Ten
         HEAD=head,
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(y.device),
     )
 
 

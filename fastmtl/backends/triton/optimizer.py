@@ -29,7 +29,7 @@ def table_rows_kernel(
     First_ptr,  # [V, DIM], [V], or anything where the rule has no such state
     Second_ptr,
     Last_ptr,  # [V] int32: the step up to which each row is current
-    Rows_ptr,  # [n], void outside 0 .. V - 1, else unique (ascending where SORTED); read where LISTED
+    Rows_ptr,  # [n], void outside 0 .. V - 1, else unique (where SORTED but for neighbours); read where LISTED
     Grads_ptr,  # [n, DIM]; read where GIVEN
     Steps_ptr,  # [n_kept, 9]: step s is row (s - first_step) % n_kept
     Clock_ptr,  # [1] int32; read where CLOCKED
@@ -75,34 +75,36 @@ def table_rows_kernel(
         missed = tl.maximum(until - last, 0)
         tl.debug_barrier()  # threads that share a row have all read `last`
     tl.store(Last_ptr + row, tl.zeros([GATHERED], tl.int32) + now, mask=live)
-    # those that missed the most first: the rows of a block wait for each other
-    keys = tl.where(live, missed.to(tl.int64) + 1, 0) * GATHERED + tl.arange(0, GATHERED)
-    if GATHERED > BLOCK_R:
-        keys = tl.sort(keys, descending=True)
-    blocks = tl.reshape(keys, [GATHERED // BLOCK_R, BLOCK_R])
-    n_blocks = cdiv_(tl.sum(live.to(tl.int32), axis=0), BLOCK_R)
-    if GATHERED == BLOCK_R:
-        n_blocks = tl.minimum(tl.sum(live.to(tl.int32), axis=0), 1)
-    for block in range(n_blocks):
-        key = tl.sum(tl.where((tl.arange(0, GATHERED // BLOCK_R) == block)[:, None], blocks, 0), axis=0)
-        at = own + key % GATHERED
-        wait = (key // GATHERED).to(tl.int32) - 1
-        moves = wait >= 0
-        which = tl.load(Rows_ptr + at, mask=moves, other=0).to(tl.int64) if LISTED else first_row + at
-        for begin in range(0, DIM, BLOCK_D):
-            d = begin + tl.arange(0, BLOCK_D)
-            p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, DIM, RULE)
-            if not LAZY:
-                p, first, second = replay(
-                    P_ptr, First_ptr, Second_ptr, Steps_ptr, which, moves, wait, until, first_step, n_kept, d,
-                    p, first, second, DIM, RULE,
-                )  # fmt: skip
-            if GIVEN:
-                inside = moves[:, None] & (d < DIM)[None, :]
-                grad = tl.load(Grads_ptr + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-                numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
-                p, first, second = moved(numbers, grad, p, first, second, inside, DIM, RULE)
-            store_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, p, first, second, DIM, RULE)
+    n_live = tl.sum(live.to(tl.int32), axis=0)
+    if n_live > 0:  # a list's void end is passed by
+        # those that missed the most first: the rows of a block wait for each other
+        keys = tl.where(live, missed.to(tl.int64) + 1, 0) * GATHERED + tl.arange(0, GATHERED)
+        if GATHERED > BLOCK_R:
+            keys = tl.sort(keys, descending=True)
+        blocks = tl.reshape(keys, [GATHERED // BLOCK_R, BLOCK_R])
+        n_blocks = cdiv_(n_live, BLOCK_R)
+        if GATHERED == BLOCK_R:
+            n_blocks = tl.minimum(n_live, 1)
+        for block in range(n_blocks):
+            key = tl.sum(tl.where((tl.arange(0, GATHERED // BLOCK_R) == block)[:, None], blocks, 0), axis=0)
+            at = own + key % GATHERED
+            wait = (key // GATHERED).to(tl.int32) - 1
+            moves = wait >= 0
+            which = tl.load(Rows_ptr + at, mask=moves, other=0).to(tl.int64) if LISTED else first_row + at
+            for begin in range(0, DIM, BLOCK_D):
+                d = begin + tl.arange(0, BLOCK_D)
+                p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, DIM, RULE)
+                if not LAZY:
+                    p, first, second = replay(
+                        P_ptr, First_ptr, Second_ptr, Steps_ptr, which, moves, wait, until, first_step, n_kept, d,
+                        p, first, second, DIM, RULE,
+                    )  # fmt: skip
+                if GIVEN:
+                    inside = moves[:, None] & (d < DIM)[None, :]
+                    grad = tl.load(Grads_ptr + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+                    numbers = load_step(Steps_ptr + (now - first_step) % n_kept * 9)
+                    p, first, second = moved(numbers, grad, p, first, second, inside, DIM, RULE)
+                store_rows(P_ptr, First_ptr, Second_ptr, which, moves, d, p, first, second, DIM, RULE)
 
 
 @triton.jit
@@ -288,10 +290,8 @@ def table_catch_up(
         BackendError: as for :func:`table_replay`.
     """
     check_update(p, states, last, rule, steps)
-    for rows, is_sorted in ((index.keys, True), (index.tiny_rows, False)):
-        _run(
-            p, states, last, rule, steps, first_step, rows, None, len(rows), 0, upto, clock=clock, is_sorted=is_sorted
-        )  # fmt: skip
+    rows = index.rows
+    _run(p, states, last, rule, steps, first_step, rows, None, len(rows), 0, upto, clock=clock, is_sorted=True)
 
 
 def table_step(

@@ -15,11 +15,11 @@ from .launch import INTERPRET
 
 #: In place of a rule: there is no step to take, the gradient is written out.
 NO_RULE = tl.constexpr(-1)
-_SGD = tl.constexpr(0)
+SGD = tl.constexpr(0)
 _NESTEROV = tl.constexpr(2)
 ADAM = tl.constexpr(3)
 ADAMW = tl.constexpr(4)
-_ADAGRAD = tl.constexpr(5)
+ADAGRAD = tl.constexpr(5)
 ROWWISE_ADAGRAD = tl.constexpr(6)
 
 
@@ -49,9 +49,9 @@ def move(step, grad, p, first, second, DIM: tl.constexpr, RULE: tl.constexpr):
     """
     l2, shrink, keep, fresh, fresh_square, ahead, root, eps, neg_lr = step
     g = fused(p, l2, grad)
-    if RULE == _SGD:
+    if RULE == SGD:
         p = fused(g, neg_lr, p)
-    elif RULE == _ADAGRAD:
+    elif RULE == ADAGRAD:
         first = fused(g, g, first)
         p = p + tl.div_rn(neg_lr * g, tl.sqrt_rn(first) + eps)
     elif RULE == ROWWISE_ADAGRAD:
@@ -78,7 +78,7 @@ def load_rows(P_ptr, First_ptr, Second_ptr, row, live, d, DIM: tl.constexpr, RUL
     first, second = p, p  # where the rule has no such state
     if RULE == ROWWISE_ADAGRAD:
         first = tl.load(First_ptr + row, mask=live, other=0.0)
-    elif RULE != _SGD:
+    elif RULE != SGD:
         first = tl.load(First_ptr + at, mask=inside, other=0.0)
     if RULE >= ADAM and RULE <= ADAMW:
         second = tl.load(Second_ptr + at, mask=inside, other=0.0)
@@ -93,7 +93,7 @@ def store_rows(P_ptr, First_ptr, Second_ptr, row, live, d, p, first, second, DIM
     tl.store(P_ptr + at, p, mask=inside)
     if RULE == ROWWISE_ADAGRAD:
         tl.store(First_ptr + row, first, mask=live)
-    elif RULE != _SGD:
+    elif RULE != SGD:
         tl.store(First_ptr + at, first, mask=inside)
     if RULE >= ADAM and RULE <= ADAMW:
         tl.store(Second_ptr + at, second, mask=inside)

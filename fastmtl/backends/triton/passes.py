@@ -1,11 +1,14 @@
-"""Passes over a hidden layer's buffers between its products: the pieces of z's statistics, and dz.
+"""Passes over a hidden layer's buffers between its products: the pieces of z's statistics and of D's sums, and dz.
 
 expert_gate_pieces_kernel: mean and M2 (sum of squared distances from it) of each column over a run of rows;
 batch_norm.py merges the runs.
+expert_gate_back_kernel: the sums of D, that of the BatchNorm's output, over a run of rows, from z and the gradient of
+the activations, where these look at each unit alone; batch_norm.py adds the runs up.
 expert_gate_dz_kernel: the gradient of z from z and D, that of the BatchNorm's output, or from the gradient of the
 activations, which is turned into D on the way.
 
-Each reads every number once; fp32 arithmetic whatever the storage; deterministic.
+Each reads every number once, by several vectors of 16 bytes a thread that are on their way together: a machine's
+bandwidth times its latency is some 22 KB a multiprocessor. fp32 arithmetic whatever the storage; deterministic.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...spec import LEARNED_ACTIVATIONS
 from . import configs
 from .activations import activate_bwd, kept, learned_scalar
-from .common import aligned, narrow
+from .batch_norm import SUMS
+from .common import aligned, begin, narrow
 from .hidden import Hidden
-from .launch import alignment, cdiv, launch
+from .launch import alignment, cdiv, launch, starts_early
 
 
 @triton.jit
@@ -32,7 +37,9 @@ def expert_gate_pieces_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     n_blocks = tl.cdiv(pitch, BLOCK_H)
     c = (tl.program_id(0) % n_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     run = tl.program_id(0) // n_blocks
@@ -46,18 +53,23 @@ def expert_gate_pieces_kernel(
     about = tl.load(at, mask=(m < n_live)[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     square = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    n_whole = n_live // BLOCK_B
-    for _ in range(n_whole):
-        apart = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) - about
-        total += apart
-        square += apart * apart
-        at += step
-    if n_whole * BLOCK_B < n_live:
-        left = (m < n_live - n_whole * BLOCK_B)[:, None]
+    n_whole = n_live // (4 * BLOCK_B) * (4 * BLOCK_B)
+    for _ in range(0, n_whole, 4 * BLOCK_B):
+        four: tl.tuple = ()
+        for _i in tl.static_range(4):
+            four += (tl.load(at, mask=inside[None, :], other=0.0),)
+            at += step
+        for i in tl.static_range(4):
+            apart = four[i].to(tl.float32) - about
+            total += apart
+            square += apart * apart
+    for start in range(n_whole, n_live, BLOCK_B):
+        left = (start + m < n_live)[:, None]
         z = tl.load(at, mask=left & inside[None, :], other=0.0).to(tl.float32)
         apart = tl.where(left, z - about, 0.0)
         total += apart
         square += apart * apart
+        at += step
     count = tl.maximum((n_live - m + BLOCK_B - 1) // BLOCK_B, 0).to(tl.float32)[:, None]
     mean = about + total / tl.maximum(count, 1.0)
     m2 = square - total * (total / tl.maximum(count, 1.0))
@@ -66,6 +78,76 @@ def expert_gate_pieces_kernel(
     part = Part_ptr + run.to(tl.int64) * 2 * pitch + c
     tl.store(part, whole, mask=inside)
     tl.store(part + pitch, tl.sum(m2 + apart * apart * count, axis=0), mask=inside)
+
+
+@triton.jit
+def expert_gate_back_kernel(
+    Dh_ptr,  # [B, pitch]: the gradient of the activations
+    Z_ptr,  # [B, pitch]
+    Stat_ptr,  # [4, pitch]
+    Alpha_ptr,
+    Seed_ptr,
+    Part_ptr,  # [runs, SUMS, pitch] fp32: of D, of D times the normalised z, of alpha's gradient where LEARNED
+    n_rows,
+    run_rows,
+    n_experts,
+    n_units,
+    pitch,
+    drop,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LAYER: tl.constexpr,
+    LEARNED: tl.constexpr,
+    SUMS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    begin(EARLY)
+    per_expert = tl.cdiv(n_units, BLOCK_H)
+    block = tl.program_id(0) % (n_experts * per_expert)
+    run = tl.program_id(0) // (n_experts * per_expert)
+    e = block // per_expert
+    unit = (block % per_expert) * BLOCK_H
+    c = aligned(e * n_units + unit, ALIGN) + tl.arange(0, BLOCK_H)
+    inside = c < aligned((e + 1) * n_units, ALIGN)
+    m = tl.arange(0, BLOCK_B)
+    mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
+    scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
+    beta = tl.load(Stat_ptr + 3 * pitch + c, mask=inside, other=0.0)[None, :]
+    alpha = learned_scalar(Alpha_ptr, e, ACT)
+    first_row = run.to(tl.int64) * run_rows
+    n_live = tl.minimum(n_rows - first_row, run_rows).to(tl.int32)
+    sum_d = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    sum_dz = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    sum_alpha = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    at = first_row * aligned(pitch, ALIGN) + m[:, None] * aligned(pitch, ALIGN) + c[None, :]
+    for start in range(0, n_live, 2 * BLOCK_B):
+        zs: tl.tuple = ()
+        dhs: tl.tuple = ()
+        for i in tl.static_range(2):
+            mask = (start + i * BLOCK_B + m < n_live)[:, None] & inside[None, :]
+            zs += (tl.load(Z_ptr + at, mask=mask, other=0.0),)
+            dhs += (tl.load(Dh_ptr + at, mask=mask, other=0.0),)
+            at += BLOCK_B * aligned(pitch, ALIGN)
+        for i in tl.static_range(2):
+            dh = dhs[i].to(tl.float32)
+            if DROPOUT:
+                keep = kept(Seed_ptr, first_row + start + i * BLOCK_B + m, e, unit, drop, LAYER, BLOCK_H)
+                dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
+            centred = zs[i].to(tl.float32) - mean
+            d, dalpha = activate_bwd(centred * scale + beta, dh, alpha, inside[None, :], n_units, ACT)
+            sum_d += d  # 0 in rows that are not there, as is their dh
+            sum_dz += d * centred
+            if LEARNED:
+                sum_alpha += dalpha
+    part = Part_ptr + run.to(tl.int64) * SUMS * pitch + c
+    inv_std = tl.load(Stat_ptr + pitch + c, mask=inside, other=0.0)
+    tl.store(part, tl.sum(sum_d, axis=0), mask=inside)
+    tl.store(part + pitch, tl.sum(sum_dz, axis=0) * inv_std, mask=inside)
+    if LEARNED:
+        tl.store(part + 2 * pitch, tl.sum(sum_alpha, axis=0), mask=inside)
 
 
 @triton.jit
@@ -89,7 +171,9 @@ def expert_gate_dz_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     per_expert = tl.cdiv(n_units, BLOCK_H)
     n_columns = n_experts * n_units
     n_blocks = n_experts * per_expert + tl.cdiv(pitch - n_columns, BLOCK_H)
@@ -134,7 +218,7 @@ def expert_gate_dz_kernel(
 def pieces(z: Tensor) -> tuple[Tensor, int]:
     """Mean and M2 of each column over runs of the batch, ``[runs, 2, pitch]``, and the rows of a run."""
     n_rows, pitch = z.shape
-    config = configs.EXPERT_GATE.columns(n_rows, pitch, pitch, 2048)
+    config = configs.EXPERT_GATE.pieces(n_rows, pitch)
     n_runs = cdiv(n_rows, config.run)
     part = torch.empty(n_runs, 2, pitch, dtype=torch.float32, device=z.device)
     launch(
@@ -149,8 +233,40 @@ def pieces(z: Tensor) -> tuple[Tensor, int]:
         ALIGN=alignment(pitch),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(z.device),
     )
     return part, config.run
+
+
+def sums(dh: Tensor, hidden: Hidden) -> Tensor:
+    """From the gradient ``dh [B, pitch]`` of activations that look at each unit alone: ``[runs, SUMS, pitch]``, pieces
+    of the sums of D."""
+    n_rows, pitch = dh.shape
+    n_experts, units = hidden.spec.n_experts, hidden.units
+    config = configs.EXPERT_GATE.back(n_rows, units, n_experts)
+    n_runs = cdiv(n_rows, config.run)
+    part = torch.empty(n_runs, SUMS, pitch, dtype=torch.float32, device=dh.device)
+    launch(
+        expert_gate_back_kernel,
+        (n_runs * n_experts * cdiv(units, config.block_h),),
+        config.warps,
+        Dh_ptr=dh,
+        Z_ptr=hidden.z,
+        **hidden.arguments(),
+        Part_ptr=part,
+        n_rows=n_rows,
+        run_rows=config.run,
+        n_experts=n_experts,
+        n_units=units,
+        pitch=pitch,
+        LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
+        SUMS=SUMS,
+        ALIGN=alignment(pitch, units, most=16),
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+        EARLY=starts_early(dh.device),
+    )
+    return part
 
 
 def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor:
@@ -184,5 +300,6 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
         ALIGN=alignment(pitch, units, most=16),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        EARLY=starts_early(d.device),
     )
     return out

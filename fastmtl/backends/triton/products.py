@@ -14,37 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...spec import ExpertGateParams
 from . import wgrad
-from .launch import round_up
 from .layer_plan import Block, LayerPlan
-from .precision import Precision
-
-
-def first_weight(params: ExpertGateParams, plan: LayerPlan, precision: Precision) -> Tensor:
-    """The first layer's experts and gates: ``[columns of z, I]``, rows that begin on 16 bytes."""
-    weight = params.weight[0]
-    if params.gate is None:
-        return as_operand(weight, precision)
-    n_columns, n_in = weight.shape
-    pitch = round_up(n_in, 16 // precision.dtype.itemsize)
-    found = weight.new_zeros(plan.pitch[0], pitch, dtype=precision.dtype)[:, :n_in]
-    found[:n_columns].copy_(weight)
-    first, last = plan.gate_columns[0], plan.gate_columns[-1]
-    if last - first == plan.spec.gate_rows - 1:
-        found[first : last + 1].copy_(params.gate.weight)
-    else:
-        found.index_copy_(0, plan.gate_places.long(), params.gate.weight.to(precision.dtype))
-    return found
-
-
-def as_operand(weight: Tensor, precision: Precision) -> Tensor:
-    """A weight as the products read it: in their dtype, and with rows that begin on 16 bytes."""
-    rows, width = weight.shape
-    pitch = round_up(width, 16 // precision.dtype.itemsize)
-    if pitch == width:
-        return weight.to(precision.dtype, memory_format=torch.contiguous_format)
-    return weight.new_empty(rows, pitch, dtype=precision.dtype)[:, :width].copy_(weight)
 
 
 def forward(h: Tensor, weight: Tensor, plan: LayerPlan, layer: int) -> Tensor:
@@ -52,7 +23,7 @@ def forward(h: Tensor, weight: Tensor, plan: LayerPlan, layer: int) -> Tensor:
 
     Args:
         h: ``[N, B, I]`` in the products' dtype: the input, or the experts' activations below.
-        weight: see :func:`first_weight`, :func:`as_operand`.
+        weight: see operands.py.
     """
     blocks, pitch = plan.blocks(layer), plan.pitch[layer]
     make = torch.empty if sum(block.n * block.width for block in blocks) == pitch else torch.zeros
@@ -62,16 +33,14 @@ def forward(h: Tensor, weight: Tensor, plan: LayerPlan, layer: int) -> Tensor:
     return z
 
 
-def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int) -> Tensor:
-    """dW ``[columns, I]`` fp32, its rows as :func:`first_weight` has them; rows that pad are not all written."""
-    dw = torch.empty(plan.pitch[layer], h.shape[2], dtype=torch.float32, device=h.device)
+def weight_gradient(dz: Tensor, h: Tensor, plan: LayerPlan, layer: int, dw: Tensor) -> None:
+    """Write dW to ``dw [columns, I]`` fp32, its rows as the weight's operand has them; of those that pad not all."""
     for block in plan.blocks(layer):
         columns, sources, rows = _columns(dz, block), _sources(h, block), _rows(dw, block)
         if wgrad.is_for(columns):
             wgrad.wgrad(columns, sources, rows)
         else:
             product(columns.transpose(1, 2), sources, rows)
-    return dw
 
 
 def input_gradient(dz: Tensor, weight: Tensor, out: Tensor, plan: LayerPlan, layer: int) -> Tensor:

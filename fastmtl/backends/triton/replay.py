@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Launched
+from .launch import Called, Launched
 
 #: The arguments that kernels of inference write to: an intermediate result is written before it is read.
 WRITTEN = ("Out_ptr", "Y_ptr", "H_ptr")
@@ -39,11 +39,13 @@ class _Place(NamedTuple):
 
 
 class _Again(NamedTuple):
-    """One launch: what makes it, its arguments in their order, and those that change."""
+    """One launch: what makes it, its arguments in their order, those that change, and whether it takes tensors by their
+    addresses."""
 
     start: Callable[..., Any]
     arguments: list[Any]
     places: tuple[_Place, ...]
+    by_address: bool
 
 
 #: The name of the memory for intermediate results among a call's tensors.
@@ -62,7 +64,9 @@ class Replay:
         ValueError: something was computed by other means than these launches.
     """
 
-    def __init__(self, launches: Sequence[Launched], given: Mapping[str, Tensor], constants: Sequence[Tensor]) -> None:
+    def __init__(
+        self, launches: Sequence[Launched | Called], given: Mapping[str, Tensor], constants: Sequence[Tensor]
+    ) -> None:
         self._kept = list(constants)
         self._device = next(iter(given.values())).device
         known = {_storage(tensor): (name, tensor.data_ptr()) for name, tensor in given.items()}
@@ -89,7 +93,7 @@ class Replay:
                 places.append(
                     _Place(position, source, value.data_ptr() - start, value.dtype, value.shape, value.stride())
                 )
-            self._launches.append(_Again(one.again(), arguments, tuple(places)))
+            self._launches.append(_Again(one.again(), arguments, tuple(places), one.compiled is not None))
         self._n_bytes = n_bytes
 
     def __call__(self, given: Mapping[str, Tensor], behind: Mapping[int, Callable[[], None]] | None = None) -> None:
@@ -102,12 +106,11 @@ class Replay:
         tensors = dict(given)
         if self._n_bytes:
             tensors[_ROOM] = torch.empty(self._n_bytes, dtype=torch.uint8, device=self._device)
-        on_gpu = self._device.type == "cuda"
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()} if on_gpu else {}
-        for number, (start, arguments, places) in enumerate(self._launches):
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        for number, (start, arguments, places, by_address) in enumerate(self._launches):
             mine = arguments.copy()  # another thread may be here, too
             for place in places:
-                if on_gpu:
+                if by_address:
                     mine[place.position] = addresses[place.source] + place.offset
                 else:
                     mine[place.position] = place.view(tensors[place.source])

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import aligned, operand
-from .launch import alignment, cdiv, launch
+from .common import aligned, begin, operand
+from .launch import alignment, cdiv, launch, starts_early
 
 
 @triton.jit
@@ -38,7 +38,9 @@ def expert_gate_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     m_tiles = tl.cdiv(width, BLOCK_M)
     n_tiles = tl.cdiv(n_in, BLOCK_N)
     tile = tl.program_id(0) % (n * m_tiles * n_tiles)  # neighbours share rows
@@ -108,5 +110,6 @@ def wgrad(dz: Tensor, h: Tensor, out: Tensor) -> None:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        EARLY=starts_early(dz.device),
     )
     torch.sum(parts, 0, out=out)

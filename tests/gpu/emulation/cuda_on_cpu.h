@@ -16,6 +16,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__
 #define __align__(n)
 #define __launch_bounds__(...)

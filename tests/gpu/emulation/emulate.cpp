@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "cuda_on_cpu.h"
 
 // the device's shared memory: blocks run one at a time
@@ -54,34 +55,6 @@ struct Host {
   }
   int64_t multiprocessors() const { return 1; }
 };
-
-std::string folder;
-std::map<std::string, long long> numbers;
-
-long long number(const char* name) {
-  if (!numbers.contains(name)) std::fprintf(stderr, "no %s\n", name), std::exit(2);
-  return numbers.at(name);
-}
-
-template <class T>
-std::vector<T> read(const std::string& name) {
-  std::FILE* file = std::fopen((folder + "/" + name + ".bin").c_str(), "rb");
-  if (!file) return {};
-  std::fseek(file, 0, SEEK_END);
-  std::vector<T> found(static_cast<size_t>(std::ftell(file)) / sizeof(T));
-  std::rewind(file);
-  if (!found.empty() && std::fread(found.data(), sizeof(T), found.size(), file) != found.size()) std::exit(3);
-  std::fclose(file);
-  return found;
-}
-
-template <class T>
-void write(const std::string& name, const std::vector<T>& values) {
-  std::FILE* file = std::fopen((folder + "/" + name + ".bin").c_str(), "wb");
-  if (!file) std::exit(4);
-  if (!values.empty() && std::fwrite(values.data(), sizeof(T), values.size(), file) != values.size()) std::exit(4);
-  std::fclose(file);
-}
 
 // The arrays of a table, read and written back.
 struct Table {
@@ -177,13 +150,7 @@ void update() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 3) return 2;
-  folder = argv[1];
-  for (int i = 2; i < argc; ++i) {
-    const std::string text = argv[i];
-    const size_t equals = text.find('=');
-    numbers[text.substr(0, equals)] = std::stoll(text.substr(equals + 1));
-  }
+  if (!read_arguments(argc, argv)) return 2;
   const bool is_update = number("is_update") != 0;
   const bool known = with_rule(number("rule"), number("vectors") != 0, [&]<int RULE, int VEC>() {
     if (is_update) {

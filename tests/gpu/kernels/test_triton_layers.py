@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from triton_cases import Layer, check_parts, eager_step, out_shape, random_layer, random_params
+from triton_cases import Layer, check_parts, drawer, eager_step, out_shape, random_layer, random_params
 
 from fastmtl import ops
 from fastmtl.backends import eager
 from fastmtl.backends import triton as backend
+from fastmtl.backends.triton import batch_norm, configs, passes
+from fastmtl.backends.triton.hidden import Hidden
+from fastmtl.backends.triton.layer_plan import layer_plan
 from fastmtl.spec import ACTIVATIONS, ExpertGateParams, ExpertGateSpec
 
 # a sigmoid far to the left is 1 / (1 + inf); rows of a block that no batch has may be anywhere
@@ -180,3 +183,82 @@ def test_not_a_number_goes_through(seed, device):
     assert out[readers, 3].isnan().all()
     ref = eager.expert_gate(layer.x.cpu(), layer.cast(torch.float32).params, layer.spec, False)
     assert torch.equal(out.isnan().cpu(), ref.isnan())
+
+
+@pytest.mark.parametrize("batch", [5, 35, 1111])
+def test_statistics_of_columns_far_from_zero(batch, seed, device):
+    """A mean a thousand times the standard deviation: both are good to what fp32 holds of the numbers, from a few runs
+    of rows and from many."""
+    rng = torch.Generator().manual_seed(seed)
+    spec = ExpertGateSpec(4, (0, 0, 0), (11,))
+    params = Layer(spec, random_params(spec, rng), torch.zeros(1, 0, 4)).cast(torch.float32, device).params
+    z = (1e3 + torch.randn(batch, layer_plan(spec, device).pitch[0], generator=rng)).to(device)
+    part, run = passes.pieces(z)
+    assert part.shape[0] * run >= batch
+    stat = batch_norm.statistics(part, batch, run, params, layer_plan(spec, device), 0)[:, :33].cpu().double()
+    var, mean = torch.var_mean(z[:, :33].cpu().double(), 0, correction=0)
+    torch.testing.assert_close(stat[0], mean, rtol=6e-7, atol=0)
+    torch.testing.assert_close(stat[1], (var + 1e-5).rsqrt(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("n_pieces", [1, 64, 65, 256])
+def test_pieces_are_added_up(n_pieces, seed, device):
+    """Of experts and gates, of which there may be more or fewer; heads and losses go with their expert's first unit."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = drawer(rng)
+    for kind in ("gates", "heads"):
+        layer = random_layer(seed, kind=kind, activation="prelu", batch=9)
+        while not layer.spec.dims:
+            seed += 1
+            layer = random_layer(seed, kind=kind, activation="prelu", batch=9)
+        spec, plan = layer.spec, layer_plan(layer.spec, device)
+        params = layer.cast(torch.float32, device).params
+        pitch, columns, units = plan.pitch[0], plan.columns[0], spec.dims[0]
+        stat = torch.rand(4, pitch, generator=rng).to(device)
+        hidden = Hidden.of(torch.zeros(9, pitch, device=device), stat, params, spec, None, 0)
+        part = torch.randn(n_pieces, batch_norm.SUMS, pitch, generator=rng).to(device)
+        gate_part = torch.randn(draw(1, 257), batch_norm.SUMS, pitch, generator=rng).to(device)
+        grads = torch.full((batch_norm.SUMS + 1, pitch), torch.nan, device=device)
+        coef, head = grads[:2].clone(), grads.new_full((2, spec.n_experts), torch.nan)
+        gates = (gate_part, plan.gate_places) if kind == "gates" else None
+        is_head = kind == "heads"
+        batch_norm.add_up(part, hidden, grads, coef, columns, True, head if is_head else None, is_head, gates)
+        wanted = part.cpu().double().sum(0)
+        written = [*range(columns)]
+        if gates is not None:
+            places = plan.gate_columns
+            wanted[:, places] = gate_part.cpu().double().sum(0)[:, places]
+            written += places
+        near = {"rtol": 1e-5, "atol": 1e-4}
+        found = grads.cpu().double()
+        torch.testing.assert_close(found[:2, written], wanted[:2, written], **near)
+        torch.testing.assert_close(found[2, :columns], wanted[2, :columns], **near)
+        slope = wanted[1] * stat[1].cpu().double() / 9
+        torch.testing.assert_close(
+            coef.cpu().double()[:, written], torch.stack([slope, wanted[0] / 9])[:, written], **near
+        )
+        assert found[:, [c for c in range(pitch) if c not in written]].isnan().all()
+        if is_head:
+            torch.testing.assert_close(found[3, :columns], wanted[3, :columns], **near)
+            torch.testing.assert_close(head.cpu().double(), wanted[4:6, :columns:units], **near)
+
+
+@pytest.mark.parametrize("cap", [16, 1 << 30])
+def test_no_pass_leaves_more_pieces_than_are_added_up_at_once(cap, seed):
+    """For any batch, width and number of experts; runs are whole blocks, and as many as a pass reads at a time."""
+    draw = drawer(torch.Generator().manual_seed(seed))
+    config = configs.ExpertGateConfig(cap=cap)
+    for _ in range(300):
+        n_rows, units, n_experts = draw(1, 10 ** draw(1, 8)), draw(1, 700), draw(1, 20)
+        found = [
+            (config.pieces(n_rows, 16 * draw(1, 300)), 4),
+            (config.back(n_rows, units, n_experts), 2),
+            (config.softmax(2 ** draw(0, 6), n_rows), 1),
+        ]
+        for mixed in (False, True):
+            rows, together = config.tail(units, bool(draw(0, 2)), n_rows, n_experts, mixed)
+            assert n_experts % together == rows.block_b % together == rows.run % (rows.block_b // together) == 0
+            assert -(-n_rows // rows.run) <= configs.PIECES
+        for rows, at_once in found:
+            assert rows.run % (at_once * rows.block_b) == 0
+            assert -(-n_rows // rows.run) <= configs.PIECES

@@ -51,6 +51,55 @@ def test_values_and_gradients(case, tiny_vocab, seed, device, monkeypatch):
     assert backend.embedding_bag_bwd(*arguments, [False] * len(weights)) == [None] * len(weights)
 
 
+@pytest.mark.parametrize("case", range(4))
+def test_the_pieces_of_an_index(case, seed, device):
+    """Every lookup that counts is in one piece, of its row; pieces are short; tiny tables' rows are all listed."""
+    rng = torch.Generator().manual_seed(seed + case)
+    n_rows, vocab = 5 + 40 * case, (9, 60)[case % 2]
+    ids = (vocab * torch.rand(n_rows, 3, generator=rng) ** 3).long() - case % 2
+    ids[:, 2] = torch.randint(-1, 5, (n_rows,), generator=rng)
+    bags = (Bag("a", 0, 2, vocab, 4, oov="zero"), Bag("b", 0, 2, vocab, 4, oov="zero"), Bag("c", 0, 70, 5, 4, oov=1))
+    spec = EmbeddingSpec(bags)
+    (made,) = backend.embedding_bag_index(ids.to(device), (0, 1, 2, 3), spec, [torch.Size((75, 4))], [True])
+    n, (n_pieces, n_longs) = 2 * n_rows, made.sizes.tolist()
+    found = ids[:, :2].T.flatten()
+    found = torch.where((found >= 0) & (found < vocab), found + 2, 75)
+    keys, order = found.sort(stable=True)
+    counts = keys.unique(return_counts=True)
+    assert made.keys.tolist() == keys.tolist()
+    assert made.places.tolist() == [o % n_rows * 16 + o // n_rows * 4 for o in order.tolist()]
+    begins = made.begins[: n_pieces + 1].tolist()
+    chunk = configs.EMBEDDING.chunk(n)
+    assert begins[-1] == 2 * int((keys < 75).sum())
+    pieces = list(zip([b // 2 for b in begins[:-1]], [b // 2 for b in begins[1:]], strict=True))
+    assert all(0 < end - begin < 2 * chunk for begin, end in pieces)
+    rows = made.rows.tolist()
+    assert all(set(keys[begin:end].tolist()) == {row} for (begin, end), row in zip(pieces, rows, strict=False))
+    assert rows[n_pieces:] == [75] * (n - n_pieces) + [*range(70, 75)]
+    whole = [int((keys == row).sum()) == end - begin for (begin, end), row in zip(pieces, rows, strict=False)]
+    assert [b % 2 == 0 for b in begins[:-1]] == whole
+    longs = [row for row in counts[0].tolist() if row < 75 and rows[:n_pieces].count(row) > 1]
+    assert keys[made.longs[:n_longs].long().cpu()].tolist() == longs
+    right = torch.where((ids[:, 2] >= 0) & (ids[:, 2] < 5), ids[:, 2], 1)
+    assert made.tiny.tolist() == [right.tolist()]
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_gradients_of_bf16_are_summed_in_fp32(pooling, seed, device):
+    """In tables of few rows and of many: what bf16 cannot hold of a sum is there, and of a quotient."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 6, (35, 5), generator=rng)
+    ids[:, 3:] += torch.randint(0, 30, (35, 2), generator=rng)
+    bags = (Bag("tiny", 0, 0, 6, 3, pooling), Bag("sorted", 0, 6, 40, 3, pooling))
+    spec, columns = EmbeddingSpec(bags), (0, 3, 5)
+    grad = torch.randn(35, 6, generator=rng).bfloat16()
+    weight = torch.zeros(46, 3, dtype=torch.float64, requires_grad=True)
+    out = eager.embedding_bag([weight], ids, columns, None, spec)
+    (want,) = torch.autograd.grad(out, [weight], grad.double())
+    (got,) = backend.embedding_bag_bwd(grad.to(device), ids.to(device), columns, spec, [weight.shape], [True])
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=2e-6)
+
+
 def test_a_row_with_many_lookups_is_stitched_from_many_chunks(device):
     """300 lookups of one row among others: more chunks than one step of the stitching takes."""
     ids = torch.arange(300, device=device).unsqueeze(1) % 3 % 2 * 7

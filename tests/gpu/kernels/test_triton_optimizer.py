@@ -296,7 +296,10 @@ def test_a_batch_s_rows_catch_up_and_no_others(rule, seed, device):
             last = torch.randint(0, 8, (len(p),), generator=rng).int().to(device)
             mine = [tensor.clone() for tensor in (p, *states, last)]
             update.table_catch_up(mine[0], mine[1:-1], mine[-1], rule, steps, 1, rows, -1, clock)
-            touched = torch.cat([pair[0], rows.tiny_rows]).unique()
+            tiny = rows.rows[len(rows.keys) :]
+            touched = torch.cat([pair[0], tiny]).unique()
             touched = touched[touched < len(p)]
+            listed = rows.rows[rows.rows < len(p)]
+            assert torch.equal(listed.unique().long(), touched)
             update.table_replay(p, states, last, rule, steps, 1, touched, 0, 0, 7)
             assert all(torch.equal(one, other) for one, other in zip(mine, (p, *states, last), strict=True))

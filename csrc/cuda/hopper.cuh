@@ -1,0 +1,329 @@
+// What Hopper (sm_90a) has and CUDA C++ has no word for: barriers that count bytes, copies in bulk, products of a
+// warpgroup, registers that go from one warpgroup to another. tests/gpu/emulation/hopper_on_cpu.h has the same names.
+//
+// Products: D [64, N] += A [64, 16] B [N, 16]^T, bf16 to fp32. B, and A unless it is in registers, lie in shared
+// memory, the 16 side by side, as `descriptor` says. A thread has of D in d[4j + i], j < N / 8: row 16 warp + lane / 4
+// (+ 8 where i >= 2), column 8j + 2 (lane % 4) + i % 2; of A the same of two neighbouring j, in pairs.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+
+namespace fastmtl::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// ------------------------------------------------------------------------------------------------------- barriers
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+// The barriers are there for the other threads, the copies and the other program of a pair.
+__device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Arrives, and `bytes` more must come before the phase ends.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// At the same barrier of program `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ bool barrier_is_past(uint32_t barrier, uint32_t parity) {
+  uint32_t past;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(past)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return past != 0;
+}
+// Until the phase of that parity has ended.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef FASTMTL_BOUNDED_WAITS
+  const long long begin = clock64();
+#endif
+  while (!barrier_is_past(barrier, parity)) {
+#ifdef FASTMTL_BOUNDED_WAITS
+    if (clock64() - begin > 400000000) {
+      printf("stuck: block %d thread %d barrier %u parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
+      __trap();
+    }
+#endif
+  }
+}
+
+// Threads that name the same barrier (1 to 15) wait for each other, `threads` of them.
+__device__ __forceinline__ void threads_meet(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// As one of them, without waiting.
+__device__ __forceinline__ void threads_pass(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_meets() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// --------------------------------------------------------------------------------------------------------- copies
+
+// `bytes` (a multiple of 16) to shared memory, counted by `barrier`.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// The same to every program of the cluster that `programs` has a bit for, at the same place and barrier.
+__device__ __forceinline__ void copy_bulk_to(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                             uint16_t programs) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "h"(programs)
+      : "memory");
+}
+// 16 bytes to shared memory, of which `read` are from global memory and the others zero.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint32_t read) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(read)
+               : "memory");
+}
+// What this thread's copy_16 have written is there, for its own products too.
+__device__ __forceinline__ void copies_arrive() {
+  asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+template <int N>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// Rows of 128 bytes (swizzle 128) or of 64, eight of them one behind the other, `eight` bytes from eight rows to the
+// next; 16-byte pieces exchanged as swizzled() says. `at`: of the first row's first column to multiply.
+__device__ __forceinline__ uint64_t descriptor(uint32_t at, int swizzle, int eight) {
+  return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (static_cast<uint64_t>(eight >> 4) << 32) |
+         (static_cast<uint64_t>(swizzle == 128 ? 1 : 2) << 62);
+}
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until all but the last N groups that were committed are done.
+template <int N>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps the compiler from reading d before a wait, or from writing it behind a begin.
+template <int N>
+__device__ __forceinline__ void held(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void held(uint32_t (&a)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
+
+#define FASTMTL_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FASTMTL_S4(i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define FASTMTL_S8(i) FASTMTL_S4(i), FASTMTL_S4(i + 4)
+#define FASTMTL_S16(i) FASTMTL_S8(i), FASTMTL_S8(i + 8)
+#define FASTMTL_S32(i) FASTMTL_S16(i), FASTMTL_S16(i + 16)
+#define FASTMTL_S64(i) FASTMTL_S32(i), FASTMTL_S32(i + 32)
+#define FASTMTL_D8(i) FASTMTL_D4(i), FASTMTL_D4(i + 4)
+#define FASTMTL_D16(i) FASTMTL_D8(i), FASTMTL_D8(i + 8)
+#define FASTMTL_D32(i) FASTMTL_D16(i), FASTMTL_D16(i + 16)
+#define FASTMTL_D64(i) FASTMTL_D32(i), FASTMTL_D32(i + 32)
+
+// d = A B^T where FIRST (what d was is not read: the compiler need not keep it), else d += A B^T.
+template <bool FIRST, int N>
+__device__ __forceinline__ void multiply(float (&d)[N], uint64_t a, uint64_t b);
+template <bool FIRST, int N>
+__device__ __forceinline__ void multiply(float (&d)[N], const uint32_t* a, uint64_t b);
+
+template <>
+__device__ __forceinline__ void multiply<true, 128>(float (&d)[128], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "
+      "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "
+      "%119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p, 1, 1, 0, 0;\n}"
+      : FASTMTL_S64(0), FASTMTL_S64(64)
+      : "l"(a), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<false, 128>(float (&d)[128], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "
+      "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "
+      "%119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p, 1, 1, 0, 0;\n}"
+      : FASTMTL_D64(0), FASTMTL_D64(64)
+      : "l"(a), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<true, 12>(float (&d)[12], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
+      "%12, %13, p, 1, 1, 0, 0;\n}"
+      : FASTMTL_S8(0), FASTMTL_S4(8)
+      : "l"(a), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<false, 12>(float (&d)[12], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
+      "%12, %13, p, 1, 1, 0, 0;\n}"
+      : FASTMTL_D8(0), FASTMTL_D4(8)
+      : "l"(a), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<true, 64>(float (&d)[64], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      : FASTMTL_S64(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<false, 64>(float (&d)[64], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      : FASTMTL_D64(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<true, 32>(float (&d)[32], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+      : FASTMTL_S32(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<false, 32>(float (&d)[32], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+      : FASTMTL_D32(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<true, 16>(float (&d)[16], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
+      : FASTMTL_S16(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply<false, 16>(float (&d)[16], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
+      : FASTMTL_D16(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef FASTMTL_S4
+#undef FASTMTL_S8
+#undef FASTMTL_S16
+#undef FASTMTL_S32
+#undef FASTMTL_S64
+#undef FASTMTL_D4
+#undef FASTMTL_D8
+#undef FASTMTL_D16
+#undef FASTMTL_D32
+#undef FASTMTL_D64
+
+// --------------------------------------------------------------------------------------------------------- numbers
+
+// Two numbers rounded to bf16, the first in the lower half.
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+// The same of the numbers or of zero where they are negative.
+__device__ __forceinline__ uint32_t packed_relu(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ __forceinline__ float lower(uint32_t both) { return __uint_as_float(both << 16); }
+__device__ __forceinline__ float upper(uint32_t both) { return __uint_as_float(both & 0xFFFF0000u); }
+
+// ----------------------------------------------------------------------------------------------------------- memory
+
+// The program's shared memory, at a multiple of 1024.
+__device__ __forceinline__ unsigned char* program_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+// What one thread writes and reads again, past the L1 cache.
+__device__ __forceinline__ uint4 load_from_l2(const uint4* at) { return __ldcg(at); }
+__device__ __forceinline__ void store_to_l2(uint4* at, uint4 value) { __stcg(at, value); }
+
+}  // namespace fastmtl::cuda
