@@ -82,7 +82,9 @@ def test_launches_that_wait_for_their_data_themselves_may_come_early(monkeypatch
         monkeypatch.setattr(launching, "compiling_for", generation)
         _layer(_mmoe(48, 4, (32, 16), 2), 9000, "bf16")
         _tower_losses(_towers(16, (16, 8), 2), 9000)
-        assert {arguments["EARLY"] for _, arguments in told} == {generation >= 9}
-    for kernel, _ in told:
+        early = {kernel: arguments["EARLY"] for kernel, arguments in told if "EARLY" in arguments}
+        assert set(early.values()) == {generation >= 9}
+    assert len(early) > 8
+    for kernel in early:
         first = kernel.fn.__code__.co_names[0]
         assert first == "begin", kernel.fn.__name__
