@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
+from ..backends import branches
 from ..backends.deferred import PLACES, Watch, watching
-from ..backends.triton import branches
 from ..basic.loss_func import RegularizationLoss, device_losses
 from ..data.resident import RowBatch, has_columns, resident
 from ..errors import BadDataError

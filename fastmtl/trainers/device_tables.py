@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..backends.triton import branches
+from ..backends import branches
 from ..backends.updates import FIELDS, Update, check_reached
 from ..errors import ConfigError
 from ..optim.dense import prepare_state

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import backend
-from ..backends import native
+from ..backends import branches, native
 from ..backends.native_folding import Folding
 from ..backends.native_training import RuleStep, TrainingProgram
-from ..backends.triton import branches
 from ..backends.updates import Update
 from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup

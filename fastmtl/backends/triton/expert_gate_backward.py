@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
-from . import branches, products
+from .. import branches
+from . import products
 from .batch_norm import SUMS, add_up
 from .expert_gate_forward import Saved, as_input, hidden_layers
 from .hidden import Hidden
@@ -150,8 +151,10 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
         under = layers.hidden[layer - 1]
         _weight_gradient(dz, under.by_expert(kept.h[layer - 1]), layers, layer)
         _descend(dz, kept.weight[layer], layers, layer)
+    # before the weights' gradient: the tables, who wait for this one, leave the tensor cores to that one
+    dx = _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
     _weight_gradient(dz, as_input(x, of_dtype(dz.dtype)), layers, 0)
-    return _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
+    return dx
 
 
 def _weight_gradient(dz: Tensor, h: Tensor, layers: _Layers, layer: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from trainer_cases import make_loader, make_model, train
 
 from fastmtl import backend as backends
-from fastmtl.backends.triton import branches
+from fastmtl.backends import branches
 from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.models import MMOE, PLE
 from fastmtl.trainers import device_epoch
