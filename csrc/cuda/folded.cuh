@@ -2,12 +2,11 @@
 // for Hopper's tensor cores: a program goes through tiles of 128 rows, 64 for each of two warpgroups.
 //
 // A third warpgroup's first thread brings the weights, in stages of 16 KiB that lie in memory as products read them and
-// in the order in which they are read (packing.py): a ring of STAGES holds what comes next. Both warpgroups read each
-// stage, the second some stages behind the first, so that one multiplies while the other is busy with activations. A
-// warpgroup's rows of x stay in its half of the shared memory; the next tile's come while it mixes.
+// in the order in which they are read (stages.py): a ring of kStages holds what comes next. Both warpgroups read each
+// stage. A warpgroup's rows of x stay in its half of the shared memory; the next tile's come while it mixes.
 //
 // What an expert leaves goes to memory that stays in the L2 cache, in the order of a thread's registers: a thread reads
-// back what it wrote itself. With CLUSTER = 2 two programs bring a half of each stage to both.
+// back what it wrote itself.
 //
 // Sums in fp32, operands bf16; deterministic, a row's result does not depend on its neighbours.
 #pragma once
@@ -22,14 +21,14 @@
 namespace fastmtl::cuda {
 
 constexpr int kWarpgroupRows = 64, kProgramRows = 128, kWarpgroup = 128, kFoldedThreads = 384;
-constexpr int kStageBytes = 16384;
+constexpr int kStageBytes = 16384, kStages = 7;
 constexpr int kMostInput = 384;  // columns of x
 constexpr int kUnits1 = 256;     // of the first hidden layer
 constexpr int kUnits2 = 128;     // of the last
 constexpr int kGateColumns = 24, kSharePitch = 25;
 constexpr int kTower1 = 64, kTower2 = 32;
 
-enum FoldedActivation : int { kRelu, kLeakyRelu, kSigmoid, kTanh, kSilu, kGelu, kLinear };
+enum FoldedActivation : int { kRelu, kLeakyRelu, kSilu };
 
 struct Folded {
   const void* x;  // [n_rows, n_in] bf16, rows of row_bytes (a multiple of 16)
@@ -37,14 +36,14 @@ struct Folded {
   int32_t n_rows, n_in;
   const unsigned char* stages;  // those of one tile
   const unsigned char* biases;  // [n_experts, 256 + 128] fp32
-  int32_t n_experts, n_gates, n_outputs;
+  int32_t n_experts, n_gates;
   const float* gate_bias;       // [24]
   const int32_t* gate_columns;  // [n_gates + 1]: where a gate's columns begin
   const int32_t* members;       // [n_experts, n_gates]: the column in which a gate weighs an expert, or -1
   uint4* left;                  // [programs, n_experts, 2, 8, 128]
   const float *tower_bias1, *tower_bias2, *head, *head_bias;  // [n_gates, 64], [n_gates, 32] twice, [n_gates]
   const bool* is_probability;                                 // [n_gates], or null for logits
-  float* out;                                                 // [n_rows, n_outputs]
+  float* out;                                                 // [n_rows, n_gates]
 
   __host__ __device__ __forceinline__ int inputs() const { return (n_in + 31) / 32; }  // stages of a first layer
   __host__ __device__ __forceinline__ int of_expert() const { return inputs() + 4; }
@@ -52,25 +51,23 @@ struct Folded {
 };
 
 // Bytes of shared memory, and where things begin in it.
-template <int STAGES>
 struct FoldedRoom {
   static constexpr int x = 0, of_warpgroup = kWarpgroupRows * kMostInput * 2;
   static constexpr int ring = x + 2 * of_warpgroup;
-  static constexpr int biases = ring + STAGES * kStageBytes, of_biases = 4 * (kUnits1 + kUnits2);
+  static constexpr int biases = ring + kStages * kStageBytes, of_biases = 4 * (kUnits1 + kUnits2);
   static constexpr int shares = biases + 2 * of_biases, of_shares = 4 * kWarpgroupRows * kSharePitch;
   static constexpr int barriers = shares + 2 * of_shares;
-  static constexpr int bytes = barriers + 16 * STAGES;
+  static constexpr int bytes = barriers + 16 * kStages;
 };
 
+// As fastmtl/backends/triton/activations.py has them. Quotients and powers by the device's approximations, some 1e-6
+// off: what is exact calls functions, around which registers are saved in memory.
 template <int ACT>
 __device__ __forceinline__ float activated(float y) {
   if constexpr (ACT == kRelu) return y < 0.0f ? 0.0f : y;
   if constexpr (ACT == kLeakyRelu) return y > 0.0f ? y : 0.01f * y;
-  if constexpr (ACT == kSigmoid) return 1.0f / (1.0f + expf(-y));
-  if constexpr (ACT == kTanh) return tanhf(y);
-  if constexpr (ACT == kSilu) return y / (1.0f + expf(-y));
-  if constexpr (ACT == kGelu) return y * 0.5f * (1.0f + erff(y * 0.7071067811865476f));
-  return y;
+  static_assert(ACT <= kSilu);
+  return __fdividef(y, 1.0f + __expf(-y));
 }
 
 template <int ACT>
@@ -93,7 +90,6 @@ __device__ __forceinline__ void next_operand(const float* d, const float* bias, 
 }
 
 // The ring of stages as who multiplies sees it.
-template <int CLUSTER, int STAGES>
 struct Stages {
   uint32_t ring, full, empty;
   int next = 0, oldest = 0;
@@ -103,57 +99,44 @@ struct Stages {
   __device__ __forceinline__ uint32_t take() {
     barrier_wait(full + 8 * next, parity);
     const uint32_t at = ring + next * kStageBytes;
-    if (++next == STAGES) next = 0, parity ^= 1;
+    if (++next == kStages) next = 0, parity ^= 1;
     return at;
   }
   // This warp has read the oldest one that it took.
   __device__ __forceinline__ void release() {
-    const int lane = threadIdx.x % 32;
-    if constexpr (CLUSTER == 1) {
-      if (lane == 0) barrier_arrive(empty + 8 * oldest);
-    } else {
-      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * oldest, static_cast<uint32_t>(lane));
-    }
-    if (++oldest == STAGES) oldest = 0;
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * oldest);
+    if (++oldest == kStages) oldest = 0;
   }
 };
 
-// Brings the stages of all tiles; runs in one thread.
-template <int CLUSTER, int STAGES>
+// Brings the stages of the program's tiles; runs in one thread.
 __device__ __forceinline__ void bring_stages(const Folded& f, uint32_t room, int n_tiles) {
-  using Room = FoldedRoom<STAGES>;
-  const uint32_t full = room + Room::barriers, empty = full + 8 * STAGES;
-  const uint32_t rank = CLUSTER == 1 ? 0 : cluster_rank();
+  const uint32_t full = room + FoldedRoom::barriers, empty = full + 8 * kStages;
   const int n_stages = f.of_tile(), per_expert = f.of_expert(), of_experts = f.n_experts * per_expert;
-  constexpr uint32_t bias_bytes = FoldedRoom<STAGES>::of_biases;
+  constexpr uint32_t bias_bytes = FoldedRoom::of_biases;
   int slot = 0, expert = 0;
   uint32_t parity = 1;  // the first round finds every stage empty
-  for (int tile = 0; tile < n_tiles; ++tile) {
+  for (auto tile = static_cast<int>(blockIdx.x); tile < n_tiles; tile += static_cast<int>(gridDim.x)) {
     for (int i = 0, within = 0; i < n_stages; ++i) {
       barrier_wait(empty + 8 * slot, parity);
       const bool begins = i < of_experts && within == 0;
-      const uint32_t barrier = full + 8 * slot, at = room + Room::ring + slot * kStageBytes;
+      const uint32_t barrier = full + 8 * slot, at = room + FoldedRoom::ring + slot * kStageBytes;
       const unsigned char* from = f.stages + static_cast<int64_t>(i) * kStageBytes;
       barrier_expect(barrier, kStageBytes + (begins ? bias_bytes : 0));
-      if constexpr (CLUSTER == 1) {
-        copy_bulk(at, from, kStageBytes, barrier);
-      } else {
-        constexpr uint32_t kPart = kStageBytes / CLUSTER;
-        copy_bulk_to(at + rank * kPart, from + rank * kPart, kPart, barrier, (1 << CLUSTER) - 1);
-      }
+      copy_bulk(at, from, kStageBytes, barrier);
       if (begins) {
-        copy_bulk(room + Room::biases + (expert % 2) * Room::of_biases,
+        copy_bulk(room + FoldedRoom::biases + (expert % 2) * FoldedRoom::of_biases,
                   f.biases + static_cast<int64_t>(i / per_expert) * bias_bytes, bias_bytes, barrier);
         ++expert;
       }
       if (++within == per_expert) within = 0;
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+      if (++slot == kStages) slot = 0, parity ^= 1;
     }
   }
 }
 
 // Queues this warpgroup's rows of a tile, from `row` on, swizzled; columns and rows that are not there are zero.
-__device__ __forceinline__ void bring_rows(const Folded& f, uint32_t to, int64_t row) {
+__device__ __forceinline__ void bring_rows(const Folded& f, uint32_t to, int row) {
   const int thread = threadIdx.x % kWarpgroup, piece = thread % 8;
   const int blocks = (f.inputs() + 1) / 2;
   for (int block = 0; block < blocks; ++block) {
@@ -163,7 +146,8 @@ __device__ __forceinline__ void bring_rows(const Folded& f, uint32_t to, int64_t
     for (int i = 0; i < 4; ++i) {
       const int r = 16 * i + thread / 8;
       const bool there = wanted > 0 && row + r < f.n_rows;
-      const char* from = static_cast<const char*>(f.x) + (there ? (row + r) * f.row_bytes + 2 * k : 0);
+      const char* from =
+          static_cast<const char*>(f.x) + (there ? static_cast<int64_t>(row + r) * f.row_bytes + 2 * k : 0);
       copy_16(to + block * 8192 + r * 128 + ((piece ^ (r % 8)) * 16), from, there ? wanted : 0);
     }
   }
@@ -178,7 +162,7 @@ __device__ __forceinline__ void make_shares(const Folded& f, float* shares) {
     float top = row[begin], sum = 0.0f;
     for (int c = begin + 1; c < end; ++c) top = row[c] > top ? row[c] : top;
     for (int c = begin; c < end; ++c) sum += row[c] = expf(row[c] - top);
-    const float per_sum = 1.0f / sum;
+    const float per_sum = __fdividef(1.0f, sum);
     for (int c = begin; c < end; ++c) row[c] *= per_sum;
   }
 }
@@ -220,8 +204,8 @@ __device__ __forceinline__ void mix(const Folded& f, int gate, const float* shar
 }
 
 // A tower on a mixture: its two layers, output and sigmoid.
-template <int ACT, class Ring>
-__device__ __forceinline__ void predict(const Folded& f, int gate, const float (&y)[64], Ring& ring, int64_t row) {
+template <int ACT>
+__device__ __forceinline__ void predict(const Folded& f, int gate, const float (&y)[64], Stages& ring, int row) {
   uint32_t a[32];
 #pragma unroll
   for (int i = 0; i < 32; ++i) a[i] = packed(y[2 * i], y[2 * i + 1]);
@@ -254,36 +238,33 @@ __device__ __forceinline__ void predict(const Folded& f, int gate, const float (
     z[i] += __shfl_xor_sync(0xFFFFFFFFu, z[i], 1);
     z[i] += __shfl_xor_sync(0xFFFFFFFFu, z[i], 2);
     z[i] += f.head_bias[gate];
-    if (f.is_probability && f.is_probability[gate]) z[i] = 1.0f / (1.0f + expf(-z[i]));
-    const int64_t r = row + 8 * i;
-    if (threadIdx.x % 4 == 0 && r < f.n_rows) f.out[r * f.n_outputs + gate] = z[i];
+    if (f.is_probability && f.is_probability[gate]) z[i] = __fdividef(1.0f, 1.0f + expf(-z[i]));
+    const int r = row + 8 * i;
+    if (threadIdx.x % 4 == 0 && r < f.n_rows) f.out[static_cast<int64_t>(r) * f.n_gates + gate] = z[i];
   }
 }
 
-// One of the two warpgroups that multiply: `mine` is 0 or 1. `lag`: stages that the second is behind at first.
-template <int ACT, int CLUSTER, int STAGES>
-__device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* memory, uint32_t room, int first_tile,
-                                               int n_tiles, int step, int lag) {
-  using Room = FoldedRoom<STAGES>;
+// One of the two warpgroups that multiply; of n_tiles, those that are the program's.
+template <int ACT>
+__device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* memory, uint32_t room, int n_tiles) {
   const int mine = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup, lane = thread % 32;
   const int in_tile = kWarpgroupRows * mine + 16 * (thread / 32) + lane / 4;  // this thread's rows: and eight further
-  const uint32_t x = room + Room::x + mine * Room::of_warpgroup;
-  float* shares = reinterpret_cast<float*>(memory + Room::shares + mine * Room::of_shares);
+  const uint32_t x = room + FoldedRoom::x + mine * FoldedRoom::of_warpgroup;
+  float* shares = reinterpret_cast<float*>(memory + FoldedRoom::shares + mine * FoldedRoom::of_shares);
   const float* my_shares = shares + (in_tile - kWarpgroupRows * mine) * kSharePitch;
-  uint4* left = f.left + (static_cast<int64_t>(blockIdx.x) * f.n_experts * 2 + mine) * 8 * kWarpgroup + thread;
-  const uint32_t barriers = room + Room::barriers;
-  Stages<CLUSTER, STAGES> ring{room + Room::ring, barriers, barriers + 8 * STAGES};
+  const uint32_t left = (blockIdx.x * f.n_experts * 2 + mine) * 8 * kWarpgroup + thread;  // where f.left begins for it
+  const uint32_t barriers = room + FoldedRoom::barriers;
+  Stages ring{room + FoldedRoom::ring, barriers, barriers + 8 * kStages};
   const int inputs = f.inputs(), n_experts = f.n_experts;
-  lag = lag < inputs ? lag : inputs - 1;
   uint32_t expert = 0;  // counts on over the tiles
   const auto biases_of = [&](uint32_t number) {
-    return reinterpret_cast<const float*>(memory + Room::biases + (number % 2) * Room::of_biases);
+    return reinterpret_cast<const float*>(memory + FoldedRoom::biases + (number % 2) * FoldedRoom::of_biases);
   };
 
   float last[64];
   const auto leave = [&](int e) {
     const float* bias = biases_of(expert) + kUnits1;
-    uint4* to = left + static_cast<int64_t>(e) * 2 * 8 * kWarpgroup;
+    uint4* to = f.left + (left + e * 2 * 8 * kWarpgroup);
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
       uint32_t h[4];
@@ -292,10 +273,9 @@ __device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* m
     }
   };
 
-  int64_t row = static_cast<int64_t>(first_tile) * kProgramRows;
-  bring_rows(f, x, row + kWarpgroupRows * mine);
-  if (lag > 0 && n_tiles > 0 && mine == 1) threads_meet(3, 2 * kWarpgroup);
-  for (int tile = 0; tile < n_tiles; ++tile, row += static_cast<int64_t>(step) * kProgramRows) {
+  const auto step = static_cast<int>(gridDim.x);
+  bring_rows(f, x, kProgramRows * static_cast<int>(blockIdx.x) + kWarpgroupRows * mine);
+  for (auto tile = static_cast<int>(blockIdx.x); tile < n_tiles; tile += step) {
     copies_arrive();
     threads_meet(1 + mine, kWarpgroup);
     for (int e = 0; e < n_experts; ++e) {
@@ -315,7 +295,6 @@ __device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* m
         products_commit();
         products_wait<1>();
         ring.release();
-        if (s == lag && mine == 0 && tile == 0 && e == 0) threads_pass(3, 2 * kWarpgroup);
       }
       products_wait<0>();
       held(first);
@@ -376,50 +355,39 @@ __device__ __forceinline__ void multiply_tiles(const Folded& f, unsigned char* m
       shares[(in_tile - kWarpgroupRows * mine + i % 4 / 2 * 8) * kSharePitch + c] = logits[i] + f.gate_bias[c];
     }
     threads_meet(1 + mine, kWarpgroup);  // nobody reads x any more, either
-    if (tile + 1 < n_tiles) bring_rows(f, x, row + static_cast<int64_t>(step) * kProgramRows + kWarpgroupRows * mine);
+    if (tile + step < n_tiles) bring_rows(f, x, kProgramRows * (tile + step) + kWarpgroupRows * mine);
     make_shares(f, shares);
     threads_meet(1 + mine, kWarpgroup);
     for (int gate = 0; gate < f.n_gates; gate += 2) {
       float y[2][64];
-      mix(f, gate, my_shares, left, y);
-      predict<ACT>(f, gate, y[0], ring, row + in_tile);
-      if (gate + 1 < f.n_gates) predict<ACT>(f, gate + 1, y[1], ring, row + in_tile);
+      mix(f, gate, my_shares, f.left + left, y);
+      predict<ACT>(f, gate, y[0], ring, kProgramRows * tile + in_tile);
+      if (gate + 1 < f.n_gates) predict<ACT>(f, gate + 1, y[1], ring, kProgramRows * tile + in_tile);
     }
   }
 }
 
-// Programs: a multiple of CLUSTER. n_groups: of CLUSTER tiles side by side.
-template <int ACT, int CLUSTER, int STAGES>
-__global__ void __launch_bounds__(kFoldedThreads, 1)
-    folded_kernel(const __grid_constant__ Folded f, int32_t n_groups, int32_t lag) {
+// A program takes each gridDim-th of n_tiles.
+template <int ACT>
+__global__ void __launch_bounds__(kFoldedThreads, 1) folded_kernel(const __grid_constant__ Folded f, int32_t n_tiles) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Room = FoldedRoom<STAGES>;
   unsigned char* memory = program_memory();
-  const uint32_t room = shared_address(memory), barriers = room + Room::barriers;
-  const int rank = CLUSTER == 1 ? 0 : static_cast<int>(cluster_rank());
-  const auto cluster = static_cast<int>(blockIdx.x) / CLUSTER, n_clusters = static_cast<int>(gridDim.x) / CLUSTER;
-  const int n_tiles = (n_groups - cluster + n_clusters - 1) / n_clusters;
+  const uint32_t room = shared_address(memory), barriers = room + FoldedRoom::barriers;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       barrier_init(barriers + 8 * i, 1);
-      barrier_init(barriers + 8 * (STAGES + i), 8 * CLUSTER);
+      barrier_init(barriers + 8 * (kStages + i), 8);
     }
     barriers_made();
   }
-  if constexpr (CLUSTER > 1) {
-    cluster_meets();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   if (threadIdx.x >= 2 * kWarpgroup) {
     fewer_registers<24>();
-    if (threadIdx.x == 2 * kWarpgroup) bring_stages<CLUSTER, STAGES>(f, room, n_tiles);
-    __syncwarp(0xFFFFFFFFu);  // a warp meets the other program's as a whole
+    if (threadIdx.x == 2 * kWarpgroup) bring_stages(f, room, n_tiles);
   } else {
     more_registers<240>();
-    multiply_tiles<ACT, CLUSTER, STAGES>(f, memory, room, cluster * CLUSTER + rank, n_tiles, n_clusters * CLUSTER, lag);
+    multiply_tiles<ACT>(f, memory, room, n_tiles);
   }
-  if constexpr (CLUSTER > 1) cluster_meets();  // the other program still writes here, and arrives at barriers of mine
 #else
   __trap();  // compiled for another device, where nobody starts it
 #endif

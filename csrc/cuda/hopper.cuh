@@ -10,7 +10,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdio>
 
 namespace fastmtl::cuda {
 
@@ -23,7 +22,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
-// The barriers are there for the other threads, the copies and the other program of a pair.
+// The barriers are there for the other threads and the copies.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Arrives, and `bytes` more must come before the phase ends.
@@ -32,15 +31,6 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// At the same barrier of program `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 __device__ __forceinline__ bool barrier_is_past(uint32_t barrier, uint32_t parity) {
   uint32_t past;
@@ -55,16 +45,7 @@ __device__ __forceinline__ bool barrier_is_past(uint32_t barrier, uint32_t parit
 }
 // Until the phase of that parity has ended.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-#ifdef FASTMTL_BOUNDED_WAITS
-  const long long begin = clock64();
-#endif
   while (!barrier_is_past(barrier, parity)) {
-#ifdef FASTMTL_BOUNDED_WAITS
-    if (clock64() - begin > 400000000) {
-      printf("stuck: block %d thread %d barrier %u parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
-      __trap();
-    }
-#endif
   }
 }
 
@@ -72,20 +53,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 __device__ __forceinline__ void threads_meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// As one of them, without waiting.
-__device__ __forceinline__ void threads_pass(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_meets() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // --------------------------------------------------------------------------------------------------------- copies
 
 // `bytes` (a multiple of 16) to shared memory, counted by `barrier`.
@@ -93,15 +60,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                : "memory");
-}
-// The same to every program of the cluster that `programs` has a bit for, at the same place and barrier.
-__device__ __forceinline__ void copy_bulk_to(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                             uint16_t programs) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-      "%4;" ::"r"(to),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "h"(programs)
-      : "memory");
 }
 // 16 bytes to shared memory, of which `read` are from global memory and the others zero.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint32_t read) {

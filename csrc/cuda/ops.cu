@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "cuda/backward.h"
+#ifdef FASTMTL_HOPPER
 #include "cuda/folded.cuh"
+#endif
 
 // torch exports it; its header declares it only to those who see all of CUDA's
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -54,31 +56,18 @@ class Gpu {
   }
   template <class... Parameters, class... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, Args... args) {
+    run_threads(kernel, blocks, kThreads, shared, args...);
+  }
+  template <class... Parameters, class... Args>
+  void run_threads(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, Args... args) {
     constexpr int64_t kWithoutAsking = 48 * 1024;
     if (shared > kWithoutAsking) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
             "shared memory");
     }
-    kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared), stream_>>>(args...);
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared), stream_>>>(
+        args...);
     check(cudaGetLastError(), "launch");
-  }
-  // In clusters of `cluster` programs, a kernel that is made for them.
-  template <class... Parameters, class... Args>
-  void run_clusters(void (*kernel)(Parameters...), int64_t programs, unsigned cluster, int threads, int64_t shared,
-                    Args... args) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "shared memory");
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(programs);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
   }
   void sort(const uint32_t* keys, const int32_t* order, uint32_t* keys_out, int32_t* order_out, int64_t n, int bits) {
     with_storage("sort", [&](void* storage, size_t& size) {
@@ -325,9 +314,27 @@ void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
   });
 }
 
+#ifdef FASTMTL_HOPPER  // compiled for it
+
+// f.template operator()<ACT>() for an activation that is known when the program runs.
+template <class F>
+void with_activation(int64_t activation, const F& f) {
+  switch (activation) {
+    case kRelu:
+      return f.template operator()<kRelu>();
+    case kLeakyRelu:
+      return f.template operator()<kLeakyRelu>();
+    case kSilu:
+      return f.template operator()<kSilu>();
+    default:
+      STD_TORCH_CHECK(false, "there is no activation ", activation);
+  }
+}
+
 // A layer of experts and gates with its towers, on Hopper: predictions [B, G] of x [B, I] bf16. stages: see Stages of
-// fastmtl/backends/triton/stages.py.
-void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> is_probability, const Tensor& out) {
+// fastmtl/backends/triton/stages.py; activation: a number of ACTIVATIONS there.
+void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> is_probability, int64_t activation,
+            const Tensor& out) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 &&
                       x.stride(0) % 8 == 0 && aligned(x.mutable_data_ptr()),
                   "x [B, I] must be bfloat16 on a GPU, its rows at multiples of 16 bytes");
@@ -342,7 +349,6 @@ void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> i
   const int64_t n_experts = stages[4].size(0), n_gates = stages[4].size(1);
   f.n_experts = static_cast<int32_t>(n_experts);
   f.n_gates = static_cast<int32_t>(n_gates);
-  f.n_outputs = f.n_gates;
   check_tensor(stages[0], ScalarType::Byte, {f.of_tile(), kStageBytes}, "the stages' weights");
   check_tensor(stages[1], ScalarType::Float, {n_experts, kUnits1 + kUnits2}, "biases");
   check_tensor(stages[2], ScalarType::Float, {kGateColumns}, "the gates' biases");
@@ -369,13 +375,15 @@ void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> i
   f.is_probability = is_probability ? data<bool>(*is_probability) : nullptr;
   f.out = data<float>(out);
   Gpu gpu(x);
-  constexpr int kCluster = 2, kStages = 7, kLag = 3;
-  const int64_t groups = (x.size(0) + kCluster * kProgramRows - 1) / (kCluster * kProgramRows);
-  const int64_t programs = kCluster * std::min(groups, gpu.multiprocessors() / kCluster);
+  const int64_t tiles = (x.size(0) + kProgramRows - 1) / kProgramRows;
+  const int64_t programs = std::min(tiles, gpu.multiprocessors());
   f.left = gpu.scratch<uint4>(programs * n_experts * 2 * 8 * kWarpgroup);
-  gpu.run_clusters(folded_kernel<kRelu, kCluster, kStages>, programs, kCluster, kFoldedThreads,
-                   FoldedRoom<kStages>::bytes, f, static_cast<int32_t>(groups), int32_t{kLag});
+  with_activation(activation, [&]<int ACT>() {
+    gpu.run_threads(folded_kernel<ACT>, programs, kFoldedThreads, FoldedRoom::bytes, f, static_cast<int32_t>(tiles));
+  });
 }
+
+#endif
 
 }  // namespace
 
@@ -390,7 +398,9 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
   m.def(
       "table_rows(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, Tensor? grads, int n, int start, int upto, bool lazily, Tensor? clock, Tensor(d!) behind) -> ()");
-  m.def("folded(Tensor x, Tensor[] stages, Tensor? is_probability, Tensor(a!) out) -> ()");
+#ifdef FASTMTL_HOPPER
+  m.def("folded(Tensor x, Tensor[] stages, Tensor? is_probability, int activation, Tensor(a!) out) -> ()");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
@@ -398,7 +408,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("embedding_bag_bwd_step", TORCH_BOX(&embedding_bag_bwd_step));
   m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
   m.impl("table_rows", TORCH_BOX(&table_rows));
+#ifdef FASTMTL_HOPPER
   m.impl("folded", TORCH_BOX(&folded));
+#endif
 }
 
 }  // namespace fastmtl::cuda

@@ -21,9 +21,10 @@ class Predictor:
 
     Batch normalisation is folded into the linear layers and their weights are packed once; a call then goes through
     each tile of rows once, from the lookup to the predictions. A row's predictions do not depend on the batch it is in
-    nor on the number of threads. Any number of threads may call one predictor at once. The tables are read where the
-    model has them; when another parameter has changed, the next call packs anew. (Changes that autograd does not see
-    either, through ``parameter.data`` or a NumPy view, need :meth:`refresh`.)
+    nor on the number of threads (on an NVIDIA GPU of the Hopper generation their last bits may differ between batches
+    of few rows and of many). Any number of threads may call one predictor at once. The tables are read where the model
+    has them; when another parameter has changed, the next call packs anew. (Changes that autograd does not see either,
+    through ``parameter.data`` or a NumPy view, need :meth:`refresh`.)
 
     Args:
         model: a built model of float32 parameters, on the CPU or an NVIDIA GPU; columns are given on its device.

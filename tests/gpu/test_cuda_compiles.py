@@ -116,3 +116,16 @@ def test_rows_are_loaded_sixteen_bytes_at_a_time(library):
             assert re.search(r"\bLDG\S*\.128", body), name
             assert re.search(r"\bSTG\S*\.128", body), name
     assert seen == 12
+
+
+def test_predictions_multiply_by_warpgroups(library):
+    """One kernel an activation; ptxas has not put the products one behind the other (it would say so, C7510)."""
+    listing = subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", library], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
+    bodies = [body for body in kernels if "folded_kernel" in body.split("\n", 1)[0]]
+    assert len(bodies) == 3
+    for body in bodies:
+        assert len(re.findall(r"\bHGMMA\.64x256x16\.", body)) >= 4
+        assert re.search(r"\bUBLKCP", body)

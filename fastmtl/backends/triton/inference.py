@@ -26,7 +26,7 @@ from .launch import Operation, call, cdiv, generation, noting, repeatable
 from .packing import PackedLayer, PackedTowers, why_not
 from .precision import of_dtype
 from .replay import Replay
-from .stages import stages_of
+from .stages import ACTIVATIONS, stages_of
 from .stages import why_not as why_not_staged
 
 
@@ -110,8 +110,8 @@ class _Kept(NamedTuple):
 #: The layer with its towers in CUDA C++ (csrc/cuda/folded.cuh).
 _ON_HOPPER = Operation(
     "folded",
-    lambda x, stages, is_probability, out: torch.ops.fastmtl_cuda.folded(x, stages, is_probability, out),
-    ("X_ptr", "stages", "is_probability", "Out_ptr"),
+    lambda *arguments: torch.ops.fastmtl_cuda.folded(*arguments),
+    ("X_ptr", "stages", "is_probability", "activation", "Out_ptr"),
 )
 #: Rows of its tiles. With fewer tiles than half the multiprocessors, those that share a tile's experts are sooner done.
 _TILE = 128
@@ -190,7 +190,8 @@ class PackedProgram:
             if last.spec.output_layer:
                 out = torch.empty(x.shape[1], last.spec.n_experts, dtype=torch.float32, device=x.device)
             if stages is not None and out is not None and _fits(x):
-                call(_ON_HOPPER, X_ptr=x[0], stages=stages, is_probability=is_probability, Out_ptr=out)
+                call(_ON_HOPPER, X_ptr=x[0], stages=stages, is_probability=is_probability,
+                     activation=ACTIVATIONS.index(stage.spec.activation), Out_ptr=out)  # fmt: skip
                 found = out
             else:
                 found = run_folded(x, layer, of_dtype(self.dtype), out, packed_towers)
@@ -301,6 +302,8 @@ def _staged(layer: PackedLayer, towers: PackedTowers | None) -> list[Tensor] | N
     """The weights for CUDA C++ on Hopper; None where that is not here, or does not take such a layer."""
     device = layer.arguments()["W2_ptr"].device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or cuda_library.missing():
+        return None
+    if not hasattr(torch.ops.fastmtl_cuda, "folded"):  # it was built for other GPUs
         return None
     return None if towers is None or why_not_staged(layer, towers) else list(stages_of(layer, towers))
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from .packing import PackedLayer, PackedTowers
 
 #: Activations that the kernel has, by its numbers.
-ACTIVATIONS = ("relu",)
+ACTIVATIONS = ("relu", "leakyrelu", "silu")
 #: What it is made for: widths of the input, at least and at most, of the layers, at most, and columns of the gates.
 _INPUT, _UNITS, _TOWER, _COLUMNS = (65, 384), (256, 128), (64, 32), 24
 #: Bytes of a stage.

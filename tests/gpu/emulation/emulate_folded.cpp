@@ -13,8 +13,7 @@ static_assert(sizeof(uint4) == 16);
 int main(int argc, char** argv) {
   using namespace fastmtl::cuda;
   if (!read_arguments(argc, argv)) return 2;
-  constexpr int kStages = 7;
-  static_assert(FoldedRoom<kStages>::bytes <= emulated::kSharedBytes);
+  static_assert(FoldedRoom::bytes <= emulated::kSharedBytes);
   const auto x = read<uint4>("x"), stages = read<uint4>("stages");
   const auto biases = read<uint4>("biases");
   const auto gate_bias = read<float>("gate_bias"), tower_bias1 = read<float>("tower_bias1"),
@@ -37,7 +36,6 @@ int main(int argc, char** argv) {
   f.biases = reinterpret_cast<const unsigned char*>(biases.data());
   f.n_experts = n_experts;
   f.n_gates = static_cast<int32_t>(gate_columns.size()) - 1;
-  f.n_outputs = static_cast<int32_t>(number("n_outputs"));
   f.gate_bias = gate_bias.data();
   f.gate_columns = gate_columns.data();
   f.members = members.data();
@@ -51,8 +49,9 @@ int main(int argc, char** argv) {
   if (static_cast<int64_t>(stages.size()) * 16 != int64_t{f.of_tile()} * kStageBytes) return 3;
   const int n_tiles = (f.n_rows + kProgramRows - 1) / kProgramRows;
   emulated::forget();
-  emulated::run(folded_kernel<kRelu, 1, kStages>, programs, kFoldedThreads, f, n_tiles,
-                static_cast<int32_t>(number("lag")));
+  void (*const kernels[])(const Folded, int32_t) = {folded_kernel<kRelu>, folded_kernel<kLeakyRelu>,
+                                                    folded_kernel<kSilu>};
+  emulated::run(kernels[number("activation")], programs, kFoldedThreads, f, n_tiles);
   write("out", out);
   return 0;
 }

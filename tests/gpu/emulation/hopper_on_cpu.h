@@ -1,9 +1,10 @@
 // What csrc/cuda/hopper.cuh has, on a CPU, by the documents of PTX: descriptors are decoded, pieces of 16 bytes found
 // where the swizzle puts them, fragments spread over a warpgroup's registers. What is asynchronous there happens as
 // late as it may here: products when they are waited for, with what registers and shared memory hold by then; copies of
-// threads likewise. A cluster has one program.
+// threads likewise.
 #pragma once
 
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
@@ -140,24 +141,17 @@ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
 inline void barriers_made() {}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulated::count(barrier, 1, bytes); }
 inline void barrier_arrive(uint32_t barrier) { emulated::count(barrier, 1, 0); }
-inline void barrier_arrive_at(uint32_t barrier, uint32_t) { barrier_arrive(barrier); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   std::unique_lock<std::mutex> lock(emulated::guard);
   const emulated::Barrier& mine = emulated::barriers.at(barrier);
   emulated::changed.wait(lock, [&] { return mine.phase % 2 != parity; });
 }
 inline void threads_meet(int barrier, int threads) { emulated::barrier_of(barrier, threads).arrive_and_wait(); }
-inline void threads_pass(int barrier, int threads) { (void)emulated::barrier_of(barrier, threads).arrive(); }
-inline uint32_t cluster_rank() { return 0; }
-inline void cluster_meets() { __syncthreads(); }
 
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if (bytes % 16 || to % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
   std::memcpy(emulated::shared(to), from, bytes);
   emulated::count(barrier, 0, -static_cast<int64_t>(bytes));
-}
-inline void copy_bulk_to(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t) {
-  copy_bulk(to, from, bytes, barrier);
 }
 inline void copy_16(uint32_t to, const void* from, uint32_t read) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || read > 16) std::abort();
@@ -221,6 +215,8 @@ inline uint32_t rounded(float x) {
 }
 inline uint32_t packed(float low, float high) { return rounded(low) | rounded(high) << 16; }
 inline uint32_t packed_relu(float low, float high) { return packed(low < 0 ? 0 : low, high < 0 ? 0 : high); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float lower(uint32_t both) { return emulated::number_of(static_cast<uint16_t>(both)); }
 inline float upper(uint32_t both) { return emulated::number_of(static_cast<uint16_t>(both >> 16)); }
 

@@ -1,13 +1,21 @@
 """The CUDA library on a GPU: its numbers against eager in float64 and against triton's. (Without one it runs on the
 CPU, see ../test_cuda_on_cpu.py.)"""
 
+import copy
+
 import pytest
 import torch
 from trainer_cases import train
-from triton_cases import check, random_lookup
+from triton_cases import check, check_staged, drawer, random_lookup, staged_layer, staged_logits
 
+from fastmtl import backend as backends
 from fastmtl.backends import cuda, eager, triton, updates
+from fastmtl.backends.triton import folded, launch, stages
 from fastmtl.backends.triton import optimizer as triton_updates
+from fastmtl.backends.triton.precision import of_dtype
+from fastmtl.basic.features import DenseFeature, SparseFeature
+from fastmtl.models import MMOE
+from fastmtl.serving import Predictor
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 STEP = [0.01, 0.99, 0.9, 0.1, 0.01, 0.9, 0.3, 1e-6, -0.1]
@@ -105,3 +113,56 @@ def test_a_captured_training_is_triton_s(optimizer, seed, device, tmp_path):
     torch.testing.assert_close(losses, right, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights["embedding.embed_dict.user.weight"],
                                same["embedding.embed_dict.user.weight"], rtol=2e-4, atol=2e-5)  # fmt: skip
+
+
+def has_folded():
+    return torch.cuda.get_device_capability() == (9, 0) and hasattr(torch.ops.fastmtl_cuda, "folded")
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_predictions_of_random_layers(case, seed, device):
+    """Random widths, gates over some experts, the others NaN: one row, tiles of which the last has one, many each."""
+    if not has_folded():
+        pytest.skip("the kernel is for Hopper")
+    n_rows = (9000, 65 * 128 + 1, 3 * 132 * 128 - 5, 1, 300, 20000)[case]
+    rng = torch.Generator().manual_seed(seed + case)
+    activation = stages.ACTIVATIONS[case % 3]
+    layer, towers = staged_layer(rng, 1 + (case + 3) % 7, activation, device)
+    n_in, n_gates = layer.spec.in_features, len(layer.spec.gates)
+    x = torch.full((n_rows, -(-n_in // 8) * 8 + 8 * drawer(rng)(0, 2)), torch.nan, dtype=torch.bfloat16)
+    x[:, :n_in] = torch.randn(n_rows, n_in, generator=rng)
+    x = x.to(device)[:, :n_in]
+    is_probability = (torch.rand(n_gates, generator=rng) < 0.5).to(device)
+    packed = list(stages.stages_of(layer, towers))
+    found = [torch.full((n_rows, n_gates), torch.nan, device=device) for _ in range(2)]
+    for out in found:
+        torch.ops.fastmtl_cuda.folded(x, packed, is_probability, case % 3, out)
+    assert torch.equal(*found)
+    logits = staged_logits(x.double(), layer, towers)
+    wanted = torch.where(is_probability, logits.sigmoid(), logits)
+    check_staged(found[0], wanted)
+    torch.ops.fastmtl_cuda.folded(x, packed, None, case % 3, found[0])
+    folded.run_folded(x.unsqueeze(0), layer, of_dtype(torch.bfloat16), found[1], towers)
+    check_staged(found[0], found[1].double())
+
+
+def test_a_predictor_takes_it_for_many_rows(seed, device):
+    """Repeated calls too; few rows are Triton's."""
+    if not has_folded():
+        pytest.skip("the kernel is for Hopper")
+    torch.manual_seed(seed)
+    features = [SparseFeature("user", 900, embed_dim=40), SparseFeature("item", 70, embed_dim=40), DenseFeature("age")]
+    towers = [{"dims": [64, 32]}] * 2
+    model = MMOE(features, ["classification", "regression"], 5, {"dims": [256, 128]}, towers).eval().to(device)
+    predict = Predictor(model, "bf16")
+    for rows, takes_it in ((20000, True), (300, False)):
+        ids = torch.stack([torch.randint(0, n, (rows,)) for n in (900, 70)], 1)
+        dense = torch.rand(rows, 1)
+        with launch.noting() as launches:
+            found = [predict.run(ids.to(device), dense.to(device)) for _ in range(4)]
+        assert ("folded" in [one.kernel.__name__ for one in launches]) is takes_it
+        assert all(torch.equal(one, found[0]) for one in found)
+        x = {"user": ids[:, 0], "item": ids[:, 1], "age": dense[:, 0]}
+        with torch.no_grad(), backends.use_backend("eager"):
+            wanted = copy.deepcopy(model).cpu().double()(x)
+        torch.testing.assert_close(found[0].cpu().double(), wanted, rtol=0.02, atol=0.02)

@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 from test_triton_inference import MODELS, batch, in_float64, make
+from triton_cases import staged_logits
 
 from fastmtl.backends.deferred import Watch, watching
-from fastmtl.backends.triton import inference, launch, replay
+from fastmtl.backends.triton import configs, inference, launch, replay, stages
 from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.errors import BadDataError, BadIdError
 from fastmtl.models import MMOE
@@ -180,3 +181,42 @@ def test_what_was_computed_between_launches_is_not_repeated(seed, device):
     constants += [one.arguments["Slots_ptr"] for one in launches[:2]]
     with pytest.raises(ValueError, match="Dense_ptr was made by other means"):
         replay.Replay(launches, {"ids": ids, "out": out}, constants)
+
+
+def test_an_op_among_the_launches(seed, device, repeats, monkeypatch):
+    """The layer in CUDA C++ is called again with new rows and a new result (in its place: float64)."""
+    layers, calls = [], []
+
+    def staged(layer, towers):
+        assert stages.why_not(layer, towers) is None
+        layers.append((layer, towers))
+        return list(stages.stages_of(layer, towers))
+
+    def run(x, packed, is_probability, activation, out):
+        assert [len(packed), stages.ACTIVATIONS[activation]] == [9, "silu"]
+        logits = staged_logits(x.double(), *layers[-1])
+        out.copy_(torch.where(is_probability, logits.sigmoid(), logits))
+        calls.append(out)
+
+    operation = launch.Operation("folded", run, inference._ON_HOPPER.arg_names)
+    monkeypatch.setattr(inference, "_staged", staged)
+    monkeypatch.setattr(inference, "_ON_HOPPER", operation)
+    monkeypatch.setattr(configs, "PROGRAMS", 1)
+    torch.manual_seed(seed)
+    features = [SparseFeature("user", 30, embed_dim=40), SparseFeature("item", 9, embed_dim=30), DenseFeature("age")]
+    kinds, layer, tower = ["classification", "regression"], [130, 70], [40, 20]
+    options = {"activation": "silu"}
+    model = MMOE(features, kinds, 3, {"dims": layer, **options}, [{"dims": tower, **options}] * 2).eval().to(device)
+    predict, outs = Predictor(model, "bf16"), []
+    for i in range(4):
+        ids = plain_batch(seed + i, 21, device)
+        columns = {name: ids[name] for name in ("user", "item", "age")}
+        outs.append(predict(columns))
+        torch.testing.assert_close(outs[-1].cpu().double(), in_float64(model, columns), rtol=0.02, atol=0.02)
+    assert len(repeats) == 2
+    assert [out.data_ptr() for out in calls] == [out.data_ptr() for out in outs]
+    monkeypatch.setattr(configs, "PROGRAMS", 132)
+    rows = torch.empty(1, 66 * 128 + 1, 72, dtype=torch.bfloat16, device=device)
+    assert inference._fits(rows)
+    assert not inference._fits(rows[:, 1:])  # few tiles
+    assert not inference._fits(rows[:, :, 1:])  # 16 bytes cannot be loaded at a time

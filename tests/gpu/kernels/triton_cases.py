@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastmtl.backends import eager
 from fastmtl.spec import (
@@ -19,6 +20,9 @@ from fastmtl.spec import (
     Gate,
     GateParams,
 )
+
+if TYPE_CHECKING:
+    from fastmtl.backends.triton.packing import PackedLayer, PackedTowers
 
 
 def drawer(rng: torch.Generator) -> Callable[[int, int], int]:
@@ -227,3 +231,67 @@ def out_shape(layer: Layer) -> tuple[int, ...]:
     """Of the op's output."""
     spec, batch = layer.spec, layer.x.shape[1]
     return (batch, spec.n_experts) if spec.output_layer else (len(spec.gates) or spec.n_experts, batch, spec.dims[-1])
+
+
+def staged_layer(
+    rng: torch.Generator,
+    n_experts: int,
+    activation: str,
+    device: torch.device | str = "cpu",
+    n_in: int = 0,
+    gates: tuple[Gate, ...] = (),
+) -> tuple[PackedLayer, PackedTowers]:
+    """A layer and its towers, packed, of random widths that the kernel for Hopper takes (csrc/cuda/folded.cuh); an
+    expert that no gate mixes gives NaN."""
+    from fastmtl.backends.triton.packing import PackedLayer, PackedTowers
+
+    draw = drawer(rng)
+    n_in = n_in or draw(65, 385)
+    dims, tower_dims = (draw(129, 257), draw(65, 129)), (draw(33, 65), draw(17, 33))
+    everyone = range(n_experts)
+    gates = gates or tuple(
+        Gate(0, tuple(e for e in everyone if draw(0, 2)) or (draw(0, n_experts),)) for _ in range(draw(1, 5))
+    )
+    spec = ExpertGateSpec(n_in, (0,) * n_experts, dims, activation, 0.0, gates, False)
+    towers = ExpertGateSpec(dims[1], tuple(range(len(gates))), tower_dims, activation, 0.0, (), True)
+    nothing = torch.empty(0)
+    params, tower_params = (
+        Layer(one, random_params(one, rng), nothing).cast(torch.float32, device).params for one in (spec, towers)
+    )
+    for e in set(everyone) - {e for gate in gates for e in gate.experts}:
+        params.bias[1][e * dims[1] : (e + 1) * dims[1]] = torch.nan
+    layer = PackedLayer(spec, params, None, torch.bfloat16)
+    return layer, PackedTowers(towers, tower_params, layer.h2, None, torch.bfloat16)
+
+
+def staged_logits(x: Tensor, layer: PackedLayer, towers: PackedTowers) -> Tensor:
+    """Logits ``[B, G]`` in float64 of ``x [B, I]``, rounded to bf16 where the kernel rounds."""
+    activation = {"relu": functional.relu, "leakyrelu": functional.leaky_relu, "silu": functional.silu}[
+        layer.spec.activation
+    ]
+
+    def rounded(value: Tensor) -> Tensor:
+        return activation(value).bfloat16().double()
+
+    w = {name: value.double() for name, value in layer.arguments().items() if isinstance(value, Tensor)}
+    t = {name: value.double() for name, value in towers.tower_arguments().items() if isinstance(value, Tensor)}
+    n = x.shape[1]
+    logits = x @ w["Wg_ptr"][0, :, :n].T + w["Bg_ptr"]
+    first = rounded(x @ w["W1_ptr"][:, :, :n].mT + w["B1_ptr"][:, None])
+    h = rounded(first @ w["W2_ptr"].mT + w["B2_ptr"][:, None])
+    found = []
+    for g, (gate, span) in enumerate(zip(layer.spec.gates, layer.spec.gate_spans, strict=True)):
+        share = logits[:, slice(*span)].softmax(1)
+        y = sum(share[:, [i]] * h[e] for i, e in enumerate(gate.experts))
+        z = rounded(y.bfloat16().double() @ t["T1_ptr"][g].T + t["Tb1_ptr"][g])
+        z = activation(z @ t["T2_ptr"][g].T + t["Tb2_ptr"][g])
+        found.append(z @ t["Head_ptr"][g] + t["Headb_ptr"].flatten()[g])
+    return torch.stack(found, 1)
+
+
+def check_staged(found: Tensor, wanted: Tensor) -> None:
+    """Sums in another order: now and then a number is rounded to its other neighbour in bf16, which moves a row by more
+    than all others are off."""
+    error = (found.double() - wanted).norm().item()
+    assert error <= 2e-3 * wanted.norm().item(), (error, wanted.norm().item())
+    torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.02)
