@@ -191,12 +191,14 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Rows:
-    """A block of batch rows times units; ``run`` rows a program where it leaves sums behind."""
+    """A block of batch rows times units; ``run`` rows a program where it leaves sums behind; ``blocks`` of them are
+    asked for before one is worked on."""
 
     block_b: int
     block_h: int
     run: int
     warps: Warps
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -244,21 +246,25 @@ class ExpertGateConfig:
     cap: int = 1 << 30
 
     def pieces(self, n_rows: int, pitch: int) -> Rows:
-        """Of the statistics' pieces of a buffer ``[n_rows, pitch]``: a vector of 16 bytes a thread and block, four
-        blocks on their way at a time; narrow buffers in narrower blocks, so that they too fill the machine."""
+        """Of the statistics' pieces of a buffer ``[n_rows, pitch]``: a vector of 16 bytes a thread and block; narrow
+        buffers in narrower blocks, so that they too fill the machine."""
         block_h = min(power_of_two(pitch, 16), 128)
         while block_h > 32 and cdiv(pitch, block_h) * PIECES < 3 * PROGRAMS:
             block_h //= 2
-        block_b = min(2048 // block_h, self.cap // 4)
-        together = 4 * block_b
-        run = min(n_rows * cdiv(pitch, block_h) // (8 * PROGRAMS), 256) // together * together
-        return Rows(block_b, block_h, max(run, round_up(cdiv(n_rows, PIECES), together)), Warps(8))
+        return self._streamed(n_rows, cdiv(pitch, block_h), block_h, 4, 8)
 
     def back(self, n_rows: int, units: int, n_experts: int) -> Rows:
-        """Of the sums of D under activations that look at each unit alone: two blocks on their way at a time."""
+        """Of the sums of D under activations that look at each unit alone."""
         block_h = min(power_of_two(units, 16), 128)
-        block_b = min(2048 // block_h, self.cap // 2)
-        return Rows(block_b, block_h, self._run(n_rows, n_experts * cdiv(units, block_h), 2 * block_b), Warps(8))
+        return self._streamed(n_rows, n_experts * cdiv(units, block_h), block_h, 2, 6)
+
+    def _streamed(self, n_rows: int, columns: int, block_h: int, blocks: int, resident: int) -> Rows:
+        """Of sums over a buffer of so many ``columns`` of blocks, that are read through shared memory, two turns of the
+        loop ahead: runs so long that all programs are ``resident`` on a multiprocessor at the same time, since one that
+        begins or ends reads nothing meanwhile."""
+        block_b = min(1024 // block_h, self.cap // blocks)
+        run = max(cdiv(n_rows * columns, resident * PROGRAMS), cdiv(n_rows, PIECES))
+        return Rows(block_b, block_h, round_up(run, blocks * block_b), Warps(4, 3), blocks)
 
     def columns(self, n_rows: int, pitch: int, units: int, elements: int) -> Rows:
         """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns and about so many
@@ -334,8 +340,8 @@ class ExpertGateConfig:
         """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
         expert; ``dropped``: some are dropped, which takes registers, too."""
         block_h = self._units(units, whole)
-        elements = max(16384 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
-        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(8))
+        elements = max(8192 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4), 4)
 
     def tail(self, units: int, whole: bool, n_rows: int, n_experts: int, mixed: bool) -> tuple[Rows, int]:
         """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch, and the experts of a

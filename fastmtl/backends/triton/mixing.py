@@ -53,6 +53,7 @@ def expert_gate_mix_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     begin(EARLY)
@@ -67,9 +68,9 @@ def expert_gate_mix_kernel(
     mask = live[:, None] & inside[None, :]
     z_rows = Z_ptr + first_row * pitch
     at_z = m[:, None] * pitch + h[None, :]
-    # two experts' are on their way all the time, from here on (behind the last one its own, once more)
-    following = tl.load(z_rows + at_z, mask=mask, other=0.0)
-    then = tl.load(z_rows + (at_z + tl.minimum(1, n_experts - 1) * n_units), mask=mask, other=0.0)
+    coming: tl.tuple = ()  # so many experts' are on their way all the time, from here on
+    for i in tl.static_range(AHEAD):
+        coming += (tl.load(z_rows + (at_z + i * n_units), mask=mask & (i < n_experts), other=0.0),)
     of_rows = Share_ptr + first_row * n_gate_columns
     for g in tl.static_range(GATES):
         column = tl.load(Spans_ptr + g * 3) + p
@@ -86,9 +87,13 @@ def expert_gate_mix_kernel(
     for _g in tl.static_range(GATES):
         sums += (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
     for e in range(n_experts):
-        z = following
-        following = then
-        then = tl.load(z_rows + (at_z + tl.minimum(e + 2, n_experts - 1) * n_units), mask=mask, other=0.0)
+        z = coming[0]
+        rest: tl.tuple = ()
+        for i in tl.static_range(1, AHEAD):
+            rest += (coming[i],)
+        later = at_z + (e + AHEAD) * n_units
+        rest += (tl.load(z_rows + later, mask=mask & (e + AHEAD < n_experts), other=0.0),)
+        coming = rest
         c = e * n_units + h
         mean = tl.load(Stat_ptr + c, mask=inside, other=0.0)[None, :]
         scale = tl.load(Stat_ptr + 2 * pitch + c, mask=inside, other=0.0)[None, :]
@@ -194,6 +199,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
         BLOCK_C=power_of_two(plan.widest_gate),
+        AHEAD=config.blocks,
         EARLY=starts_early(device),
     )
     return y, share

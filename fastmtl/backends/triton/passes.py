@@ -7,8 +7,11 @@ the activations, where these look at each unit alone; batch_norm.py adds the run
 expert_gate_dz_kernel: the gradient of z from z and D, that of the BatchNorm's output, or from the gradient of the
 activations, which is turned into D on the way.
 
-Each reads every number once, by several vectors of 16 bytes a thread that are on their way together: a machine's
-bandwidth times its latency is some 22 KB a multiprocessor. fp32 arithmetic whatever the storage; deterministic.
+Each reads every number once, in vectors of 16 bytes a thread, many of which are on their way together: a machine's
+bandwidth times its latency is some 26 KB a multiprocessor. Those that leave sums behind read through shared memory, two
+turns of a long loop ahead (STAGES), so that what is on its way takes no registers, and nothing waits for it that could
+ask for more; dz does one block after the other, many programs side by side. fp32 arithmetic whatever the storage;
+deterministic.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ def expert_gate_pieces_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     begin(EARLY)
@@ -47,29 +52,28 @@ def expert_gate_pieces_kernel(
     inside = c < aligned(pitch, ALIGN)
     first_row = run.to(tl.int64) * run_rows
     n_live = tl.minimum(n_rows - first_row, run_rows).to(tl.int32)
-    at = Z_ptr + first_row * aligned(pitch, ALIGN) + m[:, None] * aligned(pitch, ALIGN) + c[None, :]
-    step = BLOCK_B * aligned(pitch, ALIGN)
+    stride = aligned(pitch, ALIGN)
+    rows = Z_ptr + first_row * stride
+    at = m[:, None] * stride + c[None, :]
     # about each block row's first number, which is one of those that are added: at most as much cancels as there are
-    about = tl.load(at, mask=(m < n_live)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    about = tl.load(rows + at, mask=(m < n_live)[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     square = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    n_whole = n_live // (4 * BLOCK_B) * (4 * BLOCK_B)
-    for _ in range(0, n_whole, 4 * BLOCK_B):
-        four: tl.tuple = ()
-        for _i in tl.static_range(4):
-            four += (tl.load(at, mask=inside[None, :], other=0.0),)
-            at += step
-        for i in tl.static_range(4):
-            apart = four[i].to(tl.float32) - about
+    n_whole = n_live // (BLOCKS * BLOCK_B) * (BLOCKS * BLOCK_B)
+    for start in tl.range(0, n_whole, BLOCKS * BLOCK_B, num_stages=STAGES):
+        blocks: tl.tuple = ()
+        for i in tl.static_range(BLOCKS):
+            blocks += (tl.load(rows + ((start + i * BLOCK_B) * stride + at), mask=inside[None, :], other=0.0),)
+        for i in tl.static_range(BLOCKS):
+            apart = blocks[i].to(tl.float32) - about
             total += apart
             square += apart * apart
-    for start in range(n_whole, n_live, BLOCK_B):
+    for start in tl.range(n_whole, n_live, BLOCK_B, num_stages=1):
         left = (start + m < n_live)[:, None]
-        z = tl.load(at, mask=left & inside[None, :], other=0.0).to(tl.float32)
+        z = tl.load(rows + (start * stride + at), mask=left & inside[None, :], other=0.0).to(tl.float32)
         apart = tl.where(left, z - about, 0.0)
         total += apart
         square += apart * apart
-        at += step
     count = tl.maximum((n_live - m + BLOCK_B - 1) // BLOCK_B, 0).to(tl.float32)[:, None]
     mean = about + total / tl.maximum(count, 1.0)
     m2 = square - total * (total / tl.maximum(count, 1.0))
@@ -102,6 +106,8 @@ def expert_gate_back_kernel(
     ALIGN: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     begin(EARLY)
@@ -122,16 +128,18 @@ def expert_gate_back_kernel(
     sum_d = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     sum_dz = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     sum_alpha = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-    at = first_row * aligned(pitch, ALIGN) + m[:, None] * aligned(pitch, ALIGN) + c[None, :]
-    for start in range(0, n_live, 2 * BLOCK_B):
+    stride = aligned(pitch, ALIGN)
+    z_rows = Z_ptr + first_row * stride
+    dh_rows = Dh_ptr + first_row * stride
+    at = m[:, None] * stride + c[None, :]
+    for start in tl.range(0, n_live, BLOCKS * BLOCK_B, num_stages=STAGES):
         zs: tl.tuple = ()
         dhs: tl.tuple = ()
-        for i in tl.static_range(2):
+        for i in tl.static_range(BLOCKS):
             mask = (start + i * BLOCK_B + m < n_live)[:, None] & inside[None, :]
-            zs += (tl.load(Z_ptr + at, mask=mask, other=0.0),)
-            dhs += (tl.load(Dh_ptr + at, mask=mask, other=0.0),)
-            at += BLOCK_B * aligned(pitch, ALIGN)
-        for i in tl.static_range(2):
+            zs += (tl.load(z_rows + ((start + i * BLOCK_B) * stride + at), mask=mask, other=0.0),)
+            dhs += (tl.load(dh_rows + ((start + i * BLOCK_B) * stride + at), mask=mask, other=0.0),)
+        for i in tl.static_range(BLOCKS):
             dh = dhs[i].to(tl.float32)
             if DROPOUT:
                 keep = kept(Seed_ptr, first_row + start + i * BLOCK_B + m, e, unit, drop, LAYER, BLOCK_H)
@@ -233,6 +241,8 @@ def pieces(z: Tensor) -> tuple[Tensor, int]:
         ALIGN=alignment(pitch),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        BLOCKS=config.blocks,
+        STAGES=config.warps.num_stages,
         EARLY=starts_early(z.device),
     )
     return part, config.run
@@ -264,6 +274,8 @@ def sums(dh: Tensor, hidden: Hidden) -> Tensor:
         ALIGN=alignment(pitch, units, most=16),
         BLOCK_B=config.block_b,
         BLOCK_H=config.block_h,
+        BLOCKS=config.blocks,
+        STAGES=config.warps.num_stages,
         EARLY=starts_early(dh.device),
     )
     return part
