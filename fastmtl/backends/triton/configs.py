@@ -149,7 +149,7 @@ class EmbeddingConfig:
     def stitch(self, n: int, dim: int, whole: bool) -> Stitch:
         """Of the rows of several pieces, which are ``n`` at most."""
         stitched = max(min(self.stitched, 2048 // self._columns(dim, whole)), 1)
-        return Stitch(stitched, min(n, self.multiprocessors * self.resident // 4), Warps(4))
+        return Stitch(stitched, min(n, max(self.multiprocessors * self.resident // 4, 1)), Warps(4))
 
     def _columns(self, dim: int, whole: bool) -> int:
         return power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)
