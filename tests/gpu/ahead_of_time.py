@@ -69,6 +69,7 @@ class Report:
         matrix: the instruction by which it multiplies matrices on tensor cores, if it does; '' for a kernel that is not
             disassembled, which takes as long as its compilation (DISASSEMBLED).
         wide: loads of 16 bytes over all loads from global memory; likewise 1.
+        misplaced: reductions and scans that the program has in a loop and the compiled kernel before it.
         approximate: whether it rounds anything otherwise than IEEE 754 says, but for what the quick steps begin with.
     """
 
@@ -83,6 +84,7 @@ class Report:
     dtype: str
     matrix: str
     wide: float
+    misplaced: int
     approximate: bool
     constants: str
     seconds: float
@@ -180,10 +182,34 @@ def compile_for(launch: Launch, arch: int, workload: str) -> Report:
         next((type_[1:] for name_, type_ in launch.signature if name_ in ("Z_ptr", "X_ptr", "Out_ptr")), ""),
         "/".join(sorted(set(_TENSOR_CORES.findall(sass)))),
         round(wide, 2),
+        _misplaced(compiled.asm["ttir"], compiled.asm["ttgir"]),
         bool(re.search(r"\.(approx|ftz)\b", re.sub(_SEEDS, "", compiled.asm["ptx"]))),
         ", ".join(f"{key}={value}" for key, value in launch.constants if key.isupper()),
         round(seconds, 2),
     )
+
+
+def _misplaced(before: str, after: str) -> int:
+    """What stood in a loop of Triton's own program, where all that could be moved out of it had been, and does no more
+    where that has got its layouts: it is computed once then, of whatever the loop began with."""
+    depths = [_depths(text) for text in (before, after)]
+    deepest = max((depth for found in depths for depth in found), default=0)
+    inside = [[sum(depth >= d for depth in found) for d in range(1, deepest + 1)] for found in depths]
+    return max((was - now for was, now in zip(*inside, strict=True)), default=0)
+
+
+def _depths(text: str) -> list[int]:
+    """How many loops each reduction and scan of a program is in."""
+    found, nested = [], []
+    for line in text.splitlines():
+        line = re.sub(r" loc\([^()]*\)", "", line).strip()
+        if line.startswith("}"):
+            nested.pop()
+        if re.search(r'"tt\.(reduce|scan)"', line):
+            found.append(sum(nested))
+        if line.endswith("{"):
+            nested.append("scf.for" in line or "scf.while" in line or line == "} do {")
+    return found
 
 
 def _tool(option: str, file: str) -> str:

@@ -101,6 +101,11 @@ def test_registers_and_shared_memory(reports):
     assert over == []
 
 
+def test_what_a_loop_computes_stays_in_the_loop(reports):
+    """A loop's bound that was a maximum over what an outer loop carried became the outer loop's first round's."""
+    assert [f"{name(row)}: {row['misplaced']}" for row in reports if row["misplaced"] > 0] == []
+
+
 def test_updates_round_as_torch_does(reports):
     """No approximate quotient or square root but those that are corrected, nothing small taken for zero."""
     rows = [row for row in reports if row["kernel"] in ("table_rows_kernel", "dense_step_kernel")]

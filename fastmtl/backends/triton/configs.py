@@ -102,7 +102,7 @@ class EmbeddingConfig:
         gathered: rows that are sorted by the steps they missed; a quarter of them where there are few.
         indexed: sorted lookups that are looked at at once.
         most_runs: programs that share the sorted lookups, at most.
-        resident: programs of one warp that a multiprocessor runs at a time.
+        resident: programs of one warp for each multiprocessor, at most.
         multiprocessors: for how many of them there is work.
         stitched: pieces of a row that are added at once, at most.
         tiny_runs: runs of the batch whose sums of tiny tables are added, at most.
@@ -117,7 +117,7 @@ class EmbeddingConfig:
     gathered: int = 128
     indexed: int = 1024
     most_runs: int = 1024
-    resident: int = 24
+    resident: int = 64
     multiprocessors: int = PROGRAMS
     stitched: int = 128
     tiny_runs: int = 128
@@ -139,8 +139,8 @@ class EmbeddingConfig:
     def segments(self, n: int, dim: int, whole: bool) -> Segments:
         """Of the backward over ``n`` sorted lookups; ``whole``: a block must hold whole rows.
 
-        One warp: its rows wait for nobody else's. No more programs than run at a time: to start one takes as long as
-        some of these need.
+        One warp: its rows wait for nobody else's. Programs for a few rounds of what runs at a time, so that none waits
+        long for the last; not one a block: to start one takes as long as some of these need.
         """
         block_d = self._columns(dim, whole)
         pieces = max(self.replayed // block_d, 1)
@@ -149,7 +149,7 @@ class EmbeddingConfig:
     def stitch(self, n: int, dim: int, whole: bool) -> Stitch:
         """Of the rows of several pieces, which are ``n`` at most."""
         stitched = max(min(self.stitched, 2048 // self._columns(dim, whole)), 1)
-        return Stitch(stitched, min(n, self.multiprocessors * self.resident // 4), Warps(4))
+        return Stitch(stitched, min(n, max(self.multiprocessors * self.resident // 4, 1)), Warps(4))
 
     def _columns(self, dim: int, whole: bool) -> int:
         return power_of_two(dim) if whole else min(power_of_two(dim), self.max_block_d)

@@ -79,13 +79,18 @@ def embedding_segments_kernel(
         n_pieces = tl.where(now < 0, 0, n_pieces)  # vetoed: there is nothing to add
     n_pieces = n_pieces.to(Begins_ptr.dtype.element_ty)  # how far programs reach is less than 2^20 more
     start = tl.program_id(0).to(Begins_ptr.dtype.element_ty) * PIECES
-    at = start + tl.arange(0, PIECES)
-    row, begin, end, parted = load_pieces(Rows_ptr, Begins_ptr, at, n_pieces)
-    for _ in range(start, n_pieces, n_programs * PIECES):
-        # what the next block is about is asked for before this one is worked on
-        following = at + n_programs * PIECES
-        next_row, next_begin, next_end, next_parted = load_pieces(Rows_ptr, Begins_ptr, following, n_pieces)
-        whole = (at < n_pieces) & (parted == 0)
+    # Nothing is carried from block to block: triton 3.6 and 3.7 compute a loop's bound from what another loop carries
+    # once, before both (a maximum over rows is taken in another layout, and there they mistake what begins the loop
+    # for what it carries).
+    for first_piece in range(start, n_pieces, n_programs * PIECES):
+        at = first_piece + tl.arange(0, PIECES)
+        live = at < n_pieces
+        row = tl.load(Rows_ptr + at, mask=live, other=0)
+        begin = tl.load(Begins_ptr + at, mask=live, other=0)
+        end = tl.load(Begins_ptr + at + 1, mask=live, other=0) >> 1
+        parted = begin & 1
+        begin = begin >> 1
+        whole = live & (parted == 0)
         p, first, second = 0.0, 0.0, 0.0
         if RULE != NO_RULE:
             p, first, second = load_rows(P_ptr, First_ptr, Second_ptr, row.to(tl.int64), whole, d, DIM, RULE)
@@ -120,17 +125,6 @@ def embedding_segments_kernel(
                 tl.store(Last_ptr + row, tl.zeros([PIECES], tl.int32) + now, mask=whole)
         partial = Partial_ptr + partial_slot(begin, CHUNK).to(tl.int64)[:, None] * DIM + d[None, :]
         tl.store(partial, total, mask=(parted != 0)[:, None] & inside)
-        at, row, begin, end, parted = following, next_row, next_begin, next_end, next_parted
-
-
-@triton.jit
-def load_pieces(Rows_ptr, Begins_ptr, at, n_pieces):
-    """Of the pieces ``at``: their row, their first and last + 1 lookup, and 1 where they are not all of their row."""
-    live = at < n_pieces
-    row = tl.load(Rows_ptr + at, mask=live, other=0)
-    begin = tl.load(Begins_ptr + at, mask=live, other=0)
-    end = tl.load(Begins_ptr + at + 1, mask=live, other=0)
-    return row, begin >> 1, end >> 1, begin & 1
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """embedding_bag as Triton kernels: values, gradients in both forms, refused ids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_cases import check, random_lookup
@@ -9,6 +11,7 @@ from fastmtl.backends import eager
 from fastmtl.backends import triton as backend
 from fastmtl.backends.deferred import Watch, watching
 from fastmtl.backends.triton import configs
+from fastmtl.backends.updates import RULES, Update
 from fastmtl.errors import BadIdError
 from fastmtl.spec import Bag, EmbeddingSpec
 
@@ -109,6 +112,50 @@ def test_a_row_with_many_lookups_is_stitched_from_many_chunks(device):
     want = torch.zeros(50, 3)
     want[0], want[7] = 200.0, 100.0
     assert torch.equal(got.cpu(), want)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN and the largest integers, not the zeros of a fresh page."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hot_rows_behind_more_rows_than_run_at_a_time(dtype, seed, device, monkeypatch):
+    """Each program adds several blocks of rows, the longest last, at the launch choices of a GPU too; one row has more
+    pieces than are stitched at once. Written out, and as a step."""
+    rng = torch.Generator().manual_seed(seed)
+    config = configs.EMBEDDING
+    if device.type == "cpu":  # the interpreter takes long for small blocks of many lookups
+        config = replace(config, indexed=1024, elements=2048, stitched=64)
+        monkeypatch.setattr(configs, "EMBEDDING", config)
+    at_a_time = config.segments(1 << 40, 3, False)
+    n_cold, hot = at_a_time.programs * at_a_time.pieces + 50, (1100, 70, 9)
+    vocab = n_cold + len(hot)
+    ids = torch.cat([torch.arange(n_cold), torch.arange(n_cold, vocab).repeat_interleave(torch.tensor(hot))])
+    ids = torch.stack([ids[torch.randperm(len(ids), generator=rng)], torch.randint(0, 5, ids.shape, generator=rng)], 1)
+    assert hot[0] > 128 * config.chunk(len(ids)) >= 128 * 8
+    spec, shape = EmbeddingSpec((Bag("hot", 0, 5, vocab, 3), Bag("tiny", 0, 0, 5, 3))), torch.Size((vocab + 5, 3))
+    grad = torch.randn(len(ids), 6, generator=rng).to(dtype)
+    want = torch.zeros(shape, dtype=torch.float64)
+    want.index_add_(0, ids[:, 0] + 5, grad[:, :3].double())
+    want.index_add_(0, ids[:, 1], grad[:, 3:].double())
+    grad, ids, columns = grad.to(device), ids.to(device), (0, 1, 2)
+    (got,) = backend.embedding_bag_bwd(grad, ids, columns, spec, [shape], [True])
+    scale = want.abs().max().item()
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=2e-7 * scale)
+    p, last = torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.int32, device=device)
+    descent = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0], device=device)
+    step = Update(p, [], last, RULES.index("sgd"), descent, torch.ones(1, dtype=torch.int32, device=device))
+    backend.embedding_bag_bwd_step(grad, ids, columns, spec, [step])
+    assert torch.equal(p, -got)
+    assert last.eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
