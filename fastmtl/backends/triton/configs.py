@@ -251,20 +251,21 @@ class ExpertGateConfig:
         block_h = min(power_of_two(pitch, 16), 128)
         while block_h > 32 and cdiv(pitch, block_h) * PIECES < 3 * PROGRAMS:
             block_h //= 2
-        return self._streamed(n_rows, cdiv(pitch, block_h), block_h, 4, 8)
+        return self._streamed(n_rows, cdiv(pitch, block_h), block_h, 4, 30, 1)
 
     def back(self, n_rows: int, units: int, n_experts: int) -> Rows:
         """Of the sums of D under activations that look at each unit alone."""
         block_h = min(power_of_two(units, 16), 128)
-        return self._streamed(n_rows, n_experts * cdiv(units, block_h), block_h, 2, 6)
+        return self._streamed(n_rows, n_experts * cdiv(units, block_h), block_h, 2, 26, 3)
 
-    def _streamed(self, n_rows: int, columns: int, block_h: int, blocks: int, resident: int) -> Rows:
-        """Of sums over a buffer of so many ``columns`` of blocks, that are read through shared memory, two turns of the
-        loop ahead: runs so long that all programs are ``resident`` on a multiprocessor at the same time, since one that
-        begins or ends reads nothing meanwhile."""
-        block_b = min(1024 // block_h, self.cap // blocks)
+    def _streamed(self, n_rows: int, columns: int, block_h: int, blocks: int, resident: int, stages: int) -> Rows:
+        """Of sums over a buffer of so many ``columns`` of blocks: runs so long that all programs are ``resident`` on a
+        multiprocessor at the same time, since one that begins or ends reads nothing meanwhile; of one warp, which waits
+        for no other. With more than one of the ``stages`` blocks are read through shared memory, that many turns of the
+        loop less one ahead."""
+        block_b = max(min(256 // block_h, self.cap // blocks), 1)
         run = max(cdiv(n_rows * columns, resident * PROGRAMS), cdiv(n_rows, PIECES))
-        return Rows(block_b, block_h, round_up(run, blocks * block_b), Warps(4, 3), blocks)
+        return Rows(block_b, block_h, round_up(run, blocks * block_b), Warps(1, stages), blocks)
 
     def columns(self, n_rows: int, pitch: int, units: int, elements: int) -> Rows:
         """Of passes over a layer's buffers ``[n_rows, pitch]`` in blocks of at most ``units`` columns and about so many
@@ -336,12 +337,13 @@ class ExpertGateConfig:
         block = min(512, self.cap)
         return Losses(block, round_up(max(cdiv(n_rows, PROGRAMS), 1), block), min(128, self.cap), Warps(4))
 
-    def mix(self, units: int, whole: bool, dropped: bool, gates: int) -> Rows:
-        """Of the mixture for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all units of an
-        expert; ``dropped``: some are dropped, which takes registers, too."""
+    def mix(self, n_rows: int, units: int, whole: bool, dropped: bool, gates: int) -> Rows:
+        """Of the mixture of ``n_rows`` for ``gates`` gates, a sum of each in registers; ``whole``: blocks hold all
+        units of an expert; ``dropped``: some are dropped, which takes registers, too."""
         block_h = self._units(units, whole)
-        elements = max(8192 // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
-        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(4), 4)
+        warps = 8 if n_rows < 16384 else 4
+        elements = max(2048 * warps // max(power_of_two(gates), 8) // (1 + (whole or dropped)), 512)
+        return Rows(min(max(elements // block_h, 1), 32, self.cap), block_h, 0, Warps(warps), 2)
 
     def tail(self, units: int, whole: bool, n_rows: int, n_experts: int, mixed: bool) -> tuple[Rows, int]:
         """Of the first pass back through the last hidden layer, over ``n_rows`` of the batch, and the experts of a

@@ -173,7 +173,7 @@ def mix(hidden: Hidden, first: Hidden, plan: LayerPlan) -> tuple[Tensor, Tensor]
     spec, n_rows, units, device = plan.spec, len(hidden.z), hidden.units, hidden.z.device
     y = torch.empty(len(spec.gates), n_rows, units, dtype=hidden.z.dtype, device=device)
     share = torch.empty(n_rows, first.pitch - plan.gate_start[0], dtype=torch.float32, device=device)
-    config = configs.EXPERT_GATE.mix(units, hidden.row_wise, hidden.dropped, len(spec.gates))
+    config = configs.EXPERT_GATE.mix(n_rows, units, hidden.row_wise, hidden.dropped, len(spec.gates))
     launch(
         expert_gate_mix_kernel,
         (cdiv(n_rows, config.block_b) * cdiv(units, config.block_h),),

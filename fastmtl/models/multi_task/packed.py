@@ -293,12 +293,12 @@ class _UnlikeError(ValueError):
 
 
 def _side_by_side(columns: Sequence[Tensor]) -> Tensor | None:
-    """Columns ``[B]`` of one dtype as ``[B, n]``."""
+    """Columns ``[B]`` of one dtype as ``[B, n]``, each in one piece: memory is copied and read as it lies."""
     if not columns:
         return None
     if len(set(map(_dtype_of, columns))) > 1 or set(map(_ndim_of, columns)) != {1}:
         raise _UnlikeError
-    return torch.stack(tuple(columns), dim=1)
+    return torch.stack(tuple(columns)).t()
 
 
 _dtype_of: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
