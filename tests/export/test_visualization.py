@@ -12,6 +12,7 @@ from fastmtl.trainers import MTLTrainer
 
 @pytest.fixture
 def trainer(tmp_path):
+    pytest.importorskip("torchview", reason="torchview is not installed: 'fastmtl[visualization]'")
     features = [SparseFeature("a", 10, 4), DenseFeature("d")]
     model = MMOE(features, ["classification"] * 2, 3, {"dims": [6]}, [{"dims": [4]}] * 2)
     return MTLTrainer(model, model_path=str(tmp_path))

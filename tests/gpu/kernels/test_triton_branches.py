@@ -66,11 +66,11 @@ def test_epochs_are_the_same_whenever_branches_are_done(update, seed, device, tm
         assert torch.equal(losses, right), name
         for key, value in weights.items():
             assert torch.equal(value, same[key]), (name, key)
-    n_recorded = 3 + 5 * (device.type == "cuda")  # those that ran in Python
+    n_in_python = 3 + 3 * (device.type == "cuda")  # on a GPU those that were recorded, and those before them
     assert beside.waiting == {}
     kinds = {name: beside.done.count(name) for name in branches.NAMES}
     n_steps = kinds[branches.LABELS]
-    assert n_steps >= n_recorded
+    assert n_steps >= n_in_python
     # three layers with weights: of the experts, of the towers; an update, and a sweep where rows are left behind
     assert kinds[branches.WEIGHTS] == 2 * n_steps
     assert kinds[branches.TABLES] == (2 if update == "exact" else 0) * n_steps

@@ -55,8 +55,9 @@ def test_values_and_gradients(case, tiny_vocab, seed, device, monkeypatch):
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_the_pieces_of_an_index(case, seed, device):
+def test_the_pieces_of_an_index(case, seed, device, monkeypatch):
     """Every lookup that counts is in one piece, of its row; pieces are short; tiny tables' rows are all listed."""
+    monkeypatch.setattr(configs, "EMBEDDING", replace(configs.EMBEDDING, tiny_vocab=8))
     rng = torch.Generator().manual_seed(seed + case)
     n_rows, vocab = 5 + 40 * case, (9, 60)[case % 2]
     ids = (vocab * torch.rand(n_rows, 3, generator=rng) ** 3).long() - case % 2
@@ -136,7 +137,8 @@ def test_hot_rows_behind_more_rows_than_run_at_a_time(dtype, seed, device, monke
         config = replace(config, indexed=1024, elements=2048, stitched=64)
         monkeypatch.setattr(configs, "EMBEDDING", config)
     at_a_time = config.segments(1 << 40, 3, False)
-    n_cold, hot = at_a_time.programs * at_a_time.pieces + 50, (1100, 70, 9)
+    n_cold = at_a_time.programs * at_a_time.pieces + 50
+    hot = (128 * config.chunk(n_cold) + 76, 70, 9)
     vocab = n_cold + len(hot)
     ids = torch.cat([torch.arange(n_cold), torch.arange(n_cold, vocab).repeat_interleave(torch.tensor(hot))])
     ids = torch.stack([ids[torch.randperm(len(ids), generator=rng)], torch.randint(0, 5, ids.shape, generator=rng)], 1)
