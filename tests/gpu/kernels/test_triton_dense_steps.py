@@ -84,7 +84,9 @@ def test_many_steps_are_torchs(case, seed, device, triton_backend, monkeypatch):
         torch.testing.assert_close(p.detach().cpu().double(), r.detach(), rtol=2e-5, atol=2e-6)
         torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-6, atol=1e-7)
         for key, value in ours.state[p].items():
-            wanted = native.state[q][key]  # sums of gradients and decay that cancel round otherwise in torch's first step
+            wanted = native.state[q][
+                key
+            ]  # sums of gradients and decay that cancel round otherwise in torch's first step
             atol = 1e-6 * float(wanted.abs().max())
             torch.testing.assert_close(value.cpu(), wanted, rtol=1e-6, atol=atol, msg=key)
 
