@@ -106,11 +106,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("check_packed_gemm", TORCH_BOX(&check_packed_gemm));
-  m.impl("check_wgrad", TORCH_BOX(&check_wgrad));
-  m.impl("check_wgrad_f32", TORCH_BOX(&check_wgrad_f32));
+  m.impl("check_packed_gemm", FASTMTL_BOX(&check_packed_gemm));
+  m.impl("check_wgrad", FASTMTL_BOX(&check_wgrad));
+  m.impl("check_wgrad_f32", FASTMTL_BOX(&check_wgrad_f32));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("gemm_isa", TORCH_BOX(&gemm_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("gemm_isa", FASTMTL_BOX(&gemm_isa)); }
 
 }  // namespace fastmtl::cpu

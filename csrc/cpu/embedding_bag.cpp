@@ -332,11 +332,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("embedding_bag_fwd", TORCH_BOX(&embedding_bag_fwd));
-  m.impl("embedding_bag_picks", TORCH_BOX(&embedding_bag_picks));
-  m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
-  m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
-  m.impl("embedding_bag_bwd_sparse", TORCH_BOX(&embedding_bag_bwd_sparse));
+  m.impl("embedding_bag_fwd", FASTMTL_BOX(&embedding_bag_fwd));
+  m.impl("embedding_bag_picks", FASTMTL_BOX(&embedding_bag_picks));
+  m.impl("embedding_bag_bwd", FASTMTL_BOX(&embedding_bag_bwd));
+  m.impl("embedding_bag_index", FASTMTL_BOX(&embedding_bag_index));
+  m.impl("embedding_bag_bwd_sparse", FASTMTL_BOX(&embedding_bag_bwd_sparse));
 }
 
 }  // namespace fastmtl::cpu

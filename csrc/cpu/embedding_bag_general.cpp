@@ -283,8 +283,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("embedding_bag_general_fwd", TORCH_BOX(&embedding_bag_general_fwd));
-  m.impl("embedding_bag_general_bwd", TORCH_BOX(&embedding_bag_general_bwd));
+  m.impl("embedding_bag_general_fwd", FASTMTL_BOX(&embedding_bag_general_fwd));
+  m.impl("embedding_bag_general_bwd", FASTMTL_BOX(&embedding_bag_general_bwd));
 }
 
 }  // namespace fastmtl::cpu

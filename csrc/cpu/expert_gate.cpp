@@ -347,12 +347,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("expert_gate_fwd", TORCH_BOX(&expert_gate_fwd));
-  m.impl("expert_gate_bwd", TORCH_BOX(&expert_gate_bwd));
-  m.impl("task_losses", TORCH_BOX(&task_losses));
-  m.impl("chain_gradients", TORCH_BOX(&chain_gradients));
+  m.impl("expert_gate_fwd", FASTMTL_BOX(&expert_gate_fwd));
+  m.impl("expert_gate_bwd", FASTMTL_BOX(&expert_gate_bwd));
+  m.impl("task_losses", FASTMTL_BOX(&task_losses));
+  m.impl("chain_gradients", FASTMTL_BOX(&chain_gradients));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) { m.impl("isa", FASTMTL_BOX(&isa)); }
 
 }  // namespace fastmtl::cpu

@@ -420,12 +420,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("inference_new", TORCH_BOX(&inference_new));
-  m.impl("inference_run", TORCH_BOX(&inference_run));
+  m.impl("inference_new", FASTMTL_BOX(&inference_new));
+  m.impl("inference_run", FASTMTL_BOX(&inference_run));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) {
-  m.impl("inference_free", TORCH_BOX(&inference_free));
+  m.impl("inference_free", FASTMTL_BOX(&inference_free));
 }
 
 }  // namespace fastmtl::cpu

@@ -316,13 +316,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("dense_step", TORCH_BOX(&dense_step_op));
-  m.impl("table_replay", TORCH_BOX(&table_replay));
-  m.impl("table_step", TORCH_BOX(&table_step));
-  m.impl("table_wait_from", TORCH_BOX(&table_wait_from));
-  m.impl("table_wait", TORCH_BOX(&table_wait));
-  m.impl("table_close", TORCH_BOX(&table_close));
-  m.impl("in_huge_pages", TORCH_BOX(&in_huge_pages));
+  m.impl("dense_step", FASTMTL_BOX(&dense_step_op));
+  m.impl("table_replay", FASTMTL_BOX(&table_replay));
+  m.impl("table_step", FASTMTL_BOX(&table_step));
+  m.impl("table_wait_from", FASTMTL_BOX(&table_wait_from));
+  m.impl("table_wait", FASTMTL_BOX(&table_wait));
+  m.impl("table_close", FASTMTL_BOX(&table_close));
+  m.impl("in_huge_pages", FASTMTL_BOX(&in_huge_pages));
 }
 
 }  // namespace fastmtl::cpu

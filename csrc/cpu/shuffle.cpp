@@ -27,6 +27,6 @@ void shuffle_ahead(Tensor order, int64_t begin, const Tensor& draws) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) { m.def("shuffle_ahead(Tensor(a!) order, int begin, Tensor draws) -> ()"); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("shuffle_ahead", TORCH_BOX(&shuffle_ahead)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("shuffle_ahead", FASTMTL_BOX(&shuffle_ahead)); }
 
 }  // namespace fastmtl::cpu

@@ -40,6 +40,6 @@ std::vector<Tensor> take_rows(std::vector<Tensor> blocks, const Tensor& rows) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) { m.def("take_rows(Tensor[] blocks, Tensor rows) -> Tensor[]"); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("take_rows", TORCH_BOX(&take_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { m.impl("take_rows", FASTMTL_BOX(&take_rows)); }
 
 }  // namespace fastmtl::cpu

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "boxed.h"
 #include "core/pool.h"
 
 namespace fastmtl {

@@ -286,14 +286,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("training_new", TORCH_BOX(&training_new));
-  m.impl("training_step", TORCH_BOX(&training_step));
+  m.impl("training_new", FASTMTL_BOX(&training_new));
+  m.impl("training_step", FASTMTL_BOX(&training_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) {
-  m.impl("training_add_rule", TORCH_BOX(&training_add_rule));
-  m.impl("training_gradients", TORCH_BOX(&training_gradients));
-  m.impl("training_free", TORCH_BOX(&training_free));
+  m.impl("training_add_rule", FASTMTL_BOX(&training_add_rule));
+  m.impl("training_gradients", FASTMTL_BOX(&training_gradients));
+  m.impl("training_free", FASTMTL_BOX(&training_free));
 }
 
 }  // namespace fastmtl::cpu

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "boxed.h"
 #include "cuda/backward.h"
 #ifdef FASTMTL_HOPPER
 #include "cuda/folded.cuh"
@@ -404,12 +405,12 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
-  m.impl("embedding_bag_bwd", TORCH_BOX(&embedding_bag_bwd));
-  m.impl("embedding_bag_bwd_step", TORCH_BOX(&embedding_bag_bwd_step));
-  m.impl("embedding_bag_index", TORCH_BOX(&embedding_bag_index));
-  m.impl("table_rows", TORCH_BOX(&table_rows));
+  m.impl("embedding_bag_bwd", FASTMTL_BOX(&embedding_bag_bwd));
+  m.impl("embedding_bag_bwd_step", FASTMTL_BOX(&embedding_bag_bwd_step));
+  m.impl("embedding_bag_index", FASTMTL_BOX(&embedding_bag_index));
+  m.impl("table_rows", FASTMTL_BOX(&table_rows));
 #ifdef FASTMTL_HOPPER
-  m.impl("folded", TORCH_BOX(&folded));
+  m.impl("folded", FASTMTL_BOX(&folded));
 #endif
 }
 
