@@ -96,11 +96,7 @@ def _times(
 @triton.jit
 def _activated(y, alpha, inside, n_units, ACT: tl.constexpr):
     """As activations.activate; ReLU by a comparison, since with a maximum these kernels spill (fp32, sm_90)."""
-    if ACT == "relu":
-        h = tl.where(y < 0, 0.0, y)
-    else:
-        h = activate(y, alpha, inside, n_units, ACT)
-    return h
+    return tl.where(y < 0, 0.0, y) if ACT == "relu" else activate(y, alpha, inside, n_units, ACT)
 
 
 @triton.jit
