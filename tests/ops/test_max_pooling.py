@@ -47,7 +47,8 @@ def test_training_is_the_same_on_every_backend(seed, tmp_path):
         torch.testing.assert_close(predicted, predictions, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own, losses, rtol=1e-4, atol=1e-6)
         for name in ("embedding.embed_dict.item.weight", "embedding.embed_dict.tags.weight"):
-            torch.testing.assert_close(mine[name], weights[name], rtol=1e-3, atol=1e-5)
+            # by the norm: where two of a bag are as large but for rounding, either may have the maximum's gradient
+            assert (mine[name] - weights[name]).norm() < 1e-3 * weights[name].norm()
             assert mine[name].abs().max() > 0.01  # it has learned something
 
 
