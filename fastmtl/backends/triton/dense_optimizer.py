@@ -105,13 +105,14 @@ def dense_step_kernel(
         which = tl.where(here, i, which)
         begin = tl.where(here, next_begin, begin)
         next_begin += tl.cdiv(Sizes[i], BLOCK)
-    at = (program - begin).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = (program - begin).to(tl.int64) * BLOCK  # a parameter may have more than 2^31 elements
+    at = first + tl.arange(0, BLOCK)
     if VETO:
         size = tl.where(tl.load(Lost_ptr) == 1.0, 0, size)
     if not (RULE >= ADAM and RULE <= ADAGRAD):
         which = 0
     step = load_step(Numbers_ptr + which * 9)
-    if (program - begin + 1) * BLOCK <= size:  # without a mask, which would keep lanes from loading 16 bytes at a time
+    if first + BLOCK <= size:  # without a mask, which would keep lanes from loading 16 bytes at a time
         _move_block(step, p_at + at, grad_at + at, first_at + at, second_at + at, None, RULE)
     else:
         _move_block(step, p_at + at, grad_at + at, first_at + at, second_at + at, at < size, RULE)
