@@ -8,10 +8,10 @@ expert_gate_dz_kernel: the gradient of z from z and D, that of the BatchNorm's o
 activations, which is turned into D on the way.
 
 Each reads every number once, in vectors of 16 bytes a thread, many of which are on their way together: a machine's
-bandwidth times its latency is some 26 KB a multiprocessor. Those that leave sums behind are programs of one warp in long
-loops, which ask for several blocks before they work on the first, and with STAGES of two and more for those of the next
-turns, through shared memory; dz does one block after the other, many programs side by side. fp32 arithmetic whatever
-the storage; deterministic.
+bandwidth times its latency is some 26 KB a multiprocessor. Those that leave sums behind are programs of one warp in
+long loops, which ask for several blocks before they work on the first, and with STAGES of two and more for those of the
+next turns, through shared memory; dz does one block after the other, many programs side by side. fp32 arithmetic
+whatever the storage; deterministic.
 """
 
 from __future__ import annotations
