@@ -333,7 +333,7 @@ void with_activation(int64_t activation, const F& f) {
 }
 
 // A layer of experts and gates with its towers, on Hopper: predictions [B, G] of x [B, I] bf16. stages: see Stages of
-// fastmtl/backends/triton/stages.py; activation: a number of ACTIVATIONS there.
+// fastmtl/backends/triton/folded_stages.py; activation: a number of ACTIVATIONS there.
 void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> is_probability, int64_t activation,
             const Tensor& out) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 &&

@@ -25,7 +25,7 @@ def emulate(tmp_path_factory):
 
 def run(emulate, seed, n_rows, kind="plain", n_experts=2, programs=1, activation="relu", **fixed):
     """A random layer on random rows: logits or predictions, those wanted, and whether each is a probability."""
-    from fastmtl.backends.triton.stages import ACTIVATIONS, stages_of, why_not
+    from fastmtl.backends.triton.folded_stages import ACTIVATIONS, stages_of, why_not
 
     rng = torch.Generator().manual_seed(seed)
     layer, towers = staged_layer(rng, n_experts, activation, **fixed)
@@ -83,7 +83,7 @@ def test_sanitized(emulate, kind, seed):
 def test_pieces_lie_where_the_tensor_cores_look_for_them():
     """By the rule of the swizzle on addresses: bits 4 to 6 are changed by bits 7 to 9 (rows of 128 bytes), bits 4 and 5
     by 7 and 8 (64 bytes)."""
-    from fastmtl.backends.triton.stages import _swizzled
+    from fastmtl.backends.triton.folded_stages import _swizzled
 
     for columns, bits in ((64, 7), (32, 3)):
         block = torch.arange(24 * columns).reshape(24, columns).short().view(torch.bfloat16)

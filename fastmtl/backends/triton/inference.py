@@ -22,12 +22,12 @@ from .embedding_bag_forward import check, embedding_bag_fwd
 from .embedding_plan import plans
 from .expert_gate_forward import expert_gate_fwd
 from .folded import run_folded
+from .folded_stages import ACTIVATIONS, stages_of
+from .folded_stages import why_not as why_not_staged
 from .launch import Operation, call, cdiv, generation, noting, repeatable
 from .packing import PackedLayer, PackedTowers, why_not
 from .precision import of_dtype
 from .replay import Replay
-from .stages import ACTIVATIONS, stages_of
-from .stages import why_not as why_not_staged
 
 
 class _Stage(NamedTuple):
