@@ -10,7 +10,7 @@ from triton_cases import check, check_staged, drawer, random_lookup, staged_laye
 
 from fastmtl import backend as backends
 from fastmtl.backends import cuda, eager, triton, updates
-from fastmtl.backends.triton import folded, launch, stages
+from fastmtl.backends.triton import folded, folded_stages, launch
 from fastmtl.backends.triton import optimizer as triton_updates
 from fastmtl.backends.triton.precision import of_dtype
 from fastmtl.basic.features import DenseFeature, SparseFeature
@@ -126,14 +126,14 @@ def test_predictions_of_random_layers(case, seed, device):
         pytest.skip("the kernel is for Hopper")
     n_rows = (9000, 65 * 128 + 1, 3 * 132 * 128 - 5, 1, 300, 20000)[case]
     rng = torch.Generator().manual_seed(seed + case)
-    activation = stages.ACTIVATIONS[case % 3]
+    activation = folded_stages.ACTIVATIONS[case % 3]
     layer, towers = staged_layer(rng, 1 + (case + 3) % 7, activation, device)
     n_in, n_gates = layer.spec.in_features, len(layer.spec.gates)
     x = torch.full((n_rows, -(-n_in // 8) * 8 + 8 * drawer(rng)(0, 2)), torch.nan, dtype=torch.bfloat16)
     x[:, :n_in] = torch.randn(n_rows, n_in, generator=rng)
     x = x.to(device)[:, :n_in]
     is_probability = (torch.rand(n_gates, generator=rng) < 0.5).to(device)
-    packed = list(stages.stages_of(layer, towers))
+    packed = list(folded_stages.stages_of(layer, towers))
     found = [torch.full((n_rows, n_gates), torch.nan, device=device) for _ in range(2)]
     for out in found:
         torch.ops.fastmtl_cuda.folded(x, packed, is_probability, case % 3, out)

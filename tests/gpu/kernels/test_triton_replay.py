@@ -8,7 +8,7 @@ from test_triton_inference import MODELS, batch, in_float64, make
 from triton_cases import staged_logits
 
 from fastmtl.backends.deferred import Watch, watching
-from fastmtl.backends.triton import configs, inference, launch, replay, stages
+from fastmtl.backends.triton import configs, folded_stages, inference, launch, replay
 from fastmtl.basic.features import DenseFeature, SparseFeature
 from fastmtl.errors import BadDataError, BadIdError
 from fastmtl.models import MMOE
@@ -188,12 +188,12 @@ def test_an_op_among_the_launches(seed, device, repeats, monkeypatch):
     layers, calls = [], []
 
     def staged(layer, towers):
-        assert stages.why_not(layer, towers) is None
+        assert folded_stages.why_not(layer, towers) is None
         layers.append((layer, towers))
-        return list(stages.stages_of(layer, towers))
+        return list(folded_stages.stages_of(layer, towers))
 
     def run(x, packed, is_probability, activation, out):
-        assert [len(packed), stages.ACTIVATIONS[activation]] == [9, "silu"]
+        assert [len(packed), folded_stages.ACTIVATIONS[activation]] == [9, "silu"]
         logits = staged_logits(x.double(), *layers[-1])
         out.copy_(torch.where(is_probability, logits.sigmoid(), logits))
         calls.append(out)
