@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..spec import EmbeddingSpec
-from . import cuda_library, triton
+from . import libraries, triton
 from .updates import ROWWISE_ADAGRAD, Update, behind_on, check_gradients, check_range, check_update
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def unavailable() -> str | None:
     """Why this backend can't run on this machine; None: it can."""
     if triton.interpreting():
         return "it can't run on Triton's interpreter"
-    return triton.unavailable() or cuda_library.missing()
+    return triton.unavailable() or libraries.why_no_cuda()
 
 
 def unsupported(op: str, *tensors: Tensor) -> str | None:

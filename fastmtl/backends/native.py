@@ -5,7 +5,6 @@ What depends only on a spec is turned into a tensor of integers once (a "plan") 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,28 +12,14 @@ import torch
 from torch import Tensor
 
 from ..spec import ACTIVATIONS, EmbeddingSpec, ExpertGateParams, ExpertGateSpec, Ragged
-from . import eager
+from . import eager, libraries
 
 #: The library's ops bring their own backward; autograd lives in fastmtl/ops.
 DIFFERENTIABLE = False
 
 # ------------------------------------------------------------------------------------------------ the library
 
-
-def _load() -> str | None:
-    """Load the library; returns why it could not be loaded."""
-    # found as a module is: that holds for a wheel and for an editable install, whose library lies elsewhere
-    found = importlib.util.find_spec("fastmtl._native")
-    if found is None or found.origin is None:
-        return "the native library was not built: no working C++20 compiler was found when fastmtl was installed"
-    try:
-        torch.ops.load_library(found.origin)
-    except (OSError, RuntimeError) as error:
-        return f"the native library {found.origin} does not load into torch {torch.__version__}: {error}"
-    return None
-
-
-_WHY_NOT = _load()
+_WHY_NOT = libraries.load("_native", "native", "no working C++20 compiler was found")
 _ops = torch.ops.fastmtl
 
 

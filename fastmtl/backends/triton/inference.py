@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
-from .. import cuda_library, deferred
+from .. import deferred, libraries
 from . import configs
 from .embedding_bag_forward import check, embedding_bag_fwd
 from .embedding_plan import plans
@@ -301,7 +301,7 @@ class PackedProgram:
 def _staged(layer: PackedLayer, towers: PackedTowers | None) -> list[Tensor] | None:
     """The weights for CUDA C++ on Hopper; None where that is not here, or does not take such a layer."""
     device = layer.arguments()["W2_ptr"].device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or cuda_library.missing():
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or libraries.why_no_cuda():
         return None
     if not hasattr(torch.ops.fastmtl_cuda, "folded"):  # it was built for other GPUs
         return None
