@@ -108,16 +108,16 @@ __device__ __forceinline__ void held(uint32_t (&a)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-#define FASTMTL_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define FASTMTL_S4(i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
-#define FASTMTL_S8(i) FASTMTL_S4(i), FASTMTL_S4(i + 4)
-#define FASTMTL_S16(i) FASTMTL_S8(i), FASTMTL_S8(i + 8)
-#define FASTMTL_S32(i) FASTMTL_S16(i), FASTMTL_S16(i + 16)
-#define FASTMTL_S64(i) FASTMTL_S32(i), FASTMTL_S32(i + 32)
-#define FASTMTL_D8(i) FASTMTL_D4(i), FASTMTL_D4(i + 4)
-#define FASTMTL_D16(i) FASTMTL_D8(i), FASTMTL_D8(i + 8)
-#define FASTMTL_D32(i) FASTMTL_D16(i), FASTMTL_D16(i + 16)
-#define FASTMTL_D64(i) FASTMTL_D32(i), FASTMTL_D32(i + 32)
+// A thread's sums as operands: read and written, or written only.
+#define FASTMTL_4(as, i) as(d[i]), as(d[i + 1]), as(d[i + 2]), as(d[i + 3])
+#define FASTMTL_8(as, i) FASTMTL_4(as, i), FASTMTL_4(as, i + 4)
+#define FASTMTL_12(as, i) FASTMTL_8(as, i), FASTMTL_4(as, i + 8)
+#define FASTMTL_16(as, i) FASTMTL_8(as, i), FASTMTL_8(as, i + 8)
+#define FASTMTL_32(as, i) FASTMTL_16(as, i), FASTMTL_16(as, i + 16)
+#define FASTMTL_64(as, i) FASTMTL_32(as, i), FASTMTL_32(as, i + 32)
+#define FASTMTL_128(as, i) FASTMTL_64(as, i), FASTMTL_64(as, i + 64)
+#define FASTMTL_ADDED(x) "+f"(x)
+#define FASTMTL_SET(x) "=f"(x)
 
 // d = A B^T where FIRST (what d was is not read: the compiler need not keep it), else d += A B^T.
 template <bool FIRST, int N>
@@ -125,136 +125,55 @@ __device__ __forceinline__ void multiply(float (&d)[N], uint64_t a, uint64_t b);
 template <bool FIRST, int N>
 __device__ __forceinline__ void multiply(float (&d)[N], const uint32_t* a, uint64_t b);
 
-template <>
-__device__ __forceinline__ void multiply<true, 128>(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "
-      "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "
-      "%119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n}"
-      : FASTMTL_S64(0), FASTMTL_S64(64)
-      : "l"(a), "l"(b));
-}
+// `n` sums of a thread, `shape` of the product, `sums` and `operands` by their numbers; an A in registers is not
+// transposed.
+#define FASTMTL_PRODUCT(first, as, adds, n, shape, sums, operands, A, ...)                            \
+  template <>                                                                                         \
+  __device__ __forceinline__ void multiply<first, n>(float (&d)[n], A a, uint64_t b) {                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds ", 0;\nwgmma.mma_async.sync.aligned." shape \
+                 ".f32.bf16.bf16 {" sums "}, " operands ";\n}"                                        \
+                 : FASTMTL_##n(as, 0)                                                                 \
+                 : __VA_ARGS__, "l"(b));                                                              \
+  }
+#define FASTMTL_PRODUCTS(...)                          \
+  FASTMTL_PRODUCT(true, FASTMTL_SET, "0", __VA_ARGS__) \
+  FASTMTL_PRODUCT(false, FASTMTL_ADDED, "1", __VA_ARGS__)
 
-template <>
-__device__ __forceinline__ void multiply<false, 128>(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "
-      "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "
-      "%119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n}"
-      : FASTMTL_D64(0), FASTMTL_D64(64)
-      : "l"(a), "l"(b));
-}
+FASTMTL_PRODUCTS(12, "m64n24k16", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11", "%12, %13, p, 1, 1, 0, 0",
+                 uint64_t, "l"(a))
+FASTMTL_PRODUCTS(128, "m64n256k16",
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+                 "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
+                 "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "
+                 "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "
+                 "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127",
+                 "%128, %129, p, 1, 1, 0, 0", uint64_t, "l"(a))
+FASTMTL_PRODUCTS(16, "m64n32k16", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+                 "{%16, %17, %18, %19}, %20, p, 1, 1, 0", const uint32_t*, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
+FASTMTL_PRODUCTS(32, "m64n64k16",
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0", const uint32_t*, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
+FASTMTL_PRODUCTS(64, "m64n128k16",
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+                 "%59, %60, %61, %62, %63",
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0", const uint32_t*, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
 
-template <>
-__device__ __forceinline__ void multiply<true, 12>(float (&d)[12], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
-      "%12, %13, p, 1, 1, 0, 0;\n}"
-      : FASTMTL_S8(0), FASTMTL_S4(8)
-      : "l"(a), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<false, 12>(float (&d)[12], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
-      "%12, %13, p, 1, 1, 0, 0;\n}"
-      : FASTMTL_D8(0), FASTMTL_D4(8)
-      : "l"(a), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<true, 64>(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
-      : FASTMTL_S64(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<false, 64>(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
-      : FASTMTL_D64(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<true, 32>(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-      : FASTMTL_S32(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<false, 32>(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-      : FASTMTL_D32(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<true, 16>(float (&d)[16], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-      : FASTMTL_S16(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-template <>
-__device__ __forceinline__ void multiply<false, 16>(float (&d)[16], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-      : FASTMTL_D16(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-#undef FASTMTL_S4
-#undef FASTMTL_S8
-#undef FASTMTL_S16
-#undef FASTMTL_S32
-#undef FASTMTL_S64
-#undef FASTMTL_D4
-#undef FASTMTL_D8
-#undef FASTMTL_D16
-#undef FASTMTL_D32
-#undef FASTMTL_D64
+#undef FASTMTL_PRODUCTS
+#undef FASTMTL_PRODUCT
+#undef FASTMTL_SET
+#undef FASTMTL_ADDED
+#undef FASTMTL_128
+#undef FASTMTL_64
+#undef FASTMTL_32
+#undef FASTMTL_16
+#undef FASTMTL_12
+#undef FASTMTL_8
+#undef FASTMTL_4
 
 // --------------------------------------------------------------------------------------------------------- numbers
 
