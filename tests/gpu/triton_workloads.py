@@ -61,6 +61,8 @@ def _embedding(
         backend.embedding_bag_fwd([weight], ids.int(), columns, dense, spec)
     for backward in (backend.embedding_bag_bwd, backend.embedding_bag_bwd_sparse):
         backward(out, ids, columns, spec, [weight.shape], [True])
+    far = torch.empty_strided(out.shape, (2**31 // batch, 1), dtype=dtype, device="meta")
+    backend.embedding_bag_bwd(far, ids, columns, spec, [weight.shape], [True])
     for name in rules:
         rule = RULES.index(name)
         states = [torch.empty_like(weight[:, 0] if name == "rowwise_adagrad" else weight)] * STATES[rule]

@@ -104,6 +104,21 @@ def test_gradients_of_bf16_are_summed_in_fp32(pooling, seed, device):
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=2e-6)
 
 
+def test_gradients_that_32_bits_do_not_reach(seed, device):
+    """Nine rows 2^28 elements apart (memory of which few pages are touched): the bits of the same rows side by side."""
+    rng = torch.Generator().manual_seed(seed)
+    bags = (Bag("tiny", 0, 0, 6, 3), Bag("sorted", 0, 6, 40, 3))
+    spec, columns, shapes = EmbeddingSpec(bags), (0, 1, 4), [torch.Size((46, 3))]
+    ids = torch.randint(0, 6, (9, 4), generator=rng).to(device)
+    near = torch.randn(9, 6, generator=rng).bfloat16().to(device)
+    far = torch.empty(8 * 2**28 + 6, dtype=torch.bfloat16, device=device).as_strided((9, 6), (2**28, 1))
+    far.copy_(near)
+    (want,), (got,) = (backend.embedding_bag_bwd(grad, ids, columns, spec, shapes, [True]) for grad in (near, far))
+    assert want[:6].any()
+    assert want[6:].any()
+    assert torch.equal(got, want)
+
+
 def test_a_row_with_many_lookups_is_stitched_from_many_chunks(device):
     """300 lookups of one row among others: more chunks than one step of the stitching takes."""
     ids = torch.arange(300, device=device).unsqueeze(1) % 3 % 2 * 7
