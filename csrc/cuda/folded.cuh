@@ -14,9 +14,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#include "cuda/hopper.cuh"
-#endif
+#include "cuda/activation.cuh"
 
 namespace fastmtl::cuda {
 
@@ -27,8 +25,6 @@ constexpr int kUnits1 = 256;     // of the first hidden layer
 constexpr int kUnits2 = 128;     // of the last
 constexpr int kGateColumns = 24, kSharePitch = 25;
 constexpr int kTower1 = 64, kTower2 = 32;
-
-enum FoldedActivation : int { kRelu, kLeakyRelu, kSilu };
 
 struct Folded {
   const void* x;  // [n_rows, n_in] bf16, rows of row_bytes (a multiple of 16)
@@ -59,22 +55,6 @@ struct FoldedRoom {
   static constexpr int barriers = shares + 2 * of_shares;
   static constexpr int bytes = barriers + 16 * kStages;
 };
-
-// As fastmtl/backends/triton/activations.py has them. Quotients and powers by the device's approximations, some 1e-6
-// off: what is exact calls functions, around which registers are saved in memory.
-template <int ACT>
-__device__ __forceinline__ float activated(float y) {
-  if constexpr (ACT == kRelu) return y < 0.0f ? 0.0f : y;
-  if constexpr (ACT == kLeakyRelu) return y > 0.0f ? y : 0.01f * y;
-  static_assert(ACT <= kSilu);
-  return __fdividef(y, 1.0f + __expf(-y));
-}
-
-template <int ACT>
-__device__ __forceinline__ uint32_t activated_pair(float low, float high) {
-  if constexpr (ACT == kRelu) return packed_relu(low, high);
-  return packed(activated<ACT>(low), activated<ACT>(high));
-}
 
 // What a product leaves, with bias and activation, as the operand of the next: N sums of a thread, columns from that of
 // bias[0] on.

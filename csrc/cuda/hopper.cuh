@@ -70,6 +70,40 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint32_t 
 __device__ __forceinline__ void copies_arrive() {
   asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
+// This thread's copy_16 since the last of these are a group.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// As copies_arrive, of all but the last N groups.
+template <int N>
+__device__ __forceinline__ void copies_arrive_but() {
+  asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(N) : "memory");
+}
+// What this thread has written to shared memory is there for products.
+__device__ __forceinline__ void writes_arrive() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four blocks of 8 x 8 numbers of 16 bits, a row of 16 bytes at the address of each lane, block by block: a thread has
+// of each the numbers of row lane / 4 from column 2 (lane % 4) on, the first in the lower half.
+__device__ __forceinline__ void load_blocks(uint32_t (&a)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void store_blocks(uint32_t row, const uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+  uint4 found;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "r"(at)
+               : "memory");
+  return found;
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 // ------------------------------------------------------------------------------------------------------- products
 
@@ -88,6 +122,9 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at, int swizzle, int eig
   return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (static_cast<uint64_t>(eight >> 4) << 32) |
          (static_cast<uint64_t>(swizzle == 128 ? 1 : 2) << 62);
 }
+
+// That of what lies `bytes` (a multiple of 16) behind.
+__device__ __forceinline__ uint64_t further(uint64_t of, int bytes) { return of + static_cast<uint64_t>(bytes >> 4); }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -150,6 +187,12 @@ FASTMTL_PRODUCTS(128, "m64n256k16",
                  "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "
                  "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127",
                  "%128, %129, p, 1, 1, 0, 0", uint64_t, "l"(a))
+FASTMTL_PRODUCTS(64, "m64n128k16",
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+                 "%59, %60, %61, %62, %63",
+                 "%64, %65, p, 1, 1, 0, 0", uint64_t, "l"(a))
 FASTMTL_PRODUCTS(16, "m64n32k16", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
                  "{%16, %17, %18, %19}, %20, p, 1, 1, 0", const uint32_t*, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
 FASTMTL_PRODUCTS(32, "m64n64k16",

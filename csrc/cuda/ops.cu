@@ -1,11 +1,7 @@
-// The CUDA kernels on torch tensors: check, allocate, run on torch's current stream. What they mean is in
+// The tables' kernels on torch tensors: check, allocate, run on torch's current stream. What they mean is in
 // fastmtl/ops/embedding_bag.py and core/optimizer.h. Nothing here waits for the device.
 #include <thrust/iterator/counting_iterator.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_select.cuh>
@@ -15,60 +11,23 @@
 
 #include "boxed.h"
 #include "cuda/backward.h"
-#ifdef FASTMTL_HOPPER
-#include "cuda/folded.cuh"
-#endif
-
-// torch exports it; its header declares it only to those who see all of CUDA's
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "cuda/gpu.h"
 
 namespace fastmtl::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
-}
 
 struct IsStart {
   const uint32_t* keys;
   __device__ __forceinline__ bool operator()(int32_t i) const { return i == 0 || keys[i] != keys[i - 1]; }
 };
 
-class Gpu {
+// What backward.h asks of a device.
+class TableGpu : public Gpu {
  public:
-  explicit Gpu(const Tensor& like) : device_(like.device()), guard_(device_.index()) {
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream) == 0, "torch names no current stream");
-    stream_ = static_cast<cudaStream_t>(stream);
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_.index()), "multiprocessors");
-    multiprocessors_ = count;
-  }
-  template <class T>
-  T* scratch(int64_t n) {
-    return static_cast<T*>(bytes(std::max<int64_t>(n, 1) * static_cast<int64_t>(sizeof(T))));
-  }
-  template <class T>
-  void zero(T* at, int64_t n) {
-    check(cudaMemsetAsync(at, 0, static_cast<size_t>(n) * sizeof(T), stream_), "memset");
-  }
+  using Gpu::Gpu;
   template <class... Parameters, class... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, Args... args) {
     run_threads(kernel, blocks, kThreads, shared, args...);
-  }
-  template <class... Parameters, class... Args>
-  void run_threads(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, Args... args) {
-    constexpr int64_t kWithoutAsking = 48 * 1024;
-    if (shared > kWithoutAsking) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-            "shared memory");
-    }
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared), stream_>>>(
-        args...);
-    check(cudaGetLastError(), "launch");
   }
   void sort(const uint32_t* keys, const int32_t* order, uint32_t* keys_out, int32_t* order_out, int64_t n, int bits) {
     with_storage("sort", [&](void* storage, size_t& size) {
@@ -81,42 +40,15 @@ class Gpu {
                                    stream_);
     });
   }
-  int64_t multiprocessors() const { return multiprocessors_; }
 
  private:
-  void* bytes(int64_t n) {
-    memory_.push_back(torch::stable::empty({n}, ScalarType::Byte, std::nullopt, device_));
-    return memory_.back().mutable_data_ptr();
-  }
   template <class F>
   void with_storage(const char* what, const F& f) {
     size_t size = 0;
     check(f(nullptr, size), what);
     check(f(bytes(static_cast<int64_t>(std::max<size_t>(size, 1))), size), what);
   }
-
-  torch::stable::Device device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  int64_t multiprocessors_ = 1;
-  std::vector<Tensor> memory_;  // torch gives it to others only behind what this stream does with it
 };
-
-void check_tensor(const Tensor& tensor, ScalarType dtype, std::vector<int64_t> sizes, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), name, " must be contiguous on a GPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i)
-    fits = sizes[i] < 0 || tensor.size(static_cast<int64_t>(i)) == sizes[i];
-  STD_TORCH_CHECK(fits, name, " has the wrong shape");
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
 // A table, its states as many as the rule has.
 Target checked_target(const Tensor& p, const std::vector<Tensor>& states, const Tensor& last, int64_t rule) {
@@ -197,7 +129,7 @@ void backward(const Tensor& grad, const Tensor& ids, const std::vector<Tensor>& 
       rows_are_aligned(t) && align % 4 == 0 && grad.stride(0) % 4 == 0 && aligned(grad.mutable_data_ptr());
   check_rowwise(rule, t, vectors);
 
-  Gpu gpu(ids);
+  TableGpu gpu(ids);
   Sorted sorted;
   if (index.empty()) {
     sorted = sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape);
@@ -277,7 +209,7 @@ void embedding_bag_index(const Tensor& ids, std::vector<Tensor> plan, int64_t n_
                          std::vector<Tensor> out) {
   const IdView view = checked_ids(ids);
   const Shape shape = checked_plan(ids, plan, n_tiny, n_table_rows);
-  Gpu gpu(ids);
+  TableGpu gpu(ids);
   sort_rows(gpu, view, reinterpret_cast<const BagPlan*>(data<int64_t>(plan[0])), shape, checked_index(out, shape));
 }
 
@@ -309,82 +241,11 @@ void table_rows(const Tensor& p, std::vector<Tensor> states, const Tensor& last,
                      data<int32_t>(behind)};
   const bool vectors = rows_are_aligned(t) && aligned(work.grads);
   check_rowwise(rule, t, vectors);
-  Gpu gpu(p);
+  TableGpu gpu(p);
   with_rule(rule, vectors, [&]<int RULE, int VEC>() {
     if constexpr (RULE != kNoRule) update_rows<RULE, VEC>(gpu, t, work);
   });
 }
-
-#ifdef FASTMTL_HOPPER  // compiled for it
-
-// f.template operator()<ACT>() for an activation that is known when the program runs.
-template <class F>
-void with_activation(int64_t activation, const F& f) {
-  switch (activation) {
-    case kRelu:
-      return f.template operator()<kRelu>();
-    case kLeakyRelu:
-      return f.template operator()<kLeakyRelu>();
-    case kSilu:
-      return f.template operator()<kSilu>();
-    default:
-      STD_TORCH_CHECK(false, "there is no activation ", activation);
-  }
-}
-
-// A layer of experts and gates with its towers, on Hopper: predictions [B, G] of x [B, I] bf16. stages: see Stages of
-// fastmtl/backends/triton/folded_stages.py; activation: a number of ACTIVATIONS there.
-void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> is_probability, int64_t activation,
-            const Tensor& out) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1 &&
-                      x.stride(0) % 8 == 0 && aligned(x.mutable_data_ptr()),
-                  "x [B, I] must be bfloat16 on a GPU, its rows at multiples of 16 bytes");
-  STD_TORCH_CHECK(x.size(1) > 64 && x.size(1) <= kMostInput && x.size(0) < std::numeric_limits<int32_t>::max(),
-                  "x must have 65 to ", kMostInput, " columns, and fewer than 2^31 rows");
-  STD_TORCH_CHECK(stages.size() == 9, "nine tensors make the stages");
-  Folded f{};
-  f.x = x.mutable_data_ptr();
-  f.row_bytes = 2 * x.stride(0);
-  f.n_rows = static_cast<int32_t>(x.size(0));
-  f.n_in = static_cast<int32_t>(x.size(1));
-  const int64_t n_experts = stages[4].size(0), n_gates = stages[4].size(1);
-  f.n_experts = static_cast<int32_t>(n_experts);
-  f.n_gates = static_cast<int32_t>(n_gates);
-  check_tensor(stages[0], ScalarType::Byte, {f.of_tile(), kStageBytes}, "the stages' weights");
-  check_tensor(stages[1], ScalarType::Float, {n_experts, kUnits1 + kUnits2}, "biases");
-  check_tensor(stages[2], ScalarType::Float, {kGateColumns}, "the gates' biases");
-  check_tensor(stages[3], ScalarType::Int, {n_gates + 1}, "the gates' columns");
-  check_tensor(stages[4], ScalarType::Int, {n_experts, n_gates}, "members");
-  check_tensor(stages[5], ScalarType::Float, {n_gates, kTower1}, "biases of towers");
-  check_tensor(stages[6], ScalarType::Float, {n_gates, kTower2}, "biases of towers");
-  check_tensor(stages[7], ScalarType::Float, {n_gates, kTower2}, "heads");
-  check_tensor(stages[8], ScalarType::Float, {n_gates}, "biases of heads");
-  check_tensor(out, ScalarType::Float, {x.size(0), n_gates}, "out");
-  if (is_probability) check_tensor(*is_probability, ScalarType::Bool, {n_gates}, "is_probability");
-  STD_TORCH_CHECK(n_gates > 0 && aligned(stages[0].mutable_data_ptr()) && aligned(stages[1].mutable_data_ptr()),
-                  "there are gates, and stages at multiples of 16 bytes");
-  if (f.n_rows == 0) return;
-  f.stages = data<unsigned char>(stages[0]);
-  f.biases = data<unsigned char>(stages[1]);
-  f.gate_bias = data<float>(stages[2]);
-  f.gate_columns = data<int32_t>(stages[3]);
-  f.members = data<int32_t>(stages[4]);
-  f.tower_bias1 = data<float>(stages[5]);
-  f.tower_bias2 = data<float>(stages[6]);
-  f.head = data<float>(stages[7]);
-  f.head_bias = data<float>(stages[8]);
-  f.is_probability = is_probability ? data<bool>(*is_probability) : nullptr;
-  f.out = data<float>(out);
-  Gpu gpu(x);
-  const int64_t tiles = (x.size(0) + kProgramRows - 1) / kProgramRows;
-  const int64_t programs = std::min(tiles, gpu.multiprocessors());
-  f.left = gpu.scratch<uint4>(programs * n_experts * 2 * 8 * kWarpgroup);
-  with_activation(activation, [&]<int ACT>() {
-    gpu.run_threads(folded_kernel<ACT>, programs, kFoldedThreads, FoldedRoom::bytes, f, static_cast<int32_t>(tiles));
-  });
-}
-
-#endif
 
 }  // namespace
 
@@ -399,9 +260,6 @@ STABLE_TORCH_LIBRARY(fastmtl_cuda, m) {
   m.def(
       "table_rows(Tensor(a!) p, Tensor(b!)[] states, Tensor(c!) last, int rule, Tensor steps, int first_step, "
       "Tensor? rows, Tensor? grads, int n, int start, int upto, bool lazily, Tensor? clock, Tensor(d!) behind) -> ()");
-#ifdef FASTMTL_HOPPER
-  m.def("folded(Tensor x, Tensor[] stages, Tensor? is_probability, int activation, Tensor(a!) out) -> ()");
-#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
@@ -409,9 +267,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("embedding_bag_bwd_step", FASTMTL_BOX(&embedding_bag_bwd_step));
   m.impl("embedding_bag_index", FASTMTL_BOX(&embedding_bag_index));
   m.impl("table_rows", FASTMTL_BOX(&table_rows));
-#ifdef FASTMTL_HOPPER
-  m.impl("folded", FASTMTL_BOX(&folded));
-#endif
 }
 
 }  // namespace fastmtl::cuda

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
 from .. import branches
-from . import products
+from . import hopper, products
 from .batch_norm import SUMS, add_up
 from .expert_gate_forward import Saved, as_input, hidden_layers
 from .hidden import Hidden
@@ -21,7 +21,7 @@ from .layer_plan import LayerPlan, layer_plan
 from .linear_heads import linear_heads_bwd
 from .losses import TaskLosses, count_labels, empty_counts
 from .mixing_backward import activations_bwd, experts_bwd, head_bwd, losses_bwd, mix_bwd
-from .passes import gradient, sums
+from .passes import gates_gradient, gradient, sums
 from .precision import of_dtype
 
 
@@ -30,7 +30,8 @@ class _Layers:
 
     Attributes:
         d: ``[B, pitch]`` of each, in z's dtype; of the experts' units of layers below the last the gradient of their
-            activations, where these look at each unit alone.
+            activations, where these look at each unit alone, and nothing until it becomes dz where hopper.py takes
+            them.
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what makes dz of D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
@@ -140,12 +141,10 @@ def tower_losses(
 
 def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor | None:
     """From D of the last layer to the gradients of all weights and of x."""
-    plan = layers.plan
+    plan, dz = layers.plan, x
     for hidden in reversed(layers.hidden):
         layer = hidden.layer
-        dz = gradient(
-            layers.d[layer], hidden, layers.coef[layer], layer + 1 < len(layers.hidden) and not hidden.row_wise
-        )
+        dz = _gradient(dz, layers, kept, hidden)
         if not layer:
             break
         under = layers.hidden[layer - 1]
@@ -155,6 +154,17 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
     dx = _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
     _weight_gradient(dz, as_input(x, of_dtype(dz.dtype)), layers, 0)
     return dx
+
+
+def _gradient(above: Tensor, layers: _Layers, kept: Saved, hidden: Hidden) -> Tensor:
+    """dz of a layer from its D, or from ``above``, dz of the layer above it, where D goes through no memory."""
+    layer = hidden.layer
+    d, coef, is_last = layers.d[layer], layers.coef[layer], layer + 1 == len(layers.hidden)
+    if is_last or not hopper.takes(hidden):
+        return gradient(d, hidden, coef, not is_last and not hidden.row_wise)
+    hopper.gradient(above, kept.weight[layer + 1], hidden, coef, d)
+    gates_gradient(d, hidden, coef)
+    return d
 
 
 def _weight_gradient(dz: Tensor, h: Tensor, layers: _Layers, layer: int) -> None:
@@ -182,7 +192,9 @@ def _descend(dz: Tensor, weight: Tensor, layers: _Layers, layer: int) -> None:
     """From dz of a layer to the gradient of the activations below and its sums."""
     under = layers.hidden[layer - 1]
     d = layers.d[layer - 1]
-    if under.row_wise:  # D is made of whole rows, once
+    if hopper.takes(under):
+        part = hopper.sums(dz, weight, under)
+    elif under.row_wise:  # D is made of whole rows, once
         dh = torch.empty_like(d)
         products.input_gradient(dz, weight, under.by_expert(dh), layers.plan, layer)
         part = activations_bwd(dh, under, d)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spec import ExpertGateParams, ExpertGateSpec
-from . import products
+from . import hopper, products
 from .batch_norm import statistics
 from .hidden import Hidden
 from .layer_plan import layer_plan
@@ -103,13 +103,20 @@ def hidden_layers(
     weights = operands(params, plan, precision)
     layers: list[Hidden] = []
     written: list[Tensor] = []
-    h = as_input(x, precision)
+    is_by_batch = training and x.shape[1] > 1
     for layer, weight in enumerate(weights):
-        if layer:
-            written.append(activations(layers[-1]))
-            h = layers[-1].by_expert(written[-1])
-        z = products.forward(h, weight, plan, layer)
-        part, run = pieces(z) if training and len(z) > 1 else (None, 1)
+        part: Tensor | None = None
+        run = 1
+        if layer and is_by_batch and hopper.takes(layers[-1]):
+            h, z, part, run = hopper.up(layers[-1], weight, plan.pitch[layer])
+            written.append(h)
+        else:
+            if layer:
+                written.append(activations(layers[-1]))
+            h = layers[-1].by_expert(written[-1]) if layer else as_input(x, precision)
+            z = products.forward(h, weight, plan, layer)
+            if is_by_batch:
+                part, run = pieces(z)
         layers.append(Hidden.of(z, statistics(part, len(z), run, params, plan, layer), params, spec, seed, layer))
     zs, stats = (tuple(getattr(layer, name) for layer in layers) for name in ("z", "stat"))
     return layers, Saved(zs, stats, weights, tuple(written), None, seed)

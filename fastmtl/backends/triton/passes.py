@@ -166,9 +166,10 @@ def expert_gate_dz_kernel(
     Coef_ptr,  # [2, pitch]
     Alpha_ptr,
     Seed_ptr,
-    Out_ptr,  # [B, pitch]
+    Out_ptr,  # [B, pitch]; may be D
     n_rows,
     run_rows,
+    first_block,  # the experts', or those behind alone
     n_experts,
     n_units,
     pitch,
@@ -184,8 +185,8 @@ def expert_gate_dz_kernel(
     begin(EARLY)
     per_expert = tl.cdiv(n_units, BLOCK_H)
     n_columns = n_experts * n_units
-    n_blocks = n_experts * per_expert + tl.cdiv(pitch - n_columns, BLOCK_H)
-    block = tl.program_id(0) % n_blocks
+    n_blocks = n_experts * per_expert + tl.cdiv(pitch - n_columns, BLOCK_H) - first_block
+    block = first_block + tl.program_id(0) % n_blocks
     run = tl.program_id(0) // n_blocks
     e = block // per_expert
     behind = e >= n_experts  # the gates' columns, which hold D, and what pads them
@@ -289,11 +290,22 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
             each unit alone).
         coef: ``[2, pitch]``, see batch_norm.add_up.
     """
+    out = torch.empty_like(d)
+    _gradient(d, hidden, coef, activated, out, 0)
+    return out
+
+
+def gates_gradient(d: Tensor, hidden: Hidden, coef: Tensor) -> None:
+    """The same of the columns behind the experts' alone, which hold D, in their place."""
+    _gradient(d, hidden, coef, False, d, hidden.spec.n_experts)
+
+
+def _gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool, out: Tensor, first_expert: int) -> None:
     n_rows, pitch = d.shape
     n_experts, units = hidden.spec.n_experts, hidden.units
     config = configs.EXPERT_GATE.columns(n_rows, pitch, units, 4096)
-    n_blocks = n_experts * cdiv(units, config.block_h) + cdiv(pitch - n_experts * units, config.block_h)
-    out = torch.empty_like(d)
+    per_expert = cdiv(units, config.block_h)
+    n_blocks = (n_experts - first_expert) * per_expert + cdiv(pitch - n_experts * units, config.block_h)
     nothing = {"ACT": "linear", "DROPOUT": False}
     launch(
         expert_gate_dz_kernel,
@@ -306,6 +318,7 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
         Out_ptr=out,
         n_rows=n_rows,
         run_rows=config.run,
+        first_block=first_expert * per_expert,
         n_experts=n_experts,
         n_units=units,
         pitch=pitch,
@@ -314,4 +327,3 @@ def gradient(d: Tensor, hidden: Hidden, coef: Tensor, activated: bool) -> Tensor
         BLOCK_H=config.block_h,
         EARLY=starts_early(d.device),
     )
-    return out

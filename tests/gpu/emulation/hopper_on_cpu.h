@@ -17,6 +17,9 @@
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -63,7 +66,7 @@ inline std::barrier<>& barrier_of(int number, int threads) {
 
 using Work = std::function<void()>;
 inline thread_local std::deque<std::vector<Work>> groups(1);  // the last one is not committed yet
-inline thread_local std::vector<Work> copies;
+inline thread_local std::deque<std::vector<Work>> copies(1);  // likewise
 
 inline float number_of(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -155,15 +158,47 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 }
 inline void copy_16(uint32_t to, const void* from, uint32_t read) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || read > 16) std::abort();
-  emulated::copies.push_back([=] {
+  emulated::copies.back().push_back([=] {
     std::memset(emulated::shared(to), 0, 16);
     std::memcpy(emulated::shared(to), from, read);
   });
 }
-inline void copies_arrive() {
-  for (const emulated::Work& copy : emulated::copies) copy();
-  emulated::copies.clear();
+inline void copies_commit() { emulated::copies.emplace_back(); }
+template <int N>
+void copies_arrive_but() {
+  while (emulated::copies.size() > N + 1) {
+    for (const emulated::Work& copy : emulated::copies.front()) copy();
+    emulated::copies.pop_front();
+  }
 }
+inline void copies_arrive() {
+  copies_commit();
+  copies_arrive_but<0>();
+}
+inline void writes_arrive() {}
+
+inline void load_blocks(uint32_t (&a)[4], uint32_t row) {
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  emulated::exchanged[warp][lane][0] = row;
+  __syncwarp(0xFFFFFFFFu);
+  for (unsigned i = 0; i < 4; ++i)
+    std::memcpy(&a[i], emulated::shared(emulated::exchanged[warp][8 * i + lane / 4][0] + 4 * (lane % 4)), 4);
+  __syncwarp(0xFFFFFFFFu);
+}
+inline void store_blocks(uint32_t row, const uint32_t (&a)[4]) {
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  emulated::exchanged[warp][lane][0] = row;
+  __syncwarp(0xFFFFFFFFu);
+  for (unsigned i = 0; i < 4; ++i)
+    std::memcpy(emulated::shared(emulated::exchanged[warp][8 * i + lane / 4][0] + 4 * (lane % 4)), &a[i], 4);
+  __syncwarp(0xFFFFFFFFu);
+}
+inline uint4 load_shared(uint32_t at) {
+  uint4 found;
+  std::memcpy(&found, emulated::shared(at), 16);
+  return found;
+}
+inline void store_shared(uint32_t at, uint4 value) { std::memcpy(emulated::shared(at), &value, 16); }
 
 template <int N>
 void more_registers() {}
@@ -178,6 +213,7 @@ inline uint64_t descriptor(uint32_t at, int swizzle, int eight) {
   return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (static_cast<uint64_t>(eight >> 4) << 32) |
          (static_cast<uint64_t>(swizzle == 128 ? 1 : 2) << 62);
 }
+inline uint64_t further(uint64_t of, int bytes) { return of + static_cast<uint64_t>(bytes >> 4); }
 inline void products_begin() {}
 inline void products_commit() { emulated::groups.emplace_back(); }
 template <int N>

@@ -1,0 +1,220 @@
+// From z of a hidden layer to z of the next one, for Hopper's tensor cores: activations are made in the registers from
+// which they are multiplied, and written for the weight's gradient; mean and M2 (the sum of squared distances from it)
+// of the next z over a run of rows are left for its BatchNorm (fastmtl/backends/triton/batch_norm.py).
+//
+// A program owns an expert and a run of rows; the weight stays in shared memory. A tile is 128 rows, 16 for each of
+// eight warps, whose strips of it are their own: z comes into a strip while another is worked on, gives way to the
+// activations and these to the next z, which leave from it a row at a time.
+//
+// Sums in fp32, operands bf16; deterministic.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/activation.cuh"
+#include "cuda/strips.cuh"
+
+namespace fastmtl::cuda {
+
+constexpr int kUpThreads = 256, kUpRows = 128, kUpTiles = 2;
+constexpr int kUpBelow = 256, kUpUnits = 128;  // units of the layer below, and of this one
+
+struct Up {
+  const char* below;   // [n_rows, pitch_below] bf16: z
+  const float* stat;   // [4, pitch_below]: mean, 1 / sigma, gamma / sigma, beta
+  const char* weight;  // [columns, pitch_weight] bf16
+  char* h;             // [n_rows, pitch_below] bf16: the activations, written
+  char* z;             // [n_rows, pitch] bf16, written
+  float* part;         // [runs, 2, pitch]
+  int64_t pitch_below, pitch_weight, pitch;
+  int32_t n_rows, run_rows, n_experts, n_below, n_units;
+};
+
+// What two neighbouring columns of the layer below need, side by side.
+struct UpNumbers {
+  float mean_scale[kUpBelow / 2][4], beta[kUpBelow / 2][2];
+};
+
+// Where things begin in shared memory. Matrices lie in rows of 128 bytes, 64 columns a block, swizzled.
+struct UpRoom {
+  static constexpr int of_weight = kUpUnits * 128, weights = 0;  // [units, below]
+  static constexpr int z = weights + kUpBelow / 64 * of_weight, strip = kUpBelow / 64 * kStripBlock;
+  static constexpr int tile = kUpThreads / 32 * strip;
+  static constexpr int numbers = z + kUpTiles * tile;
+  static constexpr int bytes = numbers + static_cast<int>(sizeof(UpNumbers));
+};
+
+// What a thread adds up of z: of its 32 columns, about its first row's, which cancels at most as much as there is.
+struct UpSums {
+  float about[32], total[32], square[32];
+  int count;
+};
+
+// The operands of four products, from 64 columns of a strip from `block` on, which become activations.
+template <int ACT>
+__device__ __forceinline__ void make_operands(const UpNumbers& numbers, uint32_t strip, int block, uint32_t (&a)[16]) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    uint32_t z[4];
+    load_blocks(z, strip + strip_blocks(4 * block + s));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int at = 32 * block + 8 * s + 4 * j + static_cast<int>(threadIdx.x) % 4;
+      const float4 known = *reinterpret_cast<const float4*>(numbers.mean_scale[at]);
+      const float2 beta = *reinterpret_cast<const float2*>(numbers.beta[at]);
+#pragma unroll
+      for (int i = 2 * j; i < 2 * j + 2; ++i) {
+        z[i] =
+            activated_pair<ACT>((lower(z[i]) - known.x) * known.z + beta.x, (upper(z[i]) - known.y) * known.w + beta.y);
+        a[4 * s + i] = z[i];
+      }
+    }
+    store_blocks(strip + strip_blocks(4 * block + s), z);
+  }
+}
+
+// The next z of a strip, rounded, where its activations were. `left`: rows from the thread's first on.
+__device__ __forceinline__ void add_up(uint32_t strip, int left, bool is_first, const float (&d)[64], UpSums& sums) {
+  const bool there[2] = {left > 0, left > 8};
+#pragma unroll
+  for (int jj = 0; jj < kUpUnits / 16; ++jj) {
+    uint32_t z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) z[i] = packed(d[8 * jj + 2 * i], d[8 * jj + 2 * i + 1]);
+    store_blocks(strip + strip_blocks(jj), z);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = 4 * jj + i / 2 * 2 + c;
+        const float value = c == 0 ? lower(z[i]) : upper(z[i]);
+        if (i % 2 == 0 && is_first) sums.about[column] = value;
+        const float apart = there[i % 2] ? value - sums.about[column] : 0.0f;
+        sums.total[column] += apart;
+        sums.square[column] += apart * apart;
+      }
+    }
+  }
+  sums.count += (there[0] ? 1 : 0) + (there[1] ? 1 : 0);
+}
+
+// The program's mean and M2 from its threads' (Chan et al., 1979).
+__device__ __forceinline__ void leave_statistics(const Up& f, int expert, int run, int n_rows, float* memory,
+                                                 const UpSums& sums) {
+  constexpr int kParts = kUpThreads / 4;  // of a column
+  const int lane = threadIdx.x % 32, mine = static_cast<int>(threadIdx.x) / 4;
+  float *means = memory, *squares = memory + kParts * kUpUnits, *counts = squares + kParts * kUpUnits;
+  const auto count = static_cast<float>(sums.count);
+  const float per_row = sums.count > 0 ? 1.0f / count : 0.0f;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int at = mine * kUpUnits + i / 2 * 8 + 2 * (lane % 4) + i % 2;
+    means[at] = sums.about[i] + sums.total[i] * per_row;
+    squares[at] = sums.square[i] - sums.total[i] * (sums.total[i] * per_row);
+  }
+  if (lane % 4 == 0) counts[mine] = count;
+  __syncthreads();
+  const auto unit = static_cast<int>(threadIdx.x);
+  if (unit >= f.n_units) return;
+  float mean = 0.0f, m2 = 0.0f;
+  for (int i = 0; i < kParts; ++i)
+    if (counts[i] > 0.0f) mean += counts[i] * means[i * kUpUnits + unit];
+  mean /= static_cast<float>(n_rows);
+  for (int i = 0; i < kParts; ++i) {
+    const float apart = means[i * kUpUnits + unit] - mean;
+    if (counts[i] > 0.0f) m2 += squares[i * kUpUnits + unit] + apart * apart * counts[i];
+  }
+  float* part = f.part + static_cast<int64_t>(run) * 2 * f.pitch + expert * f.n_units + unit;
+  part[0] = mean;
+  part[f.pitch] = m2;
+}
+
+template <int ACT>
+__global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant__ Up f) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  unsigned char* memory = program_memory();
+  const uint32_t room = shared_address(memory);
+  auto& numbers = *reinterpret_cast<UpNumbers*>(memory + UpRoom::numbers);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const int expert = static_cast<int>(blockIdx.x) % f.n_experts, run = static_cast<int>(blockIdx.x) / f.n_experts;
+  const int first_row = run * f.run_rows;
+  const int n_rows = f.n_rows - first_row < f.run_rows ? f.n_rows - first_row : f.run_rows;
+  const char* weight = f.weight + 2 * expert * f.n_units * f.pitch_weight;
+  for (int at = thread; at < kUpUnits * kUpBelow / 8; at += kUpThreads) {
+    const int unit = at / (kUpBelow / 8), piece = at % (kUpBelow / 8);
+    const bool there = unit < f.n_units && 8 * piece < f.n_below;
+    copy_16(room + UpRoom::weights + piece / 8 * UpRoom::of_weight + unit * 128 + ((piece % 8) ^ (unit % 8)) * 16,
+            there ? weight + 2 * (unit * f.pitch_weight + 8 * piece) : f.weight, there ? 16 : 0);
+  }
+  const uint32_t strips = room + UpRoom::z + warp * UpRoom::strip;
+  const auto below = [&](const char* matrix) {
+    return StripRows::of<kUpBelow>(matrix + 2 * (first_row * f.pitch_below + expert * f.n_below), f.pitch_below,
+                                   kStripRows * warp, n_rows, f.n_below);
+  };
+  StripRows coming = below(f.below), activations = below(f.h);
+  auto leaving = StripRows::of<kUpUnits>(f.z + 2 * (first_row * f.pitch + expert * f.n_units), f.pitch,
+                                         kStripRows * warp, n_rows, f.n_units);
+  const auto bring = [&](uint32_t strip) {
+    bring_strip<kUpBelow>(strip, coming);
+    coming.next(kUpRows, f.pitch_below);
+    copies_commit();
+  };
+  for (int i = 0; i < kUpTiles; ++i) bring(strips + i * UpRoom::tile);
+  static_assert(kUpThreads == kUpBelow);
+  const auto of = [&](int row) {
+    return thread < f.n_below ? f.stat[row * f.pitch_below + expert * f.n_below + thread] : 0.0f;
+  };
+  numbers.mean_scale[thread / 2][thread % 2] = of(0);
+  numbers.mean_scale[thread / 2][2 + thread % 2] = of(2);
+  numbers.beta[thread / 2][thread % 2] = of(3);
+  copies_arrive_but<1>();
+  __syncthreads();
+  UpSums sums;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) sums.about[i] = sums.total[i] = sums.square[i] = 0.0f;
+  sums.count = 0;
+  const int mine = kStripRows * warp + thread % 32 / 4;  // the thread's first row of a tile
+  for (int row = 0; row < n_rows; row += kUpRows) {
+    const uint32_t strip = strips + row / kUpRows % kUpTiles * UpRoom::tile;
+    copies_arrive_but<1>();
+    __syncwarp(0xFFFFFFFFu);
+    float d[64];
+    uint32_t operands[2][16];
+#pragma unroll
+    for (int block = 0; block < kUpBelow / 64; ++block) {
+      uint32_t (&a)[16] = operands[block % 2];
+      make_operands<ACT>(numbers, strip, block, a);
+      const uint64_t b = descriptor(room + UpRoom::weights + block * UpRoom::of_weight, 128, 1024);
+      held(a), products_begin();
+      if (block == 0) {
+        multiply<true>(d, a, b);
+      } else {
+        multiply<false>(d, a, b);
+      }
+#pragma unroll
+      for (int k = 1; k < 4; ++k) multiply<false>(d, a + 4 * k, further(b, 32 * k));
+      products_commit();
+      if (block > 0) products_wait<1>();
+    }
+    __syncwarp(0xFFFFFFFFu);
+    leave_strip<kUpBelow>(strip, activations);
+    activations.next(kUpRows, f.pitch_below);
+    products_wait<0>();
+    held(d);
+    __syncwarp(0xFFFFFFFFu);
+    add_up(strip, n_rows - row - mine, row == 0, d, sums);
+    __syncwarp(0xFFFFFFFFu);
+    leave_strip<kUpUnits>(strip, leaving);
+    leaving.next(kUpRows, f.pitch);
+    __syncwarp(0xFFFFFFFFu);
+    bring(strip);
+  }
+  copies_arrive();
+  __syncthreads();
+  leave_statistics(f, expert, run, n_rows, reinterpret_cast<float*>(memory), sums);
+#else
+  __trap();  // compiled for another device, where nobody starts it
+#endif
+}
+
+}  // namespace fastmtl::cuda
