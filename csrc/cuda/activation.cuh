@@ -37,4 +37,34 @@ __device__ __forceinline__ float activated_back(float y, float dh) {
   return dh * s * (1.0f + y * (1.0f - s));
 }
 
+// What turns z of COLUMNS columns into the BatchNorm's output, of two neighbours side by side. It lies in shared
+// memory.
+template <int COLUMNS>
+struct Normal {
+  float mean_scale[COLUMNS / 2][4], beta[COLUMNS / 2][2];
+
+  // The numbers of a column, from `stat` [4, pitch] (mean, 1 / sigma, gamma / sigma, beta) where that is not null.
+  __device__ __forceinline__ void set(int column, const float* stat, int64_t pitch) {
+    mean_scale[column / 2][column % 2] = stat ? stat[0] : 0.0f;
+    mean_scale[column / 2][2 + column % 2] = stat ? stat[2 * pitch] : 0.0f;
+    beta[column / 2][column % 2] = stat ? stat[3 * pitch] : 0.0f;
+  }
+
+  // Activations of 16 columns from `first` on in place of z, as load_blocks gives them.
+  template <int ACT>
+  __device__ __forceinline__ void activate(int first, uint32_t (&z)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int at = first / 2 + 4 * j + static_cast<int>(threadIdx.x) % 4;
+      const float4 known = *reinterpret_cast<const float4*>(mean_scale[at]);
+      const float2 added = *reinterpret_cast<const float2*>(beta[at]);
+#pragma unroll
+      for (int i = 2 * j; i < 2 * j + 2; ++i) {
+        z[i] = activated_pair<ACT>((lower(z[i]) - known.x) * known.z + added.x,
+                                   (upper(z[i]) - known.y) * known.w + added.y);
+      }
+    }
+  }
+};
+
 }  // namespace fastmtl::cuda

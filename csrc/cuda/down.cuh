@@ -19,7 +19,8 @@
 namespace fastmtl::cuda {
 
 constexpr int kDownThreads = 256, kDownTiles = 3;
-constexpr int kDownRows = 64, kDownUnits = 256, kDownAbove = 128, kDownHalf = kDownUnits / 2;
+constexpr int kDownRows = TileRows::kRows, kDownUnits = 256, kDownAbove = TileRows::kColumns,
+              kDownHalf = kDownUnits / 2;
 
 struct Down {
   const char* dz;      // [n_rows, pitch_above] bf16
@@ -35,17 +36,17 @@ struct Down {
   __host__ __device__ __forceinline__ int blocks() const { return (n_units + kDownUnits - 1) / kDownUnits; }
 };
 
-// What two neighbouring columns need, side by side.
+// What columns need, of two neighbours side by side.
 struct DownNumbers {
-  float mean_scale[kDownUnits / 2][4], slope_shift[kDownUnits / 2][4], beta[kDownUnits / 2][2];
+  Normal<kDownUnits> normal;
+  float slope_shift[kDownUnits / 2][4];
 };
 
 // Where things begin in shared memory. Matrices lie in rows of 128 bytes, 64 columns a block, swizzled.
 struct DownRoom {
   static constexpr int of_weight = kDownUnits * 128, weights = 0;  // [units, above]
-  static constexpr int of_dz = kDownRows * 128, dz = weights + kDownAbove / 64 * of_weight;
-  static constexpr int tile_dz = kDownAbove / 64 * of_dz;
-  static constexpr int z = dz + kDownTiles * tile_dz, strip = kDownHalf / 64 * kStripBlock;
+  static constexpr int dz = weights + kDownAbove / 64 * of_weight;
+  static constexpr int z = dz + kDownTiles * TileRows::kBytes, strip = kDownHalf / 64 * kStripBlock;
   static constexpr int tile_z = kDownThreads / 32 * strip;
   static constexpr int numbers = z + kDownTiles * tile_z;
   static constexpr int bytes = numbers + static_cast<int>(sizeof(DownNumbers));
@@ -62,30 +63,6 @@ struct DownPart {
     unit = block % f.blocks() * kDownUnits;
     first_row = run * f.run_rows;
     n_rows = f.n_rows - first_row < f.run_rows ? f.n_rows - first_row : f.run_rows;
-  }
-};
-
-// The rows of dz that all threads bring, tile by tile.
-struct DownAbove {
-  uint32_t place;
-  const char* at;
-  int step, left;
-
-  __device__ __forceinline__ DownAbove(const Down& f, const DownPart& part, uint32_t room) {
-    const int piece = threadIdx.x % 16, row = threadIdx.x / 16;  // 16 bytes of a row of 256
-    place = room + DownRoom::dz + piece / 8 * DownRoom::of_dz + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
-    at = f.dz + 2 * ((part.first_row + row) * f.pitch_above + part.expert * f.n_above + 8 * piece);
-    step = 32 * static_cast<int>(f.pitch_above);
-    left = 8 * piece < f.n_above ? part.n_rows - row : 0;
-  }
-  // Queues the next tile as the slot-th of the ring; rows and columns that are not there are zero.
-  __device__ __forceinline__ void bring(int slot) {
-#pragma unroll
-    for (int i = 0; i < kDownRows / 16; ++i) {
-      copy_16(place + slot * DownRoom::tile_dz + i * 2048, at + static_cast<int64_t>(i) * step, 16 * i < left ? 16 : 0);
-    }
-    at += static_cast<int64_t>(kDownRows / 16) * step;
-    left -= kDownRows;
   }
 };
 
@@ -124,25 +101,22 @@ __device__ __forceinline__ void bring_numbers(const Down& f, const DownPart& par
   const auto unit = static_cast<int>(threadIdx.x);
   const bool inside = part.unit + unit < f.n_units;
   const int64_t column = part.expert * f.n_units + part.unit + unit;
-  const auto of = [&](const float* rows, int row) { return inside ? rows[row * f.pitch + column] : 0.0f; };
-  numbers.mean_scale[unit / 2][unit % 2] = of(f.stat, 0);
-  numbers.mean_scale[unit / 2][2 + unit % 2] = of(f.stat, 2);
-  numbers.beta[unit / 2][unit % 2] = of(f.stat, 3);
+  numbers.normal.set(unit, inside ? f.stat + column : nullptr, f.pitch);
   if constexpr (!SUM) {
-    numbers.slope_shift[unit / 2][unit % 2] = of(f.coef, 0);
-    numbers.slope_shift[unit / 2][2 + unit % 2] = of(f.coef, 1);
+    numbers.slope_shift[unit / 2][unit % 2] = inside ? f.coef[column] : 0.0f;
+    numbers.slope_shift[unit / 2][2 + unit % 2] = inside ? f.coef[f.pitch + column] : 0.0f;
   }
 }
 
 // dh of the ring's slot-th tile for this warpgroup: 64 rows, its half of the units.
 __device__ __forceinline__ void multiply_tile(float (&dh)[64], uint32_t room, int slot) {
-  const uint64_t dz = descriptor(room + DownRoom::dz + slot * DownRoom::tile_dz, 128, 1024);
+  const uint64_t dz = descriptor(room + DownRoom::dz + slot * TileRows::kBytes, 128, 1024);
   const uint64_t weight = descriptor(room + DownRoom::weights + threadIdx.x / 128 * kDownHalf * 128, 128, 1024);
   products_begin();
   multiply<true>(dh, dz, weight);
 #pragma unroll
   for (int s = 1; s < kDownAbove / 16; ++s) {
-    multiply<false>(dh, further(dz, s / 4 * DownRoom::of_dz + s % 4 * 32),
+    multiply<false>(dh, further(dz, s / 4 * TileRows::kBlock + s % 4 * 32),
                     further(weight, s / 4 * DownRoom::of_weight + s % 4 * 32));
   }
   products_commit();
@@ -161,8 +135,8 @@ __device__ __forceinline__ void work_on(uint32_t strip, const DownNumbers& numbe
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int at = pair + 8 * jj + 4 * j;
-      const float4 known = *reinterpret_cast<const float4*>(numbers.mean_scale[at]);
-      const float2 beta = *reinterpret_cast<const float2*>(numbers.beta[at]);
+      const float4 known = *reinterpret_cast<const float4*>(numbers.normal.mean_scale[at]);
+      const float2 beta = *reinterpret_cast<const float2*>(numbers.normal.beta[at]);
 #pragma unroll
       for (int i = 2 * j; i < 2 * j + 2; ++i) {
         const float* mine = dh + 8 * jj + 2 * i;
@@ -222,7 +196,9 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
   const uint32_t room = shared_address(memory);
   auto& numbers = *reinterpret_cast<DownNumbers*>(memory + DownRoom::numbers);
   const DownPart part(f);
-  DownAbove above(f, part, room);
+  TileRows above(f.dz + 2 * (part.first_row * f.pitch_above + part.expert * f.n_above), f.pitch_above, part.n_rows,
+                 f.n_above);
+  const auto bring_dz = [&](int slot) { above.bring(room + DownRoom::dz + slot * TileRows::kBytes); };
   const int warp = static_cast<int>(threadIdx.x) / 32, unit = part.unit + kDownHalf * (warp / 4);
   const uint32_t strip = room + DownRoom::z + warp * DownRoom::strip;
   const auto rows_of = [&](const char* matrix) {
@@ -236,8 +212,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
     copies_commit();
   };
   // groups of copies: dz, then z, of each tile; dz of the first two goes with z of the first
-  above.bring(0);
-  above.bring(1);
+  bring_dz(0);
+  bring_dz(1);
   for (int i = 0; i < kDownTiles; ++i) bring_z(i);
   bring_weight(f, part, room);
   bring_numbers<SUM>(f, part, numbers);
@@ -254,7 +230,7 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
     copies_arrive_but<1>();  // dz of the next tile, and its z
     __syncthreads();         // that of all threads; and nobody multiplies the tile before this one any more
     const int after = slot + 1 == kDownTiles ? 0 : slot + 1;
-    above.bring(after + 1 == kDownTiles ? 0 : after + 1);
+    bring_dz(after + 1 == kDownTiles ? 0 : after + 1);
     copies_commit();
     multiply_tile(next, room, after);
     const uint32_t mine = strip + slot * DownRoom::tile_z;

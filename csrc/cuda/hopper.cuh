@@ -123,6 +123,12 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at, int swizzle, int eig
          (static_cast<uint64_t>(swizzle == 128 ? 1 : 2) << 62);
 }
 
+// Of a matrix whose other side is multiplied: the 16 are rows of 128 bytes, 64 columns of the operand each, swizzled as
+// ever; eight of them one behind the other, `eight` bytes to the next eight, `further` from 64 columns to the next.
+__device__ __forceinline__ uint64_t descriptor_turned(uint32_t at, int eight, int further) {
+  return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (static_cast<uint64_t>(further >> 4) << 16) |
+         (static_cast<uint64_t>(eight >> 4) << 32) | (uint64_t{1} << 62);
+}
 // That of what lies `bytes` (a multiple of 16) behind.
 __device__ __forceinline__ uint64_t further(uint64_t of, int bytes) { return of + static_cast<uint64_t>(bytes >> 4); }
 
@@ -205,6 +211,18 @@ FASTMTL_PRODUCTS(64, "m64n128k16",
                  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
                  "%59, %60, %61, %62, %63",
                  "{%64, %65, %66, %67}, %68, p, 1, 1, 0", const uint32_t*, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
+
+// d += A^T B, of A [16, 64] and B [16, 128] by descriptor_turned.
+__device__ __forceinline__ void multiply_turned(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+      "%59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 1, 1;"
+      : FASTMTL_64(FASTMTL_ADDED, 0)
+      : "l"(a), "l"(b));
+}
 
 #undef FASTMTL_PRODUCTS
 #undef FASTMTL_PRODUCT

@@ -10,6 +10,7 @@
 #include "cuda/folded.cuh"
 #include "cuda/gpu.h"
 #include "cuda/up.cuh"
+#include "cuda/weight_gradient.cuh"
 
 namespace fastmtl::cuda {
 namespace {
@@ -102,20 +103,17 @@ int64_t checked_programs(int64_t n_rows, int64_t run_rows, int64_t per_run) {
   return (n_rows + run_rows - 1) / run_rows * per_run;
 }
 
-// z of a hidden layer, the pieces of its statistics and the activations of the layer below, from z of that layer; see
+// z of a hidden layer and the pieces of its statistics from z of the layer below; see
 // fastmtl/backends/triton/hopper.py.
 void expert_gate_up(const Tensor& below, const Tensor& stat, const Tensor& weight, int64_t n_experts, int64_t n_below,
-                    int64_t n_units, int64_t activation, int64_t run_rows, const Tensor& h, const Tensor& z,
-                    const Tensor& part) {
+                    int64_t n_units, int64_t activation, int64_t run_rows, const Tensor& z, const Tensor& part) {
   const int64_t n_rows = below.size(0), pitch = below.stride(0);
   const int64_t programs = checked_programs(n_rows, run_rows, n_experts);
   checked_units(n_below, kUpBelow, "units below"), checked_units(n_units, kUpUnits, "units");
   Up f{};
   f.below = checked_matrix(below, n_rows, n_experts * n_below, "z below");
   f.weight = checked_matrix(weight, n_experts * n_units, n_below, "the weight");
-  f.h = checked_matrix(h, n_rows, n_experts * n_below, "the activations");
   f.z = checked_matrix(z, n_rows, n_experts * n_units, "z");
-  STD_TORCH_CHECK(h.stride(0) == pitch, "the activations lie as z below does");
   check_tensor(stat, ScalarType::Float, {4, pitch}, "statistics");
   check_tensor(part, ScalarType::Float, {programs / n_experts, 2, z.stride(0)}, "pieces of statistics");
   f.stat = data<float>(stat), f.part = data<float>(part);
@@ -126,6 +124,28 @@ void expert_gate_up(const Tensor& below, const Tensor& stat, const Tensor& weigh
   Gpu gpu(below);
   with_activation(activation,
                   [&]<int ACT>() { gpu.run_threads(up_kernel<ACT>, programs, kUpThreads, UpRoom::bytes, f); });
+}
+
+// The gradient of the weight between them over runs of rows, from dz; parts: [runs, n_experts, n_above, n_below].
+void expert_gate_weight(const Tensor& dz, const Tensor& below, const Tensor& stat, int64_t n_experts, int64_t n_below,
+                        int64_t n_above, int64_t activation, int64_t run_rows, const Tensor& parts) {
+  const int64_t n_rows = below.size(0), pitch = below.stride(0);
+  const int64_t programs = checked_programs(n_rows, run_rows, n_experts);
+  checked_units(n_below, kWeightBelow, "units below"), checked_units(n_above, kWeightAbove, "units");
+  WeightGradient f{};
+  f.dz = checked_matrix(dz, n_rows, n_experts * n_above, "dz");
+  f.below = checked_matrix(below, n_rows, n_experts * n_below, "z below");
+  check_tensor(stat, ScalarType::Float, {4, pitch}, "statistics");
+  check_tensor(parts, ScalarType::Float, {programs / n_experts, n_experts, n_above, n_below}, "parts of the gradient");
+  f.stat = data<float>(stat), f.parts = data<float>(parts);
+  f.pitch = pitch, f.pitch_above = dz.stride(0);
+  f.n_rows = static_cast<int32_t>(n_rows), f.run_rows = static_cast<int32_t>(std::min(run_rows, n_rows));
+  f.n_experts = static_cast<int32_t>(n_experts), f.n_below = static_cast<int32_t>(n_below);
+  f.n_above = static_cast<int32_t>(n_above);
+  Gpu gpu(dz);
+  with_activation(activation, [&]<int ACT>() {
+    gpu.run_threads(weight_gradient_kernel<ACT>, programs, kWeightThreads, WeightRoom::bytes, f);
+  });
 }
 
 // The gradient of z of a layer from dz of the one above (coef and out), or the sums for it (part); as above.
@@ -170,7 +190,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl_cuda, m) {
   m.def("folded(Tensor x, Tensor[] stages, Tensor? is_probability, int activation, Tensor(a!) out) -> ()");
   m.def(
       "expert_gate_up(Tensor below, Tensor stat, Tensor weight, int n_experts, int n_below, int n_units, "
-      "int activation, int run_rows, Tensor(a!) h, Tensor(b!) z, Tensor(c!) part) -> ()");
+      "int activation, int run_rows, Tensor(a!) z, Tensor(b!) part) -> ()");
+  m.def(
+      "expert_gate_weight(Tensor dz, Tensor below, Tensor stat, int n_experts, int n_below, int n_above, "
+      "int activation, int run_rows, Tensor(a!) parts) -> ()");
   m.def(
       "expert_gate_down(Tensor dz, Tensor weight, Tensor z, Tensor stat, Tensor? coef, int n_experts, int n_units, "
       "int n_above, int activation, int run_rows, Tensor(a!)? part, Tensor(b!)? out) -> ()");
@@ -179,6 +202,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("folded", FASTMTL_BOX(&folded));
   m.impl("expert_gate_up", FASTMTL_BOX(&expert_gate_up));
+  m.impl("expert_gate_weight", FASTMTL_BOX(&expert_gate_weight));
   m.impl("expert_gate_down", FASTMTL_BOX(&expert_gate_down));
 }
 

@@ -77,4 +77,31 @@ __device__ __forceinline__ uint32_t strip_blocks(int jj) {
   return jj / 4 * kStripBlock + (lane / 8 % 2 * 8 + lane % 8) * 128 + (swizzled ^ (jj % 4 * 32));
 }
 
+// A tile of 64 rows of up to 128 columns that 256 threads bring together, tile by tile; in two blocks of 64 columns.
+struct TileRows {
+  static constexpr int kRows = 64, kColumns = 128, kBlock = kRows * 128, kBytes = kColumns / 64 * kBlock;
+
+  uint32_t place;  // of the thread's first piece in a tile
+  const char* at;
+  int step, left;
+
+  // Of `columns` of a matrix of n_rows rows that begins at `first`.
+  __device__ __forceinline__ TileRows(const char* first, int64_t pitch, int n_rows, int columns) {
+    const int piece = threadIdx.x % 16, row = threadIdx.x / 16;  // 16 bytes of a row of 256
+    place = piece / 8 * kBlock + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
+    at = first + 2 * (row * pitch + 8 * piece);
+    step = 32 * static_cast<int>(pitch);
+    left = 8 * piece < columns ? n_rows - row : 0;
+  }
+  // Queues the next tile; rows and columns that are not there are zero.
+  __device__ __forceinline__ void bring(uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) {
+      copy_16(tile + place + i * 2048, at + static_cast<int64_t>(i) * step, 16 * i < left ? 16 : 0);
+    }
+    at += static_cast<int64_t>(kRows / 16) * step;
+    left -= kRows;
+  }
+};
+
 }  // namespace fastmtl::cuda

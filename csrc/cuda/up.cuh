@@ -30,18 +30,13 @@ struct Up {
   int32_t n_rows, run_rows, n_experts, n_below, n_units;
 };
 
-// What two neighbouring columns of the layer below need, side by side.
-struct UpNumbers {
-  float mean_scale[kUpBelow / 2][4], beta[kUpBelow / 2][2];
-};
-
 // Where things begin in shared memory. Matrices lie in rows of 128 bytes, 64 columns a block, swizzled.
 struct UpRoom {
   static constexpr int of_weight = kUpUnits * 128, weights = 0;  // [units, below]
   static constexpr int z = weights + kUpBelow / 64 * of_weight, strip = kUpBelow / 64 * kStripBlock;
   static constexpr int tile = kUpThreads / 32 * strip;
   static constexpr int numbers = z + kUpTiles * tile;
-  static constexpr int bytes = numbers + static_cast<int>(sizeof(UpNumbers));
+  static constexpr int bytes = numbers + static_cast<int>(sizeof(Normal<kUpBelow>));
 };
 
 // What a thread adds up of z: of its 32 columns, about its first row's, which cancels at most as much as there is.
@@ -50,30 +45,21 @@ struct UpSums {
   int count;
 };
 
-// The operands of four products, from 64 columns of a strip from `block` on, which become activations.
+// The operands of four products: activations of 64 columns of a strip, from `block` on.
 template <int ACT>
-__device__ __forceinline__ void make_operands(const UpNumbers& numbers, uint32_t strip, int block, uint32_t (&a)[16]) {
+__device__ __forceinline__ void make_operands(const Normal<kUpBelow>& normal, uint32_t strip, int block,
+                                              uint32_t (&a)[16]) {
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t z[4];
     load_blocks(z, strip + strip_blocks(4 * block + s));
+    normal.template activate<ACT>(64 * block + 16 * s, z);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int at = 32 * block + 8 * s + 4 * j + static_cast<int>(threadIdx.x) % 4;
-      const float4 known = *reinterpret_cast<const float4*>(numbers.mean_scale[at]);
-      const float2 beta = *reinterpret_cast<const float2*>(numbers.beta[at]);
-#pragma unroll
-      for (int i = 2 * j; i < 2 * j + 2; ++i) {
-        z[i] =
-            activated_pair<ACT>((lower(z[i]) - known.x) * known.z + beta.x, (upper(z[i]) - known.y) * known.w + beta.y);
-        a[4 * s + i] = z[i];
-      }
-    }
-    store_blocks(strip + strip_blocks(4 * block + s), z);
+    for (int i = 0; i < 4; ++i) a[4 * s + i] = z[i];
   }
 }
 
-// The next z of a strip, rounded, where its activations were. `left`: rows from the thread's first on.
+// The next z of a strip, rounded, where z was. `left`: rows from the thread's first on.
 __device__ __forceinline__ void add_up(uint32_t strip, int left, bool is_first, const float (&d)[64], UpSums& sums) {
   const bool there[2] = {left > 0, left > 8};
 #pragma unroll
@@ -98,31 +84,43 @@ __device__ __forceinline__ void add_up(uint32_t strip, int left, bool is_first, 
   sums.count += (there[0] ? 1 : 0) + (there[1] ? 1 : 0);
 }
 
-// The program's mean and M2 from its threads' (Chan et al., 1979).
+// The sum over the eight lanes that have rows of the same columns.
+__device__ __forceinline__ float of_lanes(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 4);
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 8);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 16);
+}
+
+// The program's mean and M2 from its threads' (Chan et al., 1979): those of a warp first.
 __device__ __forceinline__ void leave_statistics(const Up& f, int expert, int run, int n_rows, float* memory,
                                                  const UpSums& sums) {
-  constexpr int kParts = kUpThreads / 4;  // of a column
-  const int lane = threadIdx.x % 32, mine = static_cast<int>(threadIdx.x) / 4;
-  float *means = memory, *squares = memory + kParts * kUpUnits, *counts = squares + kParts * kUpUnits;
+  constexpr int kWarps = kUpThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float *means = memory, *squares = memory + kWarps * kUpUnits, *counts = squares + kWarps * kUpUnits;
   const auto count = static_cast<float>(sums.count);
-  const float per_row = sums.count > 0 ? 1.0f / count : 0.0f;
+  const float of_warp = of_lanes(count);
+  const float per_row = sums.count > 0 ? 1.0f / count : 0.0f, per_row_of_warp = of_warp > 0.0f ? 1.0f / of_warp : 0.0f;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    const int at = mine * kUpUnits + i / 2 * 8 + 2 * (lane % 4) + i % 2;
-    means[at] = sums.about[i] + sums.total[i] * per_row;
-    squares[at] = sums.square[i] - sums.total[i] * (sums.total[i] * per_row);
+    const float mean = sums.count > 0 ? sums.about[i] + sums.total[i] * per_row : 0.0f;
+    const float m2 = sums.square[i] - sums.total[i] * (sums.total[i] * per_row);
+    const float mean_of_warp = of_lanes(count * mean) * per_row_of_warp, apart = mean - mean_of_warp;
+    const float m2_of_warp = of_lanes(sums.count > 0 ? m2 + apart * apart * count : 0.0f);
+    const int at = warp * kUpUnits + i / 2 * 8 + 2 * (lane % 4) + i % 2;
+    if (lane < 4) means[at] = mean_of_warp, squares[at] = m2_of_warp;
   }
-  if (lane % 4 == 0) counts[mine] = count;
+  if (lane == 0) counts[warp] = of_warp;
   __syncthreads();
   const auto unit = static_cast<int>(threadIdx.x);
   if (unit >= f.n_units) return;
   float mean = 0.0f, m2 = 0.0f;
-  for (int i = 0; i < kParts; ++i)
-    if (counts[i] > 0.0f) mean += counts[i] * means[i * kUpUnits + unit];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) mean += counts[w] * means[w * kUpUnits + unit];
   mean /= static_cast<float>(n_rows);
-  for (int i = 0; i < kParts; ++i) {
-    const float apart = means[i * kUpUnits + unit] - mean;
-    if (counts[i] > 0.0f) m2 += squares[i * kUpUnits + unit] + apart * apart * counts[i];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float apart = means[w * kUpUnits + unit] - mean;
+    m2 += squares[w * kUpUnits + unit] + apart * apart * counts[w];
   }
   float* part = f.part + static_cast<int64_t>(run) * 2 * f.pitch + expert * f.n_units + unit;
   part[0] = mean;
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   unsigned char* memory = program_memory();
   const uint32_t room = shared_address(memory);
-  auto& numbers = *reinterpret_cast<UpNumbers*>(memory + UpRoom::numbers);
+  auto& normal = *reinterpret_cast<Normal<kUpBelow>*>(memory + UpRoom::numbers);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int expert = static_cast<int>(blockIdx.x) % f.n_experts, run = static_cast<int>(blockIdx.x) / f.n_experts;
   const int first_row = run * f.run_rows;
@@ -147,11 +145,8 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
             there ? weight + 2 * (unit * f.pitch_weight + 8 * piece) : f.weight, there ? 16 : 0);
   }
   const uint32_t strips = room + UpRoom::z + warp * UpRoom::strip;
-  const auto below = [&](const char* matrix) {
-    return StripRows::of<kUpBelow>(matrix + 2 * (first_row * f.pitch_below + expert * f.n_below), f.pitch_below,
-                                   kStripRows * warp, n_rows, f.n_below);
-  };
-  StripRows coming = below(f.below), activations = below(f.h);
+  auto coming = StripRows::of<kUpBelow>(f.below + 2 * (first_row * f.pitch_below + expert * f.n_below), f.pitch_below,
+                                        kStripRows * warp, n_rows, f.n_below);
   auto leaving = StripRows::of<kUpUnits>(f.z + 2 * (first_row * f.pitch + expert * f.n_units), f.pitch,
                                          kStripRows * warp, n_rows, f.n_units);
   const auto bring = [&](uint32_t strip) {
@@ -161,12 +156,8 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
   };
   for (int i = 0; i < kUpTiles; ++i) bring(strips + i * UpRoom::tile);
   static_assert(kUpThreads == kUpBelow);
-  const auto of = [&](int row) {
-    return thread < f.n_below ? f.stat[row * f.pitch_below + expert * f.n_below + thread] : 0.0f;
-  };
-  numbers.mean_scale[thread / 2][thread % 2] = of(0);
-  numbers.mean_scale[thread / 2][2 + thread % 2] = of(2);
-  numbers.beta[thread / 2][thread % 2] = of(3);
+  const float* stat = f.stat + expert * f.n_below + thread;
+  normal.set(thread, thread < f.n_below ? stat : nullptr, f.pitch_below);
   copies_arrive_but<1>();
   __syncthreads();
   UpSums sums;
@@ -183,7 +174,7 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
 #pragma unroll
     for (int block = 0; block < kUpBelow / 64; ++block) {
       uint32_t (&a)[16] = operands[block % 2];
-      make_operands<ACT>(numbers, strip, block, a);
+      make_operands<ACT>(normal, strip, block, a);
       const uint64_t b = descriptor(room + UpRoom::weights + block * UpRoom::of_weight, 128, 1024);
       held(a), products_begin();
       if (block == 0) {
@@ -196,9 +187,6 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
       products_commit();
       if (block > 0) products_wait<1>();
     }
-    __syncwarp(0xFFFFFFFFu);
-    leave_strip<kUpBelow>(strip, activations);
-    activations.next(kUpRows, f.pitch_below);
     products_wait<0>();
     held(d);
     __syncwarp(0xFFFFFFFFu);

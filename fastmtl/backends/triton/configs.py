@@ -355,6 +355,15 @@ class ExpertGateConfig:
         programs = n_experts // together * cdiv(units, block_h)
         return Rows(block_b, block_h, self._run(n_rows, programs, block_b // together), Warps(4)), together
 
+    def mixed_dz(self, units: int, n_rows: int, n_experts: int) -> tuple[Rows, int]:
+        """Of dz from the mixtures' gradients, and the experts of a block: as :meth:`tail`'s, but that no sums are
+        left, so that any number of programs may share the batch."""
+        tail, together = self.tail(units, False, n_rows, n_experts, True)
+        rows = tail.block_b // together
+        programs = n_experts // together * cdiv(units, tail.block_h)
+        run = min(max(n_rows * programs // (16 * PROGRAMS), 4 * rows), 256)
+        return Rows(tail.block_b, tail.block_h, round_up(min(run, max(2 * self.cap, rows)), rows), Warps(4)), together
+
     def rows(self, units: int, whole: bool, dropped: bool, backward: bool = False) -> Rows:
         """Of experts without gates, and of those without hidden layers; ``whole``: blocks hold all units of an expert;
         ``dropped``: some are dropped. Both take registers, and so does the backward."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
 from .. import branches
-from . import hopper, products
+from . import hopper, mixing_gradient, products
 from .batch_norm import SUMS, add_up
 from .expert_gate_forward import Saved, as_input, hidden_layers
 from .hidden import Hidden
@@ -30,12 +30,13 @@ class _Layers:
 
     Attributes:
         d: ``[B, pitch]`` of each, in z's dtype; of the experts' units of layers below the last the gradient of their
-            activations, where these look at each unit alone, and nothing until it becomes dz where hopper.py takes
-            them.
+            activations, where these look at each unit alone. Where D goes through no memory (hopper.py,
+            mixing_gradient.py) it becomes dz at once.
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what makes dz of D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
         gate_part: the pieces of the gates' sums, added up with those of the first layer's experts.
+        mixed: the mixtures' gradient and the gates' softmax, where the last layer's D is not written.
     """
 
     def __init__(self, hidden: list[Hidden], plan: LayerPlan, batch_statistics: bool):
@@ -46,6 +47,7 @@ class _Layers:
         self.weight: list[Tensor] = [layer.stat for layer in hidden]
         self.gate_weight: Tensor | None = None
         self.gate_part: Tensor | None = None
+        self.mixed: tuple[Tensor, Tensor] | None = None
 
     def add_up(self, layer: int, part: Tensor, head: Tensor | None = None, losses: bool = False) -> None:
         """Add the pieces of the sums of a layer's experts up, and in the first layer those of the gates."""
@@ -148,7 +150,11 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
         if not layer:
             break
         under = layers.hidden[layer - 1]
-        _weight_gradient(dz, under.by_expert(kept.h[layer - 1]), layers, layer)
+        if hopper.takes(under):
+            layers.weight[layer] = dw = dz.new_empty(plan.columns[layer], under.units, dtype=torch.float32)
+            branches.beside(branches.WEIGHTS, hopper.weight_gradient, dz, under, dw)
+        else:
+            _weight_gradient(dz, under.by_expert(kept.h[layer - 1]), layers, layer)
         _descend(dz, kept.weight[layer], layers, layer)
     # before the weights' gradient: the tables, who wait for this one, leave the tensor cores to that one
     dx = _input_gradient(x, dz, kept.weight[0], plan) if needs_x else None
@@ -160,6 +166,9 @@ def _gradient(above: Tensor, layers: _Layers, kept: Saved, hidden: Hidden) -> Te
     """dz of a layer from its D, or from ``above``, dz of the layer above it, where D goes through no memory."""
     layer = hidden.layer
     d, coef, is_last = layers.d[layer], layers.coef[layer], layer + 1 == len(layers.hidden)
+    if is_last and layers.mixed is not None:
+        mixing_gradient.mixed_gradient(*layers.mixed, hidden, layers.plan, coef, d)
+        return d
     if is_last or not hopper.takes(hidden):
         return gradient(d, hidden, coef, not is_last and not hidden.row_wise)
     hopper.gradient(above, kept.weight[layer + 1], hidden, coef, d)
@@ -222,6 +231,8 @@ def _last(grad: Tensor, layers: _Layers, kept: Saved, params: ExpertGateParams) 
     if kept.share is None:
         layers.add_up(at, experts_bwd(grad, last, d))
         return []
-    part, layers.gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.share)
+    writes = not mixing_gradient.takes(last)
+    part, layers.gate_part = mix_bwd(grad, last, d, layers.hidden[0], layers.d[0], layers.plan, kept.share, writes)
+    layers.mixed = None if writes else (grad, kept.share)
     layers.add_up(at, part)
     return []

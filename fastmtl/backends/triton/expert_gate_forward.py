@@ -28,7 +28,7 @@ class Saved(NamedTuple):
         z: each hidden layer's ``[B, pitch]``.
         stat: each hidden layer's ``[4, pitch]``.
         weight: each hidden layer's weight as the products read it.
-        h: the activations of each hidden layer but the last, ``[B, pitch]``.
+        h: the activations of each hidden layer but the last, ``[B, pitch]``; empty where hopper.py makes them anew.
         share: ``[B, columns of the gates]`` fp32, their softmax.
         seed: of the dropout.
     """
@@ -108,8 +108,8 @@ def hidden_layers(
         part: Tensor | None = None
         run = 1
         if layer and is_by_batch and hopper.takes(layers[-1]):
-            h, z, part, run = hopper.up(layers[-1], weight, plan.pitch[layer])
-            written.append(h)
+            z, part, run = hopper.up(layers[-1], weight, plan.pitch[layer])
+            written.append(z.new_empty(0))
         else:
             if layer:
                 written.append(activations(layers[-1]))

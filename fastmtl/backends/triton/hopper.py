@@ -1,9 +1,10 @@
-"""What lies between two hidden layers, in CUDA C++ for Hopper (csrc/cuda/up.cuh, down.cuh): one launch up,
-two down, where products of the library and passes between them are three and four, and move half as many bytes.
+"""What lies between two hidden layers, in CUDA C++ for Hopper (csrc/cuda/up.cuh, down.cuh, weight_gradient.cuh): one
+launch up, two down and one for the weight, where products of the library and passes between them are eight, and move
+twice as many bytes.
 
-Up: the activations of a layer (which the weight's gradient reads), the next layer's z and the pieces of its statistics.
-Down: from dz of the next layer through its weight to D of this one, once for the pieces of its sums, and, when these
-are added up, once more for dz. The gradient of the activations stays in registers.
+Up: the next layer's z and the pieces of its statistics, from z of this one. Down: from dz of the next layer through its
+weight to D of this one, once for the pieces of its sums, and, when these are added up, once more for dz. Activations
+and their gradient stay where they are multiplied.
 
 bf16, statistics and sums in fp32; deterministic. Everywhere else products.py and passes.py do this.
 """
@@ -31,9 +32,14 @@ _ROWS_UP, _ROWS_DOWN = 128, 64
 _UP = Operation(
     "expert_gate_up",
     lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_up(*arguments),
-    ("Below_ptr", "Stat_ptr", "Weight_ptr", "n_experts", "n_below", "n_units", "activation", "run_rows", "H_ptr",
-     "Z_ptr", "Part_ptr"),
+    ("Below_ptr", "Stat_ptr", "Weight_ptr", "n_experts", "n_below", "n_units", "activation", "run_rows", "Z_ptr",
+     "Part_ptr"),
 )  # fmt: skip
+_WEIGHT = Operation(
+    "expert_gate_weight",
+    lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_weight(*arguments),
+    ("Dz_ptr", "Below_ptr", "Stat_ptr", "n_experts", "n_below", "n_above", "activation", "run_rows", "Parts_ptr"),
+)
 _DOWN = Operation(
     "expert_gate_down",
     lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_down(*arguments),
@@ -66,7 +72,7 @@ def _run(n_rows: int, n_experts: int, tile: int) -> int:
     return round_up(cdiv(n_rows, runs), tile)
 
 
-def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, int]:
     """From a layer to the one above.
 
     Args:
@@ -75,20 +81,31 @@ def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, Tenso
         pitch: of the layer above.
 
     Returns:
-        The activations ``[B, pitch below]``, z ``[B, pitch]``, the pieces ``[runs, 2, pitch]`` of its statistics, and
-        the rows of a run.
+        z ``[B, pitch]``, the pieces ``[runs, 2, pitch]`` of its statistics, and the rows of a run.
     """
     n_rows, spec = len(under.z), under.spec
     run = _run(n_rows, spec.n_experts, _ROWS_UP)
-    h = torch.empty_like(under.z)
     z = under.z.new_empty(n_rows, pitch)
     part = under.stat.new_empty(cdiv(n_rows, run), 2, pitch)
     call(
         _UP, Below_ptr=under.z, Stat_ptr=under.stat, Weight_ptr=weight, n_experts=spec.n_experts, n_below=under.units,
-        n_units=spec.dims[under.layer + 1], activation=ACTIVATIONS.index(spec.activation), run_rows=run, H_ptr=h,
-        Z_ptr=z, Part_ptr=part,
+        n_units=spec.dims[under.layer + 1], activation=ACTIVATIONS.index(spec.activation), run_rows=run, Z_ptr=z,
+        Part_ptr=part,
     )  # fmt: skip
-    return h, z, part, run
+    return z, part, run
+
+
+def weight_gradient(dz: Tensor, under: Hidden, out: Tensor) -> None:
+    """Write dW to ``out [columns of the experts, I]`` fp32, from ``dz [B, pitch]`` of a layer and the one under it."""
+    n_rows, spec = len(dz), under.spec
+    n_above = spec.dims[under.layer + 1]
+    run = _run(n_rows, spec.n_experts, _ROWS_DOWN)
+    parts = out.new_empty(cdiv(n_rows, run), spec.n_experts, n_above, under.units)
+    call(
+        _WEIGHT, Dz_ptr=dz, Below_ptr=under.z, Stat_ptr=under.stat, n_experts=spec.n_experts, n_below=under.units,
+        n_above=n_above, activation=ACTIVATIONS.index(spec.activation), run_rows=run, Parts_ptr=parts,
+    )  # fmt: skip
+    torch.sum(parts, 0, out=out.view(parts.shape[1:]))
 
 
 def sums(dz: Tensor, weight: Tensor, under: Hidden) -> Tensor:

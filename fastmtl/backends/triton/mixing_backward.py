@@ -28,7 +28,7 @@ from .losses import TaskLosses, known_labels, loss_parts, no_task_losses
 
 
 @triton.jit
-def _rows(
+def block_rows(
     z_run, dy_runs, share_run, members, at_z, at_dy, row, inside, start, n_here, pitch, stride_db, n_gate_columns,
     READ: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def expert_gate_tail_kernel(
     Members_ptr,  # [E, GATES2] int32; read where MIX, as is Share
     Share_ptr,  # [B, n_gate_columns] fp32: the softmax
     Dg_ptr,  # [blocks, B, n_gate_columns] fp32; written where MIX
-    D_ptr,  # [B, pitch]
+    D_ptr,  # [B, pitch]; written where WRITE
     Part_ptr,  # [runs, SUMS, pitch] fp32
     n_rows,
     run_rows,
@@ -121,6 +121,7 @@ def expert_gate_tail_kernel(
     HEAD: tl.constexpr,
     LOSS: tl.constexpr,  # whether Dy is made here, from labels: a block holds all units then
     MIX: tl.constexpr,
+    WRITE: tl.constexpr,
     LEARNED: tl.constexpr,
     SUMS: tl.constexpr,
     GATES: tl.constexpr,
@@ -182,7 +183,7 @@ def expert_gate_tail_kernel(
     for g in tl.static_range(READ):
         members += (tl.load(Members_ptr + e * GATES2 + g) if MIX else e,)
         dy_runs += (dy_run + (g if MIX else e) * tl.cast(stride_de, tl.int64),)
-    following = _rows(
+    following = block_rows(
         z_run, dy_runs, share_run, members, at_z, at_dy, row, inside, 0, n_here, pitch, stride_db, n_gate_columns,
         READ, GATES,
     )  # fmt: skip
@@ -198,7 +199,7 @@ def expert_gate_tail_kernel(
         live = row < n_here - start
         mask = live[:, None] & inside[None, :]
         z, dys, shares = following
-        following = _rows(
+        following = block_rows(
             z_run, dy_runs, share_run, members, at_z, at_dy, row, inside, start + ROWS, n_here, pitch, stride_db,
             n_gate_columns, READ, GATES,
         )  # fmt: skip  # on their way while these are worked on
@@ -245,9 +246,10 @@ def expert_gate_tail_kernel(
         if DROPOUT:
             dh = tl.where(keep, dh * (1.0 / (1.0 - drop)), 0.0)
         d, dalpha = activate_bwd(y, dh, alpha, inside[None, :], n_units, ACT)
-        stored = _rounded(d, D_ptr.dtype.element_ty)
-        tl.store(d_run + (start * pitch + at_z), stored, mask=mask)
-        d = stored.to(tl.float32)
+        if WRITE:
+            stored = _rounded(d, D_ptr.dtype.element_ty)
+            tl.store(d_run + (start * pitch + at_z), stored, mask=mask)
+            d = stored.to(tl.float32)
         sum_d += d  # 0 in rows that are not there, as is their dh
         sum_dz += d * centred
         if LEARNED:
@@ -343,9 +345,10 @@ def _tail(
     mixed: tuple[LayerPlan, Tensor, Tensor] | None,
     weight: Tensor | None,
     losses: TaskLosses | None = None,
+    writes: bool = True,
 ) -> Tensor:
-    """Write ``d [B, pitch]``; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``: the plan, the softmax,
-    and Dg to write."""
+    """Write ``d [B, pitch]``, where that is wanted; returns the pieces of its sums ``[runs, SUMS, pitch]``. ``mixed``:
+    the plan, the softmax, and Dg to write."""
     n_rows, units, n_experts = len(hidden.z), hidden.units, hidden.spec.n_experts
     whole = hidden.row_wise or losses is not None
     config, together = configs.EXPERT_GATE.tail(units, whole, n_rows, n_experts, mixed is not None)
@@ -378,6 +381,7 @@ def _tail(
         HEAD=weight is not None,
         LOSS=losses is not None,
         MIX=plan is not None,
+        WRITE=writes,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
         SUMS=SUMS,
         GATES=0 if plan is None else len(plan.spec.gates),
@@ -392,16 +396,17 @@ def _tail(
 
 
 def mix_bwd(
-    grad: Tensor, hidden: Hidden, d: Tensor, first: Hidden, first_d: Tensor, plan: LayerPlan, share: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, hidden: Hidden, d: Tensor, first: Hidden, first_d: Tensor, plan: LayerPlan, share: Tensor,
+    writes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """From the gradient ``[G, B, H]`` of the mixed experts and the gates' softmax ``share [B, columns of the gates]``
-    to D of the last hidden layer (``d [B, pitch]``) and of the gates (in ``first_d``, the first layer's); returns the
-    pieces of the sums of both."""
+    to D of the last hidden layer (``d [B, pitch]``, where that is wanted) and of the gates (in ``first_d``, the first
+    layer's); returns the pieces of the sums of both."""
     n_rows, device = len(hidden.z), grad.device
     tail, _ = configs.EXPERT_GATE.tail(hidden.units, hidden.row_wise, n_rows, plan.spec.n_experts, True)
     n_blocks = cdiv(hidden.units, tail.block_h)
     dg = torch.empty(n_blocks, *share.shape, dtype=torch.float32, device=device)
-    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (plan, share, dg), None)
+    part = _tail(hidden, grad, (grad.stride(0), grad.stride(1)), d, (plan, share, dg), None, writes=writes)
     block_c = power_of_two(plan.widest_gate)
     config = configs.EXPERT_GATE.softmax(block_c, n_rows)
     n_runs = cdiv(n_rows, config.run)

@@ -1,5 +1,5 @@
-// Runs the kernels between two hidden layers (csrc/cuda/up.cuh, down.cuh) on the CPU: arrays and numbers as their
-// structs name them.
+// Runs the kernels between two hidden layers (csrc/cuda/up.cuh, down.cuh, weight_gradient.cuh) on the CPU: arrays and
+// numbers as their structs name them.
 #include <algorithm>
 
 #include "arrays.h"
@@ -10,6 +10,7 @@ static_assert(sizeof(uint4) == 16);
 
 #include "cuda/down.cuh"
 #include "cuda/up.cuh"
+#include "cuda/weight_gradient.cuh"
 
 namespace {
 
@@ -25,18 +26,18 @@ unsigned programs(int32_t n_experts, int32_t blocks, int32_t n_rows, int32_t run
 
 template <int ACT>
 void up() {
-  auto below = matrix("below"), weight = matrix("weight"), h = matrix("h"), z = matrix("z");
+  auto below = matrix("below"), weight = matrix("weight"), z = matrix("z");
   const auto stat = read<float>("stat");
   auto part = read<float>("part");
   Up f{};
-  f.below = bytes(below), f.stat = stat.data(), f.weight = bytes(weight), f.h = bytes(h), f.z = bytes(z);
+  f.below = bytes(below), f.stat = stat.data(), f.weight = bytes(weight), f.z = bytes(z);
   f.part = part.data();
   f.pitch_below = number("pitch_below"), f.pitch_weight = number("pitch_weight"), f.pitch = number("pitch");
   f.n_rows = small("n_rows"), f.run_rows = small("run_rows"), f.n_experts = small("n_experts");
   f.n_below = small("n_below"), f.n_units = small("n_units");
   emulated::forget();
   emulated::run(up_kernel<ACT>, programs(f.n_experts, 1, f.n_rows, f.run_rows), kUpThreads, f);
-  write("h", h), write("z", z), write("part", part);
+  write("z", z), write("part", part);
 }
 
 template <int ACT, bool SUM>
@@ -56,7 +57,23 @@ void down() {
 }
 
 template <int ACT>
+void weight_gradient() {
+  auto dz = matrix("dz"), below = matrix("below");
+  const auto stat = read<float>("stat");
+  auto parts = read<float>("parts");
+  WeightGradient f{};
+  f.dz = bytes(dz), f.below = bytes(below), f.stat = stat.data(), f.parts = parts.data();
+  f.pitch = number("pitch_below"), f.pitch_above = number("pitch_above");
+  f.n_rows = small("n_rows"), f.run_rows = small("run_rows"), f.n_experts = small("n_experts");
+  f.n_below = small("n_below"), f.n_above = small("n_above");
+  emulated::forget();
+  emulated::run(weight_gradient_kernel<ACT>, programs(f.n_experts, 1, f.n_rows, f.run_rows), kWeightThreads, f);
+  write("parts", parts);
+}
+
+template <int ACT>
 void run() {
+  if (number("kernel") == 3) return weight_gradient<ACT>();
   if (number("kernel") == 0) return up<ACT>();
   number("kernel") == 1 ? down<ACT, true>() : down<ACT, false>();
 }
@@ -65,7 +82,8 @@ void run() {
 
 int main(int argc, char** argv) {
   if (!read_arguments(argc, argv)) return 2;
-  static_assert(UpRoom::bytes <= emulated::kSharedBytes && DownRoom::bytes <= emulated::kSharedBytes);
+  static_assert(UpRoom::bytes <= emulated::kSharedBytes && DownRoom::bytes <= emulated::kSharedBytes &&
+                WeightRoom::bytes <= emulated::kSharedBytes);
   void (*const with[])() = {run<kRelu>, run<kLeakyRelu>, run<kSilu>};
   with[number("activation")]();
   return 0;

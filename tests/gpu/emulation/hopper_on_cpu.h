@@ -23,6 +23,7 @@ struct float4 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace emulated {
@@ -88,15 +89,27 @@ inline float element(uint64_t descriptor, int r, int k) {
   return number_of(bits);
 }
 
+// Element k of column c of what descriptor_turned describes.
+inline float element_turned(uint64_t descriptor, int c, int k) {
+  if (descriptor >> 62 != 1) std::abort();
+  const auto bytes = [&](int at) { return static_cast<uint32_t>(descriptor >> at & 0x3FFF) << 4; };
+  uint32_t at = bytes(0) + static_cast<uint32_t>(c / 64) * bytes(16) + static_cast<uint32_t>(k / 8) * bytes(32) +
+                static_cast<uint32_t>(k % 8) * 128 + static_cast<uint32_t>(c % 64) * 2;
+  at ^= (at >> 7 & 7) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, shared(at), 2);
+  return number_of(bits);
+}
+
 inline thread_local float a_rows[2][16];  // this thread's two rows of A
 
 template <bool FIRST, int N>
-void multiply_rows(float* d, uint64_t b) {
+void multiply_rows(float* d, uint64_t b, float (*of)(uint64_t, int, int) = element) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int j = 0; j < N / 4; ++j) {
     for (int column = 0; column < 2; ++column) {
       float of_b[16];
-      for (int k = 0; k < 16; ++k) of_b[k] = element(b, 8 * j + 2 * (lane % 4) + column, k);
+      for (int k = 0; k < 16; ++k) of_b[k] = of(b, 8 * j + 2 * (lane % 4) + column, k);
       for (int row = 0; row < 2; ++row) {
         float sum = FIRST ? 0.0f : d[4 * j + 2 * row + column];
         for (int k = 0; k < 16; ++k) sum += a_rows[row][k] * of_b[k];
@@ -213,6 +226,10 @@ inline uint64_t descriptor(uint32_t at, int swizzle, int eight) {
   return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | (static_cast<uint64_t>(eight >> 4) << 32) |
          (static_cast<uint64_t>(swizzle == 128 ? 1 : 2) << 62);
 }
+inline uint64_t descriptor_turned(uint32_t at, int eight, int further) {
+  return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | (static_cast<uint64_t>(further >> 4) << 16) |
+         (static_cast<uint64_t>(eight >> 4) << 32) | (uint64_t{1} << 62);
+}
 inline uint64_t further(uint64_t of, int bytes) { return of + static_cast<uint64_t>(bytes >> 4); }
 inline void products_begin() {}
 inline void products_commit() { emulated::groups.emplace_back(); }
@@ -240,6 +257,16 @@ void multiply(float (&d)[N], const uint32_t* a, uint64_t b) {
   emulated::groups.back().push_back([=] {
     emulated::gather(a);
     emulated::multiply_rows<FIRST, N>(to, b);
+  });
+}
+
+inline void multiply_turned(float (&d)[64], uint64_t a, uint64_t b) {
+  float* to = d;
+  emulated::groups.back().push_back([=] {
+    const int row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+    for (int i = 0; i < 32; ++i)
+      emulated::a_rows[i / 16][i % 16] = emulated::element_turned(a, row + i / 16 * 8, i % 16);
+    emulated::multiply_rows<false, 64>(to, b, emulated::element_turned);
   });
 }
 
