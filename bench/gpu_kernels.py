@@ -158,11 +158,15 @@ def launches(runner: Runner, batch: Batch, rows: int, touched: int) -> list[Call
 
     def note(kernel: Any, grid: tuple[int, ...], warps: Any, arguments: dict[str, Any]) -> None:
         def again() -> None:
-            kernel[grid](**arguments, **warps.options())
+            if isinstance(kernel, launch.Operation):
+                kernel.run(*(arguments[name] for name in kernel.arg_names))
+            else:
+                kernel[grid](**arguments, **warps.options())
 
         again()
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
-        found.append(Call(name.removesuffix("_kernel"), again, gpu_work.launch_bytes(arguments, rows, touched)))
+        moved = gpu_work.launch_bytes(arguments, rows, touched)
+        found.append(Call(name.removesuffix("_kernel"), again, moved, gpu_work.launch_flops(name, arguments)))
 
     def product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
         multiply(a, b, out, adds)

@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
   for (int i = 0; i < kDownTiles; ++i) bring_z(i);
   bring_weight(f, part, room);
   bring_numbers<SUM>(f, part, numbers);
-  copies_arrive_but<2>();
+  copies_wait<2>();
+  writes_arrive();
   __syncthreads();
   float dh[2][64], sums[2][32];
 #pragma unroll
@@ -227,8 +228,9 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
   held(dh[0]);
   int slot = 0;  // of the tile that is worked on
   const auto turn = [&](float (&now)[64], float (&next)[64]) {
-    copies_arrive_but<1>();  // dz of the next tile, and its z
-    __syncthreads();         // that of all threads; and nobody multiplies the tile before this one any more
+    copies_wait<1>();  // dz of the next tile, and its z
+    writes_arrive();
+    __syncthreads();  // that of all threads; and nobody multiplies the tile before this one any more
     const int after = slot + 1 == kDownTiles ? 0 : slot + 1;
     bring_dz(after + 1 == kDownTiles ? 0 : after + 1);
     copies_commit();
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const __grid_cons
     slot = after;
   };
   // no conditions within, which would keep products from running beside other work: tiles behind the last are zero
-  for (int row = 0; row < part.n_rows; row += 2 * kDownRows) {
+  for (int row = part.n_rows; row > 0; row -= 2 * kDownRows) {
     turn(dh[0], dh[1]);
     turn(dh[1], dh[0]);
   }

@@ -72,10 +72,10 @@ __device__ __forceinline__ void copies_arrive() {
 }
 // This thread's copy_16 since the last of these are a group.
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// As copies_arrive, of all but the last N groups.
+// What all but the last N groups of them have written is there for this thread (and for products behind writes_arrive).
 template <int N>
-__device__ __forceinline__ void copies_arrive_but() {
-  asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(N) : "memory");
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 // What this thread has written to shared memory is there for products.
 __device__ __forceinline__ void writes_arrive() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -35,31 +35,31 @@ struct UpRoom {
   static constexpr int of_weight = kUpUnits * 128, weights = 0;  // [units, below]
   static constexpr int z = weights + kUpBelow / 64 * of_weight, strip = kUpBelow / 64 * kStripBlock;
   static constexpr int tile = kUpThreads / 32 * strip;
-  static constexpr int numbers = z + kUpTiles * tile;
+  static constexpr int out = z + kUpTiles * tile, out_strip = kUpUnits / 64 * kStripBlock;
+  static constexpr int numbers = out + kUpThreads / 32 * out_strip;
   static constexpr int bytes = numbers + static_cast<int>(sizeof(Normal<kUpBelow>));
 };
 
-// What a thread adds up of z: of its 32 columns, about its first row's, which cancels at most as much as there is.
+// What a thread adds up of z: of its 32 columns, about its first row's (two of them in a number), which cancels at most
+// as much as there is.
 struct UpSums {
-  float about[32], total[32], square[32];
+  uint32_t about[16];
+  float total[32], square[32];
   int count;
+
+  __device__ __forceinline__ float first(int column) const {
+    return column % 2 == 0 ? lower(about[column / 2]) : upper(about[column / 2]);
+  }
 };
 
-// The operands of four products: activations of 64 columns of a strip, from `block` on.
+// The operands of four products: 64 columns of a strip, from `block` on, which become activations.
 template <int ACT>
-__device__ __forceinline__ void make_operands(const Normal<kUpBelow>& normal, uint32_t strip, int block,
-                                              uint32_t (&a)[16]) {
+__device__ __forceinline__ void make_operands(const Normal<kUpBelow>& normal, int block, uint32_t (&a)[4][4]) {
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    uint32_t z[4];
-    load_blocks(z, strip + strip_blocks(4 * block + s));
-    normal.template activate<ACT>(64 * block + 16 * s, z);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[4 * s + i] = z[i];
-  }
+  for (int s = 0; s < 4; ++s) normal.template activate<ACT>(64 * block + 16 * s, a[s]);
 }
 
-// The next z of a strip, rounded, where z was. `left`: rows from the thread's first on.
+// The next z of a strip, rounded. `left`: rows from the thread's first on.
 __device__ __forceinline__ void add_up(uint32_t strip, int left, bool is_first, const float (&d)[64], UpSums& sums) {
   const bool there[2] = {left > 0, left > 8};
 #pragma unroll
@@ -70,14 +70,14 @@ __device__ __forceinline__ void add_up(uint32_t strip, int left, bool is_first, 
     store_blocks(strip + strip_blocks(jj), z);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const int first = 4 * jj + i / 2 * 2;  // of the thread's columns
+      if (i % 2 == 0 && is_first) sums.about[first / 2] = z[i];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int column = 4 * jj + i / 2 * 2 + c;
         const float value = c == 0 ? lower(z[i]) : upper(z[i]);
-        if (i % 2 == 0 && is_first) sums.about[column] = value;
-        const float apart = there[i % 2] ? value - sums.about[column] : 0.0f;
-        sums.total[column] += apart;
-        sums.square[column] += apart * apart;
+        const float apart = there[i % 2] ? value - sums.first(first + c) : 0.0f;
+        sums.total[first + c] += apart;
+        sums.square[first + c] += apart * apart;
       }
     }
   }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void leave_statistics(const Up& f, int expert, int ru
   const float per_row = sums.count > 0 ? 1.0f / count : 0.0f, per_row_of_warp = of_warp > 0.0f ? 1.0f / of_warp : 0.0f;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    const float mean = sums.count > 0 ? sums.about[i] + sums.total[i] * per_row : 0.0f;
+    const float mean = sums.count > 0 ? sums.first(i) + sums.total[i] * per_row : 0.0f;
     const float m2 = sums.square[i] - sums.total[i] * (sums.total[i] * per_row);
     const float mean_of_warp = of_lanes(count * mean) * per_row_of_warp, apart = mean - mean_of_warp;
     const float m2_of_warp = of_lanes(sums.count > 0 ? m2 + apart * apart * count : 0.0f);
@@ -144,58 +144,71 @@ __global__ void __launch_bounds__(kUpThreads, 1) up_kernel(const __grid_constant
     copy_16(room + UpRoom::weights + piece / 8 * UpRoom::of_weight + unit * 128 + ((piece % 8) ^ (unit % 8)) * 16,
             there ? weight + 2 * (unit * f.pitch_weight + 8 * piece) : f.weight, there ? 16 : 0);
   }
-  const uint32_t strips = room + UpRoom::z + warp * UpRoom::strip;
-  auto coming = StripRows::of<kUpBelow>(f.below + 2 * (first_row * f.pitch_below + expert * f.n_below), f.pitch_below,
-                                        kStripRows * warp, n_rows, f.n_below);
+  const uint32_t strips = room + UpRoom::z + warp * UpRoom::strip, out = room + UpRoom::out + warp * UpRoom::out_strip;
+  auto coming = StripRows::of<64>(f.below + 2 * (first_row * f.pitch_below + expert * f.n_below), f.pitch_below,
+                                  kStripRows * warp, n_rows, f.n_below);
   auto leaving = StripRows::of<kUpUnits>(f.z + 2 * (first_row * f.pitch + expert * f.n_units), f.pitch,
                                          kStripRows * warp, n_rows, f.n_units);
-  const auto bring = [&](uint32_t strip) {
-    bring_strip<kUpBelow>(strip, coming);
-    coming.next(kUpRows, f.pitch_below);
+  constexpr int kBlocks = kUpBelow / 64;
+  // 64 columns of the strip of the tile that `coming` is at: a group of copies each
+  const auto bring = [&](uint32_t strip, int block) {
+    StripRows rows = coming;
+    rows.at += 128 * block;
+    if (64 * block + StripPieces<64>::column() >= f.n_below) rows.left = 0;
+    bring_strip<64>(strip + block * kStripBlock, rows);
     copies_commit();
   };
-  for (int i = 0; i < kUpTiles; ++i) bring(strips + i * UpRoom::tile);
+  for (int i = 0; i < kUpTiles; ++i) {
+    for (int block = 0; block < kBlocks; ++block) bring(strips + i * UpRoom::tile, block);
+    coming.next(kUpRows, f.pitch_below);
+  }
   static_assert(kUpThreads == kUpBelow);
   const float* stat = f.stat + expert * f.n_below + thread;
   normal.set(thread, thread < f.n_below ? stat : nullptr, f.pitch_below);
-  copies_arrive_but<1>();
+  copies_wait<kUpTiles * kBlocks - 1>();  // the weight, which goes with the first block
+  writes_arrive();
   __syncthreads();
   UpSums sums;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) sums.about[i] = sums.total[i] = sums.square[i] = 0.0f;
+  for (int i = 0; i < 32; ++i) sums.about[i / 2] = 0, sums.total[i] = sums.square[i] = 0.0f;
   sums.count = 0;
   const int mine = kStripRows * warp + thread % 32 / 4;  // the thread's first row of a tile
   for (int row = 0; row < n_rows; row += kUpRows) {
     const uint32_t strip = strips + row / kUpRows % kUpTiles * UpRoom::tile;
-    copies_arrive_but<1>();
-    __syncwarp(0xFFFFFFFFu);
     float d[64];
-    uint32_t operands[2][16];
+    uint32_t operands[2][4][4];
 #pragma unroll
-    for (int block = 0; block < kUpBelow / 64; ++block) {
-      uint32_t (&a)[16] = operands[block % 2];
-      make_operands<ACT>(normal, strip, block, a);
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t (&a)[4][4] = operands[block % 2];
+      copies_wait<kUpTiles * kBlocks - 1>();
+      __syncwarp(0xFFFFFFFFu);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) load_blocks(a[s], strip + strip_blocks(4 * block + s));
+      __syncwarp(0xFFFFFFFFu);
+      bring(strip, block);
+      make_operands<ACT>(normal, block, a);
       const uint64_t b = descriptor(room + UpRoom::weights + block * UpRoom::of_weight, 128, 1024);
-      held(a), products_begin();
+#pragma unroll
+      for (int s = 0; s < 4; ++s) held(a[s]);
+      products_begin();
       if (block == 0) {
-        multiply<true>(d, a, b);
+        multiply<true>(d, a[0], b);
       } else {
-        multiply<false>(d, a, b);
+        multiply<false>(d, a[0], b);
       }
 #pragma unroll
-      for (int k = 1; k < 4; ++k) multiply<false>(d, a + 4 * k, further(b, 32 * k));
+      for (int s = 1; s < 4; ++s) multiply<false>(d, a[s], further(b, 32 * s));
       products_commit();
       if (block > 0) products_wait<1>();
     }
+    coming.next(kUpRows, f.pitch_below);
     products_wait<0>();
     held(d);
+    __syncwarp(0xFFFFFFFFu);  // the last tile has left
+    add_up(out, n_rows - row - mine, row == 0, d, sums);
     __syncwarp(0xFFFFFFFFu);
-    add_up(strip, n_rows - row - mine, row == 0, d, sums);
-    __syncwarp(0xFFFFFFFFu);
-    leave_strip<kUpUnits>(strip, leaving);
+    leave_strip<kUpUnits>(out, leaving);
     leaving.next(kUpRows, f.pitch);
-    __syncwarp(0xFFFFFFFFu);
-    bring(strip);
   }
   copies_arrive();
   __syncthreads();

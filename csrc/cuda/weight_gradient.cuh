@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_gradient_kernel(cons
   };
   // The activations of a tile that has come, in place of z; of rows that are not there dz is 0.
   const auto activate = [&](int slot) {
-    copies_arrive_but<kWeightTiles - 2>();
+    copies_wait<kWeightTiles - 2>();
     __syncwarp(0xFFFFFFFFu);
 #pragma unroll
     for (int jj = 0; jj < kHalf / 16; ++jj) {

@@ -29,7 +29,9 @@ WEIGHTS = "weights"
 TABLES = "tables"
 #: What the losses need to know of the labels.
 LABELS = "labels"
-NAMES = (WEIGHTS, TABLES, LABELS)
+#: The weights as products read them.
+OPERANDS = "operands"
+NAMES = (WEIGHTS, TABLES, LABELS, OPERANDS)
 
 
 class Branches(Protocol):

@@ -63,6 +63,7 @@ def unsupported(op: str, *tensors: Tensor) -> str | None:
 
 
 # products gain nothing from C++: the layers are the triton backend's
+weights_ahead = triton.weights_ahead
 expert_gate_fwd = triton.expert_gate_fwd
 expert_gate_bwd = triton.expert_gate_bwd
 task_losses = triton.task_losses

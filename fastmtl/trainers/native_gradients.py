@@ -24,7 +24,7 @@ from ..basic.bank import ExpertGate, TowerBank
 from ..basic.embedding import Lookup
 from ..models.multi_task import MTLModel
 from ..ops.embedding_bag import general_gradients, sparse_gradient, table_gradients
-from ..spec import EmbeddingSpec, ExpertGateParams
+from ..spec import EmbeddingSpec, ExpertGateParams, ExpertGateSpec
 from ..weighting import Strategy
 
 
@@ -103,15 +103,26 @@ class ChainGradients:
         self.begin()
         for p in self._trained:
             p.grad = None
+        layers = [(bank.params(), bank.spec) for bank in self.banks]
+        # before the lookup: their weights are laid out beside it
+        ahead = getattr(self._layers, "weights_ahead", None)
+        weights = [(one,) for one in ahead(layers)] if ahead is not None else [()] * len(layers)
         # with gradients on: to the tables' optimizer a lookup without them is an evaluation
         lookup = self.model.embedding.lookup(x, self.model.embedding.features)
         with torch.no_grad():
-            return self._run(lookup, labels, seen)
+            return self._run(lookup, labels, seen, layers, weights)
 
-    def _run(self, lookup: Lookup, labels: Tensor, seen: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self,
+        lookup: Lookup,
+        labels: Tensor,
+        seen: Callable[[Tensor], None] | None,
+        layers: list[tuple[ExpertGateParams, ExpertGateSpec]],
+        weights: Sequence[tuple],
+    ) -> tuple[Tensor, Tensor]:
         trains_tables = lookup.ids is not None and any(table.requires_grad for table in lookup.weights)
         if self._is_native:
-            losses, logits = self._run_at_once(lookup, labels, trains_tables)
+            losses, logits = self._run_at_once(lookup, labels, trains_tables, layers)
             self.strategy.give_own_gradients(losses)
             if seen is not None:
                 seen(losses)
@@ -120,13 +131,14 @@ class ChainGradients:
         inputs: list[Tensor] = [row.unsqueeze(0)]
         taped: list[tuple[ExpertGateParams, Any]] = []
         *below, towers = self.banks
-        for bank in below:
+        for bank, (params, spec), given in zip(below, layers, weights, strict=False):
             bank.count_step(inputs[-1])
-            params = bank.params()
-            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, bank.spec, True)
+            out, saved = self._layers.expert_gate_fwd(inputs[-1], params, spec, True, *given)
             inputs.append(out)
             taped.append((params, saved))
-        losses, logits, grad = self._towers(towers, inputs.pop(), labels, trains_tables or bool(below))
+        x = inputs.pop()
+        towers.count_step(x)
+        losses, logits, grad = self._towers(*layers[-1], x, labels, trains_tables or bool(below), *weights[-1])
         if seen is not None:
             seen(losses)
         for bank, source, (params, saved) in zip(reversed(below), reversed(inputs), reversed(taped), strict=True):
@@ -139,7 +151,13 @@ class ChainGradients:
             self._table_gradients(grad[0], lookup, None, None)
         return losses, logits
 
-    def _run_at_once(self, lookup: Lookup, labels: Tensor, trains_tables: bool) -> tuple[Tensor, Tensor]:
+    def _run_at_once(
+        self,
+        lookup: Lookup,
+        labels: Tensor,
+        trains_tables: bool,
+        layers: list[tuple[ExpertGateParams, ExpertGateSpec]],
+    ) -> tuple[Tensor, Tensor]:
         """On the CPU: the layers in one call, small tables folded into the first."""
         weights, ids, columns, dense, spec, _ = lookup
         folding, folded = None if ids is None else self._folding(spec, columns), None
@@ -154,7 +172,6 @@ class ChainGradients:
         x = row.unsqueeze(0)
         for bank in self.banks:
             bank.count_step(x)
-        layers = [(bank.params(), bank.spec) for bank in self.banks]
         kinds = self.model.is_classification
         losses, logits, grads, dx, of_small = native.chain_gradients(
             x, layers, labels, kinds, self.factors, folded, wanted
@@ -204,16 +221,21 @@ class ChainGradients:
         return self._kept[3]
 
     def _towers(
-        self, towers: ExpertGate, x: Tensor, labels: Tensor, needs_x: bool
+        self,
+        params: ExpertGateParams,
+        spec: ExpertGateSpec,
+        x: Tensor,
+        labels: Tensor,
+        needs_x: bool,
+        *weights: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Forward, losses and backward of the last bank: losses, logits and the gradient of x."""
-        towers.count_step(x)
-        params, spec, layers = towers.params(), towers.spec, self._layers
+        layers = self._layers
         of_losses = labels, self.model.is_classification, self.factors
         at_once = getattr(layers, "tower_losses", None)
-        found = at_once(x, params, spec, *of_losses, needs_x) if at_once else None
+        found = at_once(x, params, spec, *of_losses, needs_x, *weights) if at_once else None
         if found is None:
-            logits, saved = layers.expert_gate_fwd(x, params, spec, True)
+            logits, saved = layers.expert_gate_fwd(x, params, spec, True, *weights)
             losses, grad = layers.task_losses(logits, *of_losses)
             found = losses, logits, *layers.expert_gate_bwd(grad, x, params, spec, True, list(saved), needs_x)
         losses, logits, dx, grads = found

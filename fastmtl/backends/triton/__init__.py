@@ -189,13 +189,25 @@ def note_losses(*arguments: Any) -> None:
     run(*arguments)
 
 
+def weights_ahead(layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]]) -> list[tuple[Tensor, ...]]:
+    """See :func:`fastmtl.backends.triton.operands.weights_ahead`."""
+    from .operands import weights_ahead as run
+
+    return run(layers)
+
+
 def expert_gate_fwd(
-    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    training: bool,
+    weights: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output."""
+    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output. ``weights``: one of
+    :func:`weights_ahead`'s."""
     from .expert_gate_forward import expert_gate_fwd as run
 
-    return run(x, params, spec, training)
+    return run(x, params, spec, training, weights)
 
 
 def expert_gate_bwd(
@@ -221,11 +233,12 @@ def tower_losses(
     is_classification: Tensor,
     factors: Tensor,
     needs_x: bool,
+    weights: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]] | None:
     """See :func:`fastmtl.backends.triton.expert_gate_backward.tower_losses`."""
     from .expert_gate_backward import tower_losses as run
 
-    return run(x, params, spec, labels, is_classification, factors, needs_x)
+    return run(x, params, spec, labels, is_classification, factors, needs_x, weights)
 
 
 def task_losses(logits: Tensor, labels: Tensor, is_classification: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ their way at once, where a loop would wait for each block's before it asks for t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -192,7 +194,10 @@ def expert_gate_sums_kernel(
     Grad_ptr,  # [SUMS + 1, pitch]: of beta, gamma, alpha (by unit), the head's weight, the bias
     Coef_ptr,  # [2, pitch]: slope and shift
     Head_ptr,  # [2, E]: the gradient of the head's bias, the loss; written where HEAD
-    Partg_ptr,  # [n_gate_pieces, SUMS, pitch], of the gates; read where GATES, as is what follows
+    Partg_ptr,  # [n_gate_pieces, SUMS, pitch_g], of the gates; read where GATES, as is what follows
+    Statg_ptr,  # of the first layer, whose columns they are, like those behind
+    Gradg_ptr,
+    Coefg_ptr,
     Places_ptr,  # [C] int32: the column of each of the gates' rows
     n_pieces,
     n_gate_pieces,
@@ -200,6 +205,7 @@ def expert_gate_sums_kernel(
     n_gate_columns,
     n_units,
     pitch,
+    pitch_g,
     per_row,  # 1 / B with batch statistics, 0 with running ones, which do not depend on z
     LEARNED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -224,24 +230,40 @@ def expert_gate_sums_kernel(
         row = (block - n_blocks) * BLOCK_C + c
         column = tl.load(Places_ptr + row, mask=row < n_gate_columns, other=0)
         _column_sums(
-            Partg_ptr, Stat_ptr, Grad_ptr, Coef_ptr, Head_ptr, column, row < n_gate_columns, n_gate_pieces, n_columns,
-            n_units, pitch, per_row, False, False, False, SUMS, BLOCK_R,
+            Partg_ptr, Statg_ptr, Gradg_ptr, Coefg_ptr, Head_ptr, column, row < n_gate_columns, n_gate_pieces,
+            n_columns, n_units, pitch_g, per_row, False, False, False, SUMS, BLOCK_R,
         )  # fmt: skip
+
+
+class GateSums(NamedTuple):
+    """Pieces of the sums of the gates' D, to be added up with those of the layer under them.
+
+    Args:
+        part: ``[n, SUMS, pitch]`` of the first layer, whose columns the gates are.
+        places: ``[C]`` int32, which of them.
+        stat, grads, coef: of that layer, as in :func:`add_up`.
+    """
+
+    part: Tensor
+    places: Tensor
+    stat: Tensor
+    grads: Tensor
+    coef: Tensor
 
 
 def add_up(
     part: Tensor, hidden: Hidden, grads: Tensor, coef: Tensor, columns: int, batch_statistics: bool,
-    head: Tensor | None = None, losses: bool = False, gates: tuple[Tensor, Tensor] | None = None,
+    head: Tensor | None = None, losses: bool = False, gates: GateSums | None = None,
 ) -> None:  # fmt: skip
     """Add the pieces ``part [n, SUMS, pitch]`` of the experts' columns up.
 
     Into ``grads [SUMS + 1, pitch]``, the gradients of beta, gamma, alpha by unit, the head's weight, two rows that are
     not written, and the bias; ``coef [2, pitch]``; and where there are heads ``head [2, E]``, their biases' gradients
-    and, with ``losses``, these. ``gates``: pieces of the gates' columns and which columns these are, likewise.
+    and, with ``losses``, these.
     """
-    gate_part, places = gates if gates is not None else (part, part)
-    n_gate_columns = len(places) if gates is not None else 0
-    config = configs.EXPERT_GATE.reduction(max(len(part), len(gate_part)))
+    of_gates = gates or GateSums(part, part, hidden.stat, grads, coef)
+    n_gate_columns = 0 if gates is None else len(gates.places)
+    config = configs.EXPERT_GATE.reduction(max(len(part), len(of_gates.part)))
     launch(
         expert_gate_sums_kernel,
         (cdiv(columns, config.block_c) + cdiv(n_gate_columns, config.block_c),),
@@ -251,14 +273,18 @@ def add_up(
         Grad_ptr=grads,
         Coef_ptr=coef,
         Head_ptr=part if head is None else head,
-        Partg_ptr=gate_part,
-        Places_ptr=places,
+        Partg_ptr=of_gates.part,
+        Statg_ptr=of_gates.stat,
+        Gradg_ptr=of_gates.grads,
+        Coefg_ptr=of_gates.coef,
+        Places_ptr=of_gates.places,
         n_pieces=len(part),
-        n_gate_pieces=len(gate_part),
+        n_gate_pieces=len(of_gates.part),
         n_columns=columns,
         n_gate_columns=n_gate_columns,
         n_units=hidden.units,
         pitch=hidden.pitch,
+        pitch_g=of_gates.stat.shape[1],
         per_row=1.0 / len(hidden.z) if batch_statistics else 0.0,
         LEARNED=hidden.spec.activation in LEARNED_ACTIVATIONS,
         HEAD=head is not None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...spec import LEARNED_ACTIVATIONS, ExpertGateParams, ExpertGateSpec
 from .. import branches
 from . import hopper, mixing_gradient, products
-from .batch_norm import SUMS, add_up
+from .batch_norm import SUMS, GateSums, add_up
 from .expert_gate_forward import Saved, as_input, hidden_layers
 from .hidden import Hidden
 from .launch import round_up
@@ -35,7 +35,7 @@ class _Layers:
         grads: ``[SUMS + 1, pitch]`` of each, fp32: of beta, gamma, alpha (by unit), the head's weight; last the bias.
         coef: ``[2, pitch]`` of each, fp32: what makes dz of D and z.
         weight: the gradient of each weight, filled in from the last to the first; the gates' in ``gate_weight``.
-        gate_part: the pieces of the gates' sums, added up with those of the first layer's experts.
+        gate_part: the pieces of the gates' sums, added up with those of the last layer's experts.
         mixed: the mixtures' gradient and the gates' softmax, where the last layer's D is not written.
     """
 
@@ -50,10 +50,11 @@ class _Layers:
         self.mixed: tuple[Tensor, Tensor] | None = None
 
     def add_up(self, layer: int, part: Tensor, head: Tensor | None = None, losses: bool = False) -> None:
-        """Add the pieces of the sums of a layer's experts up, and in the first layer those of the gates."""
+        """Add the pieces of the sums of a layer's experts up, and with the last layer's those of the gates."""
         grads, coef, gates = self.grads[layer], self.coef[layer], None
-        if layer == 0 and self.gate_part is not None:
-            gates = (self.gate_part, self.plan.gate_places)
+        if layer + 1 == len(self.hidden) and self.gate_part is not None:
+            stat = self.hidden[0].stat
+            gates = GateSums(self.gate_part, self.plan.gate_places, stat, self.grads[0], self.coef[0])
         columns = self.plan.columns[layer]
         add_up(part, self.hidden[layer], grads, coef, columns, self.batch_statistics, head, losses, gates)
 
@@ -112,6 +113,7 @@ def tower_losses(
     is_classification: Tensor,
     factors: Tensor,
     needs_x: bool,
+    weights: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]] | None:
     """Towers in training with the losses of their logits, forward and backward at once: last BatchNorm, activation,
     output, losses and the first pass back are one pass over the last z.
@@ -120,6 +122,7 @@ def tower_losses(
         x, params, spec: as for :func:`fastmtl.ops.expert_gate`.
         labels, is_classification, factors: as for ``task_losses``.
         needs_x: whether the gradient of x is wanted.
+        weights: see expert_gate_fwd.
 
     Returns:
         Losses ``[T]``, logits ``[B, T]``, the gradients of x (or None) and of ``params.learned()``; None where the
@@ -131,7 +134,7 @@ def tower_losses(
     assert params.out_bias is not None
     counts = empty_counts(labels)
     branches.beside(branches.LABELS, count_labels, labels, counts)
-    hidden, kept = hidden_layers(x, params, spec, True)
+    hidden, kept = hidden_layers(x, params, spec, True, weights)
     layers = _Layers(hidden, layer_plan(spec, x.device), n_rows > 1)
     logits = torch.empty(n_rows, spec.n_experts, dtype=torch.float32, device=x.device)
     made = TaskLosses(labels, is_classification, factors, params.out_bias, counts, logits)
@@ -143,7 +146,9 @@ def tower_losses(
 
 def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor | None:
     """From D of the last layer to the gradients of all weights and of x."""
-    plan, dz = layers.plan, x
+    plan, dz, first = layers.plan, x, layers.hidden[0]
+    if len(layers.hidden) > 1 and hopper.takes(first):  # its experts' columns become dz by themselves
+        branches.beside(branches.WEIGHTS, gates_gradient, layers.d[0], first, layers.coef[0])
     for hidden in reversed(layers.hidden):
         layer = hidden.layer
         dz = _gradient(dz, layers, kept, hidden)
@@ -172,7 +177,7 @@ def _gradient(above: Tensor, layers: _Layers, kept: Saved, hidden: Hidden) -> Te
     if is_last or not hopper.takes(hidden):
         return gradient(d, hidden, coef, not is_last and not hidden.row_wise)
     hopper.gradient(above, kept.weight[layer + 1], hidden, coef, d)
-    gates_gradient(d, hidden, coef)
+    branches.join(branches.WEIGHTS)  # the gates' columns
     return d
 
 

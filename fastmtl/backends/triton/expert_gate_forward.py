@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spec import ExpertGateParams, ExpertGateSpec
+from .. import branches
 from . import hopper, products
 from .batch_norm import statistics
 from .hidden import Hidden
@@ -72,16 +73,21 @@ def _empty(x: Tensor, spec: ExpertGateSpec, dtype: torch.dtype) -> Tensor:
 
 
 def expert_gate_fwd(
-    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    training: bool,
+    weights: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output."""
+    """See :func:`fastmtl.ops.expert_gate`; returns what the backward needs beside the output. ``weights``: the hidden
+    layers', as operands.weights_ahead gives them, where they were made before."""
     precision = of_input(x)
     n_rows = x.shape[1]
     if n_rows == 0:
         return _empty(x, spec, precision.dtype), ()
     if not spec.dims:
         return linear_heads(x if x.stride(2) == 1 else x.contiguous(), params, spec), ()
-    layers, saved = hidden_layers(x, params, spec, training)
+    layers, saved = hidden_layers(x, params, spec, training, weights)
     last = layers[-1]
     if spec.output_layer:
         out = head(last, params)
@@ -94,13 +100,18 @@ def expert_gate_fwd(
 
 
 def hidden_layers(
-    x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
+    x: Tensor,
+    params: ExpertGateParams,
+    spec: ExpertGateSpec,
+    training: bool,
+    weights: tuple[Tensor, ...] | None = None,
 ) -> tuple[list[Hidden], Saved]:
-    """The hidden layers of a call, and what its backward needs of them."""
+    """The hidden layers of a call, and what its backward needs of them; ``weights``: see :func:`expert_gate_fwd`."""
     precision = of_input(x)
     plan = layer_plan(spec, x.device)
     seed = torch.empty((), dtype=torch.int64, device=x.device).random_() if drops(spec, training) else None
-    weights = operands(params, plan, precision)
+    weights = operands(params, plan, precision) if weights is None else weights
+    branches.join(branches.OPERANDS)
     layers: list[Hidden] = []
     written: list[Tensor] = []
     is_by_batch = training and x.shape[1] > 1

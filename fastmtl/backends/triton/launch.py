@@ -156,7 +156,10 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: Warps, **arguments: Any) -
 
 
 def call(operation: Operation, **arguments: Any) -> None:
-    """Run an op of the CUDA library."""
+    """Run an op of the CUDA library. (To :data:`recorder` it is a launch of one program.)"""
+    if recorder is not None:
+        recorder(operation, (1,), Warps(), arguments)
+        return
     operation.run(*(arguments[name] for name in operation.arg_names))
     if _notes.launches is not None:
         _notes.launches.append(Called(operation, arguments))

@@ -3,17 +3,20 @@ rows behind the experts'."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import ExpertGateParams
+from ...spec import ExpertGateParams, ExpertGateSpec
+from .. import branches
 from . import configs
 from .common import narrow
 from .launch import cdiv, launch, round_up
-from .layer_plan import LayerPlan
-from .precision import Precision
+from .layer_plan import LayerPlan, layer_plan
+from .precision import Precision, of_input
 
 
 @triton.jit
@@ -52,8 +55,22 @@ def operands_kernel(
     tl.store(out + at, narrow(value, Out[0].dtype.element_ty), mask=live)
 
 
+def weights_ahead(layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]]) -> list[tuple[Tensor, ...]]:
+    """The operands of each layer that has hidden ones, made beside what is queued until
+    :data:`fastmtl.backends.branches.OPERANDS` is joined."""
+    found: list[tuple[Tensor, ...]] = []
+    for params, spec in layers:
+        if not spec.dims:
+            found.append(())
+            continue
+        device = params.weight[0].device
+        found.append(operands(params, layer_plan(spec, device), of_input(params.weight[0])))
+    return found
+
+
 def operands(params: ExpertGateParams, plan: LayerPlan, precision: Precision) -> tuple[Tensor, ...]:
-    """Each hidden layer's weight, ``[columns of z, I]``: a row for each column, those that pad the gates 0.
+    """Each hidden layer's weight, ``[columns of z, I]``: a row for each column, those that pad the gates 0; made
+    beside what is queued until :data:`fastmtl.backends.branches.OPERANDS` is joined.
 
     A weight that is one already is given as it is.
     """
@@ -73,7 +90,8 @@ def operands(params: ExpertGateParams, plan: LayerPlan, precision: Precision) ->
             of_gates.append((gate.weight.contiguous(), out[rows:]))
         found.append(out[:, :width])
     if pieces:
-        _copy([*pieces, *of_gates], plan.rows_of_gates if of_gates else None)
+        listed = plan.rows_of_gates if of_gates else None
+        branches.beside(branches.OPERANDS, _copy, [*pieces, *of_gates], listed)
     return tuple(found)
 
 

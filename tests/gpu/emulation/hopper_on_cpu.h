@@ -178,7 +178,7 @@ inline void copy_16(uint32_t to, const void* from, uint32_t read) {
 }
 inline void copies_commit() { emulated::copies.emplace_back(); }
 template <int N>
-void copies_arrive_but() {
+void copies_wait() {
   while (emulated::copies.size() > N + 1) {
     for (const emulated::Work& copy : emulated::copies.front()) copy();
     emulated::copies.pop_front();
@@ -186,7 +186,7 @@ void copies_arrive_but() {
 }
 inline void copies_arrive() {
   copies_commit();
-  copies_arrive_but<0>();
+  copies_wait<0>();
 }
 inline void writes_arrive() {}
 
