@@ -142,13 +142,14 @@ def launch_bytes(arguments: Mapping[str, Any], rows: int, touched: int) -> float
 
 
 def launch_flops(name: str, arguments: Mapping[str, Any]) -> float:
-    """Of one launch: of those that lie between two hidden layers (fastmtl/backends/triton/hopper.py), each a product of
-    every expert's two widths; 0: a product of the library, or a pass."""
-    widths = [arguments[key] for key in ("n_below", "n_units", "n_above") if key in arguments]
-    if not name.startswith(("expert_gate_up", "expert_gate_down", "expert_gate_weight")):
+    """Of one launch: of those that lie between two hidden layers (fastmtl/backends/triton/hopper.py), products of every
+    expert's two widths; 0: a product of the library, or a pass."""
+    products = {"expert_gate_up": 1, "expert_gate_down_sums": 1, "expert_gate_down": 2}.get(name, 0)
+    if not products:
         return 0.0
-    rows = next(len(arguments[key]) for key in ("Below_ptr", "Dz_ptr") if key in arguments)
-    return 2.0 * rows * arguments["n_experts"] * widths[0] * widths[1]
+    rows = len(arguments["Z_ptr"])
+    other = arguments["n_below" if name == "expert_gate_up" else "n_above"]
+    return 2.0 * products * rows * arguments["n_experts"] * arguments["n_units"] * other
 
 
 # ------------------------------------------------------------------------------------------------------- targets

@@ -10,7 +10,6 @@
 #include "cuda/folded.cuh"
 #include "cuda/gpu.h"
 #include "cuda/up.cuh"
-#include "cuda/weight_gradient.cuh"
 
 namespace fastmtl::cuda {
 namespace {
@@ -126,61 +125,54 @@ void expert_gate_up(const Tensor& below, const Tensor& stat, const Tensor& weigh
                   [&]<int ACT>() { gpu.run_threads(up_kernel<ACT>, programs, kUpThreads, UpRoom::bytes, f); });
 }
 
-// The gradient of the weight between them over runs of rows, from dz; parts: [runs, n_experts, n_above, n_below].
-void expert_gate_weight(const Tensor& dz, const Tensor& below, const Tensor& stat, int64_t n_experts, int64_t n_below,
-                        int64_t n_above, int64_t activation, int64_t run_rows, const Tensor& parts) {
-  const int64_t n_rows = below.size(0), pitch = below.stride(0);
-  const int64_t programs = checked_programs(n_rows, run_rows, n_experts);
-  checked_units(n_below, kWeightBelow, "units below"), checked_units(n_above, kWeightAbove, "units");
-  WeightGradient f{};
-  f.dz = checked_matrix(dz, n_rows, n_experts * n_above, "dz");
-  f.below = checked_matrix(below, n_rows, n_experts * n_below, "z below");
-  check_tensor(stat, ScalarType::Float, {4, pitch}, "statistics");
-  check_tensor(parts, ScalarType::Float, {programs / n_experts, n_experts, n_above, n_below}, "parts of the gradient");
-  f.stat = data<float>(stat), f.parts = data<float>(parts);
-  f.pitch = pitch, f.pitch_above = dz.stride(0);
-  f.n_rows = static_cast<int32_t>(n_rows), f.run_rows = static_cast<int32_t>(std::min(run_rows, n_rows));
-  f.n_experts = static_cast<int32_t>(n_experts), f.n_below = static_cast<int32_t>(n_below);
+// What both ways down are told: dz of a layer, its weight, z of the layer below and its statistics; the programs a run.
+Down checked_down(const Tensor& dz, const Tensor& weight, const Tensor& z, const Tensor& stat, int64_t n_experts,
+                  int64_t n_units, int64_t n_above, int64_t run_rows) {
+  checked_units(n_units, std::numeric_limits<int32_t>::max(), "units");
+  checked_units(n_above, kDownAbove, "units above");
+  checked_programs(z.size(0), run_rows, n_experts);
+  Down f{};
+  f.n_rows = static_cast<int32_t>(z.size(0)), f.run_rows = static_cast<int32_t>(std::min(run_rows, z.size(0)));
+  f.n_experts = static_cast<int32_t>(n_experts), f.n_units = static_cast<int32_t>(n_units);
   f.n_above = static_cast<int32_t>(n_above);
-  Gpu gpu(dz);
+  f.dz = checked_matrix(dz, z.size(0), n_experts * n_above, "dz above");
+  f.weight = checked_matrix(weight, n_experts * n_above, n_units, "the weight");
+  f.z = checked_matrix(z, z.size(0), n_experts * n_units, "z");
+  f.pitch = z.stride(0), f.pitch_above = dz.stride(0), f.pitch_weight = weight.stride(0);
+  check_tensor(stat, ScalarType::Float, {4, f.pitch}, "statistics");
+  f.stat = data<float>(stat);
+  return f;
+}
+
+// The pieces of the sums of D of the layer below; as above.
+void expert_gate_down_sums(const Tensor& dz, const Tensor& weight, const Tensor& z, const Tensor& stat,
+                           int64_t n_experts, int64_t n_units, int64_t n_above, int64_t activation, int64_t run_rows,
+                           const Tensor& part) {
+  Down f = checked_down(dz, weight, z, stat, n_experts, n_units, n_above, run_rows);
+  const int64_t per_run = n_experts * f.blocks(), programs = checked_programs(f.n_rows, run_rows, per_run);
+  check_tensor(part, ScalarType::Float, {programs / per_run, -1, f.pitch}, "pieces of sums");
+  STD_TORCH_CHECK(part.size(1) >= 2, "there are two sums");
+  f.part = data<float>(part), f.n_sums = static_cast<int32_t>(part.size(1));
+  Gpu gpu(z);
   with_activation(activation, [&]<int ACT>() {
-    gpu.run_threads(weight_gradient_kernel<ACT>, programs, kWeightThreads, WeightRoom::bytes, f);
+    gpu.run_threads(down_sums_kernel<ACT>, programs, kDownThreads, SumsRoom::bytes, f);
   });
 }
 
-// The gradient of z of a layer from dz of the one above (coef and out), or the sums for it (part); as above.
-void expert_gate_down(const Tensor& dz, const Tensor& weight, const Tensor& z, const Tensor& stat,
-                      std::optional<Tensor> coef, int64_t n_experts, int64_t n_units, int64_t n_above,
-                      int64_t activation, int64_t run_rows, std::optional<Tensor> part, std::optional<Tensor> out) {
-  const int64_t n_rows = z.size(0), pitch = z.stride(0);
-  checked_units(n_units, std::numeric_limits<int32_t>::max(), "units"),
-      checked_units(n_above, kDownAbove, "units above");
-  STD_TORCH_CHECK(coef.has_value() == out.has_value() && coef.has_value() != part.has_value(),
-                  "either sums are made, or dz with what they have become");
-  Down f{};
-  f.n_units = static_cast<int32_t>(n_units), f.n_above = static_cast<int32_t>(n_above);
-  const int64_t per_run = n_experts * f.blocks(), programs = checked_programs(n_rows, run_rows, per_run);
-  f.dz = checked_matrix(dz, n_rows, n_experts * n_above, "dz above");
-  f.weight = checked_matrix(weight, n_experts * n_above, n_units, "the weight");
-  f.z = checked_matrix(z, n_rows, n_experts * n_units, "z");
-  check_tensor(stat, ScalarType::Float, {4, pitch}, "statistics");
-  f.stat = data<float>(stat);
-  if (part) {
-    check_tensor(*part, ScalarType::Float, {programs / per_run, -1, pitch}, "pieces of sums");
-    STD_TORCH_CHECK(part->size(1) >= 2, "there are two sums");
-    f.part = data<float>(*part), f.n_sums = static_cast<int32_t>(part->size(1));
-  } else {
-    check_tensor(*coef, ScalarType::Float, {2, pitch}, "coefficients");
-    f.coef = data<float>(*coef), f.out = checked_matrix(*out, n_rows, n_experts * n_units, "dz");
-    STD_TORCH_CHECK(out->stride(0) == pitch, "dz lies as z does");
-  }
-  f.pitch = pitch, f.pitch_above = dz.stride(0), f.pitch_weight = weight.stride(0);
-  f.n_rows = static_cast<int32_t>(n_rows), f.run_rows = static_cast<int32_t>(std::min(run_rows, n_rows));
-  f.n_experts = static_cast<int32_t>(n_experts);
+// dz of the layer below from what its sums have become, and parts of the weight's gradient; as above.
+void expert_gate_down(const Tensor& dz, const Tensor& weight, const Tensor& z, const Tensor& stat, const Tensor& coef,
+                      int64_t n_experts, int64_t n_units, int64_t n_above, int64_t activation, int64_t run_rows,
+                      const Tensor& out, const Tensor& parts) {
+  Down f = checked_down(dz, weight, z, stat, n_experts, n_units, n_above, run_rows);
+  const int64_t per_run = n_experts * f.blocks(), programs = checked_programs(f.n_rows, run_rows, per_run);
+  check_tensor(coef, ScalarType::Float, {2, f.pitch}, "coefficients");
+  check_tensor(parts, ScalarType::Float, {programs / per_run, n_experts, n_above, n_units}, "parts of the gradient");
+  f.coef = data<float>(coef), f.of_weight = data<float>(parts);
+  f.out = checked_matrix(out, f.n_rows, n_experts * n_units, "dz");
+  STD_TORCH_CHECK(out.stride(0) == f.pitch, "dz lies as z does");
   Gpu gpu(z);
   with_activation(activation, [&]<int ACT>() {
-    const auto run = [&](void (*kernel)(Down)) { gpu.run_threads(kernel, programs, kDownThreads, DownRoom::bytes, f); };
-    part ? run(down_kernel<ACT, true>) : run(down_kernel<ACT, false>);
+    gpu.run_threads(down_gradients_kernel<ACT>, programs, kDownThreads, GradientsRoom::bytes, f);
   });
 }
 
@@ -192,17 +184,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl_cuda, m) {
       "expert_gate_up(Tensor below, Tensor stat, Tensor weight, int n_experts, int n_below, int n_units, "
       "int activation, int run_rows, Tensor(a!) z, Tensor(b!) part) -> ()");
   m.def(
-      "expert_gate_weight(Tensor dz, Tensor below, Tensor stat, int n_experts, int n_below, int n_above, "
-      "int activation, int run_rows, Tensor(a!) parts) -> ()");
+      "expert_gate_down_sums(Tensor dz, Tensor weight, Tensor z, Tensor stat, int n_experts, int n_units, int n_above, "
+      "int activation, int run_rows, Tensor(a!) part) -> ()");
   m.def(
-      "expert_gate_down(Tensor dz, Tensor weight, Tensor z, Tensor stat, Tensor? coef, int n_experts, int n_units, "
-      "int n_above, int activation, int run_rows, Tensor(a!)? part, Tensor(b!)? out) -> ()");
+      "expert_gate_down(Tensor dz, Tensor weight, Tensor z, Tensor stat, Tensor coef, int n_experts, int n_units, "
+      "int n_above, int activation, int run_rows, Tensor(a!) out, Tensor(b!) parts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl_cuda, CUDA, m) {
   m.impl("folded", FASTMTL_BOX(&folded));
   m.impl("expert_gate_up", FASTMTL_BOX(&expert_gate_up));
-  m.impl("expert_gate_weight", FASTMTL_BOX(&expert_gate_weight));
+  m.impl("expert_gate_down_sums", FASTMTL_BOX(&expert_gate_down_sums));
   m.impl("expert_gate_down", FASTMTL_BOX(&expert_gate_down));
 }
 

@@ -155,10 +155,7 @@ def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor
         if not layer:
             break
         under = layers.hidden[layer - 1]
-        if hopper.takes(under):
-            layers.weight[layer] = dw = dz.new_empty(plan.columns[layer], under.units, dtype=torch.float32)
-            branches.beside(branches.WEIGHTS, hopper.weight_gradient, dz, under, dw)
-        else:
+        if not hopper.takes(under):  # else it comes with dz
             _weight_gradient(dz, under.by_expert(kept.h[layer - 1]), layers, layer)
         _descend(dz, kept.weight[layer], layers, layer)
     # before the weights' gradient: the tables, who wait for this one, leave the tensor cores to that one
@@ -176,8 +173,10 @@ def _gradient(above: Tensor, layers: _Layers, kept: Saved, hidden: Hidden) -> Te
         return d
     if is_last or not hopper.takes(hidden):
         return gradient(d, hidden, coef, not is_last and not hidden.row_wise)
-    hopper.gradient(above, kept.weight[layer + 1], hidden, coef, d)
+    parts = hopper.gradients(above, kept.weight[layer + 1], hidden, coef, d)
     branches.join(branches.WEIGHTS)  # the gates' columns
+    layers.weight[layer + 1] = dw = parts.new_empty(layers.plan.columns[layer + 1], hidden.units)
+    branches.beside(branches.WEIGHTS, hopper.add_parts, parts, dw)
     return d
 
 

@@ -1,10 +1,9 @@
-"""What lies between two hidden layers, in CUDA C++ for Hopper (csrc/cuda/up.cuh, down.cuh, weight_gradient.cuh): one
-launch up, two down and one for the weight, where products of the library and passes between them are eight, and move
-twice as many bytes.
+"""What lies between two hidden layers, in CUDA C++ for Hopper (csrc/cuda/up.cuh, down.cuh): one launch up and two down,
+where products of the library and passes between them are eight, and move more than twice as many bytes.
 
 Up: the next layer's z and the pieces of its statistics, from z of this one. Down: from dz of the next layer through its
-weight to D of this one, once for the pieces of its sums, and, when these are added up, once more for dz. Activations
-and their gradient stay where they are multiplied.
+weight to D of this one, once for the pieces of its sums, and, when these are added up, once more for dz; with it comes
+the weight's gradient. Activations and their gradient stay where they are multiplied.
 
 bf16, statistics and sums in fp32; deterministic. Everywhere else products.py and passes.py do this.
 """
@@ -12,6 +11,7 @@ bf16, statistics and sums in fp32; deterministic. Everywhere else products.py an
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,17 @@ _UP = Operation(
     ("Below_ptr", "Stat_ptr", "Weight_ptr", "n_experts", "n_below", "n_units", "activation", "run_rows", "Z_ptr",
      "Part_ptr"),
 )  # fmt: skip
-_WEIGHT = Operation(
-    "expert_gate_weight",
-    lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_weight(*arguments),
-    ("Dz_ptr", "Below_ptr", "Stat_ptr", "n_experts", "n_below", "n_above", "activation", "run_rows", "Parts_ptr"),
-)
+_SUMS = Operation(
+    "expert_gate_down_sums",
+    lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_down_sums(*arguments),
+    ("Dz_ptr", "Weight_ptr", "Z_ptr", "Stat_ptr", "n_experts", "n_units", "n_above", "activation", "run_rows",
+     "Part_ptr"),
+)  # fmt: skip
 _DOWN = Operation(
     "expert_gate_down",
     lambda *arguments: torch.ops.fastmtl_cuda.expert_gate_down(*arguments),
     ("Dz_ptr", "Weight_ptr", "Z_ptr", "Stat_ptr", "Coef_ptr", "n_experts", "n_units", "n_above", "activation",
-     "run_rows", "Part_ptr", "Out_ptr"),
+     "run_rows", "Out_ptr", "Parts_ptr"),
 )  # fmt: skip
 
 
@@ -99,39 +100,35 @@ def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, int]:
     return z, part, run
 
 
-def weight_gradient(dz: Tensor, under: Hidden, out: Tensor) -> None:
-    """Write dW to ``out [columns of the experts, I]`` fp32, from ``dz [B, pitch]`` of a layer and the one under it."""
-    n_rows, spec = len(dz), under.spec
-    n_above = spec.dims[under.layer + 1]
-    run = _run(n_rows, spec.n_experts, _ROWS_DOWN)
-    parts = out.new_empty(cdiv(n_rows, run), spec.n_experts, n_above, under.units)
-    call(
-        _WEIGHT, Dz_ptr=dz, Below_ptr=under.z, Stat_ptr=under.stat, n_experts=spec.n_experts, n_below=under.units,
-        n_above=n_above, activation=ACTIVATIONS.index(spec.activation), run_rows=run, Parts_ptr=parts,
-    )  # fmt: skip
-    torch.sum(parts, 0, out=out.view(parts.shape[1:]))
-
-
 def sums(dz: Tensor, weight: Tensor, under: Hidden) -> Tensor:
     """The pieces ``[runs, SUMS, pitch]`` of the sums of D of ``under``, from ``dz [B, pitch above]`` of the layer above
     and its weight."""
-    part = under.stat.new_empty(cdiv(len(dz), _run(len(dz), under.spec.n_experts, _ROWS_DOWN)), SUMS, under.pitch)
-    _down(dz, weight, under, None, part, None)
+    run = _run(len(dz), under.spec.n_experts, _ROWS_DOWN)
+    part = under.stat.new_empty(cdiv(len(dz), run), SUMS, under.pitch)
+    call(_SUMS, **_down(dz, weight, under, run), Part_ptr=part)
     return part
 
 
-def gradient(dz: Tensor, weight: Tensor, under: Hidden, coef: Tensor, out: Tensor) -> None:
-    """dz of the experts' columns of ``under``, written to ``out [B, pitch]``; ``coef``: see batch_norm.add_up."""
-    _down(dz, weight, under, coef, None, out)
-
-
-def _down(
-    dz: Tensor, weight: Tensor, under: Hidden, coef: Tensor | None, part: Tensor | None, out: Tensor | None
-) -> None:
+def gradients(dz: Tensor, weight: Tensor, under: Hidden, coef: Tensor, out: Tensor) -> Tensor:
+    """dz of the experts' columns of ``under``, written to ``out [B, pitch]``; and returned the parts ``[runs, E, H
+    above, H]`` of the gradient of the weight above, to be added up. ``coef``: see batch_norm.add_up."""
     spec = under.spec
-    call(
-        _DOWN, Dz_ptr=dz, Weight_ptr=weight, Z_ptr=under.z, Stat_ptr=under.stat, Coef_ptr=coef,
-        n_experts=spec.n_experts, n_units=under.units, n_above=spec.dims[under.layer + 1],
-        activation=ACTIVATIONS.index(spec.activation), run_rows=_run(len(dz), spec.n_experts, _ROWS_DOWN),
-        Part_ptr=part, Out_ptr=out,
-    )  # fmt: skip
+    run = _run(len(dz), spec.n_experts, _ROWS_DOWN)
+    shape = cdiv(len(dz), run), spec.n_experts, spec.dims[under.layer + 1], under.units
+    parts = under.stat.new_empty(shape)
+    call(_DOWN, **_down(dz, weight, under, run), Coef_ptr=coef, Out_ptr=out, Parts_ptr=parts)
+    return parts
+
+
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """Their sum, to ``out [E * H above, H]``."""
+    torch.sum(parts, 0, out=out.view(parts.shape[1:]))
+
+
+def _down(dz: Tensor, weight: Tensor, under: Hidden, run: int) -> dict[str, Any]:
+    spec = under.spec
+    return {
+        "Dz_ptr": dz, "Weight_ptr": weight, "Z_ptr": under.z, "Stat_ptr": under.stat, "n_experts": spec.n_experts,
+        "n_units": under.units, "n_above": spec.dims[under.layer + 1],
+        "activation": ACTIVATIONS.index(spec.activation), "run_rows": run,
+    }  # fmt: skip

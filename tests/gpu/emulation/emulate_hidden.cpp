@@ -1,4 +1,4 @@
-// Runs the kernels between two hidden layers (csrc/cuda/up.cuh, down.cuh, weight_gradient.cuh) on the CPU: arrays and
+// Runs the kernels between two hidden layers (csrc/cuda/up.cuh, down.cuh) on the CPU: arrays and
 // numbers as their structs name them.
 #include <algorithm>
 
@@ -10,7 +10,6 @@ static_assert(sizeof(uint4) == 16);
 
 #include "cuda/down.cuh"
 #include "cuda/up.cuh"
-#include "cuda/weight_gradient.cuh"
 
 namespace {
 
@@ -44,36 +43,21 @@ template <int ACT, bool SUM>
 void down() {
   auto dz = matrix("dz"), weight = matrix("weight"), z = matrix("z"), out = matrix("out");
   const auto stat = read<float>("stat"), coef = read<float>("coef");
-  auto part = read<float>("part");
+  auto part = read<float>("part"), parts = read<float>("parts");
   Down f{};
   f.dz = bytes(dz), f.weight = bytes(weight), f.z = bytes(z), f.stat = stat.data(), f.coef = coef.data();
-  f.part = part.data(), f.out = bytes(out);
+  f.part = part.data(), f.out = bytes(out), f.of_weight = parts.data();
   f.pitch = number("pitch"), f.pitch_above = number("pitch_above"), f.pitch_weight = number("pitch_weight");
   f.n_rows = small("n_rows"), f.run_rows = small("run_rows"), f.n_experts = small("n_experts");
   f.n_units = small("n_units"), f.n_above = small("n_above"), f.n_sums = small("n_sums");
   emulated::forget();
-  emulated::run(down_kernel<ACT, SUM>, programs(f.n_experts, f.blocks(), f.n_rows, f.run_rows), kDownThreads, f);
-  write("part", part), write("out", out);
-}
-
-template <int ACT>
-void weight_gradient() {
-  auto dz = matrix("dz"), below = matrix("below");
-  const auto stat = read<float>("stat");
-  auto parts = read<float>("parts");
-  WeightGradient f{};
-  f.dz = bytes(dz), f.below = bytes(below), f.stat = stat.data(), f.parts = parts.data();
-  f.pitch = number("pitch_below"), f.pitch_above = number("pitch_above");
-  f.n_rows = small("n_rows"), f.run_rows = small("run_rows"), f.n_experts = small("n_experts");
-  f.n_below = small("n_below"), f.n_above = small("n_above");
-  emulated::forget();
-  emulated::run(weight_gradient_kernel<ACT>, programs(f.n_experts, 1, f.n_rows, f.run_rows), kWeightThreads, f);
-  write("parts", parts);
+  emulated::run(SUM ? down_sums_kernel<ACT> : down_gradients_kernel<ACT>,
+                programs(f.n_experts, f.blocks(), f.n_rows, f.run_rows), kDownThreads, f);
+  write("part", part), write("out", out), write("parts", parts);
 }
 
 template <int ACT>
 void run() {
-  if (number("kernel") == 3) return weight_gradient<ACT>();
   if (number("kernel") == 0) return up<ACT>();
   number("kernel") == 1 ? down<ACT, true>() : down<ACT, false>();
 }
@@ -82,8 +66,8 @@ void run() {
 
 int main(int argc, char** argv) {
   if (!read_arguments(argc, argv)) return 2;
-  static_assert(UpRoom::bytes <= emulated::kSharedBytes && DownRoom::bytes <= emulated::kSharedBytes &&
-                WeightRoom::bytes <= emulated::kSharedBytes);
+  static_assert(UpRoom::bytes <= emulated::kSharedBytes && SumsRoom::bytes <= emulated::kSharedBytes &&
+                GradientsRoom::bytes <= emulated::kSharedBytes);
   void (*const with[])() = {run<kRelu>, run<kLeakyRelu>, run<kSilu>};
   with[number("activation")]();
   return 0;
