@@ -25,7 +25,7 @@ from .schema import ColumnInfo, Schema
 BUDGET = 0.5
 #: Rows that are narrowed and sent at a time.
 _CHUNK = 1 << 20
-#: Row numbers that are sent at a time: as many as are drawn.
+#: Row numbers that are sent at a time, at most: as many as are drawn.
 PIECE = shuffle.PIECE
 #: Shape and dtype of each tensor of a batch.
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -104,6 +104,7 @@ class ResidentLoader:
         #: That of row numbers on the device.
         self.row_dtype = torch.int32 if self._n_rows < 2**31 else torch.int64
         self._known_shapes: dict[int, Shapes] = {}
+        self._memory = shuffle.Memory()
 
     @property
     def n_bytes(self) -> int:
@@ -150,24 +151,28 @@ class ResidentLoader:
 
     def batches(self) -> Iterator[RowBatch]:
         """The batches of an epoch, not yet cut: each is written into buffers where they are wanted."""
-        cut: Iterator[Any] = self.loader.row_batches(self.row_dtype)
+        cut: Iterator[Any] = self.loader.row_batches(self.row_dtype, self._memory)
         if self.is_resident:
             cut = self._numbers_on_device(cut)
         return (RowBatch(self, rows) for rows in cut)
 
     def _numbers_on_device(self, cut: Iterator[Tensor | slice]) -> Iterator[Tensor | slice]:
         """Row numbers go to the device some batches at a time, where the epoch's order is known when it begins: a copy
-        for each batch costs the host more than the batch's step."""
-        at_once = PIECE if self.loader.draws_at_once else 1
+        for each batch costs the host more than the batch's step. The first one's go alone, since the device waits for
+        them, then as many as went before."""
+        at_once, n_sent = PIECE if self.loader.draws_at_once else 1, 0
         for first in cut:
             if isinstance(first, slice):
                 yield first
                 continue
-            ahead = max(1, at_once // max(1, len(first))) - 1
+            ahead = max(1, min(at_once, n_sent) // max(1, len(first))) - 1
             pieces = [first, *(rows for rows in islice(cut, ahead) if isinstance(rows, Tensor))]
             sizes = [len(rows) for rows in pieces]
             sent = torch.empty(sum(sizes), dtype=self.row_dtype, pin_memory=self.device.type == "cuda")
-            yield from torch.cat(pieces, out=sent).to(self.device, non_blocking=True).split(sizes)
+            # NumPy: torch.cat wakes its threads, which takes longer than the copy
+            np.concatenate([rows.numpy() for rows in pieces], out=sent.numpy(), casting="same_kind")
+            n_sent += len(sent)
+            yield from sent.to(self.device, non_blocking=True).split(sizes)
 
     def shapes(self, n_rows: int) -> Shapes:
         """Shape and dtype of each tensor of a batch: the layout's blocks, its wide columns, the labels."""
