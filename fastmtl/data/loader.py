@@ -95,6 +95,11 @@ class ColumnLoader(DataLoader):
         """Whether an epoch's order is known when it begins; a sampler of the user's may draw it row by row."""
         return type(self.sampler) is SequentialSampler or _is_plain(self.sampler)
 
+    @property
+    def draws_rows(self) -> bool:
+        """Whether all rows are taken, as they are or in an order that is drawn here: no number comes from elsewhere."""
+        return self._rows is None and self.draws_at_once
+
     def row_batches(
         self, dtype: torch.dtype = torch.int64, memory: Memory | None = None
     ) -> Iterator[torch.Tensor | slice]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..basic.batch import ColumnBatch, Layout
-from ..errors import ConfigError
+from ..errors import BadDataError, ConfigError
 from . import shuffle
 from .columns import to_tensor
 from .datasets import PredictDataset, TorchDataset
@@ -105,6 +106,7 @@ class ResidentLoader:
         self.row_dtype = torch.int32 if self._n_rows < 2**31 else torch.int64
         self._known_shapes: dict[int, Shapes] = {}
         self._memory = shuffle.Memory()
+        self._sample = torch.empty(0, device=device)
 
     @property
     def n_bytes(self) -> int:
@@ -168,11 +170,21 @@ class ResidentLoader:
             ahead = max(1, min(at_once, n_sent) // max(1, len(first))) - 1
             pieces = [first, *(rows for rows in islice(cut, ahead) if isinstance(rows, Tensor))]
             sizes = [len(rows) for rows in pieces]
+            if not self.loader.draws_rows:
+                self._check(pieces)
             sent = torch.empty(sum(sizes), dtype=self.row_dtype, pin_memory=self.device.type == "cuda")
             # NumPy: torch.cat wakes its threads, which takes longer than the copy
             np.concatenate([rows.numpy() for rows in pieces], out=sent.numpy(), casting="same_kind")
             n_sent += len(sent)
             yield from sent.to(self.device, non_blocking=True).split(sizes)
+
+    def _check(self, pieces: list[Tensor]) -> None:
+        """Numbers that others gave: on the device nobody looks at them any more."""
+        for rows in pieces:
+            low, high = (0, 0) if not len(rows) else map(int, rows.aminmax())
+            if low < 0 or high >= self._n_rows:
+                bad = low if low < 0 else high
+                raise BadDataError(f"the loader asks for row {bad} of a data set of {self._n_rows} rows")
 
     def shapes(self, n_rows: int) -> Shapes:
         """Shape and dtype of each tensor of a batch: the layout's blocks, its wide columns, the labels."""
@@ -188,10 +200,14 @@ class ResidentLoader:
     def write(self, rows: Tensor | slice, out: Sequence[Tensor]) -> None:
         """Write the batch of these rows into buffers on the device, one for each tensor."""
         if self.is_resident:
-            _cut(self._tensors, rows, out)
+            if isinstance(rows, slice):
+                cut_rows(self._tensors, rows, out)
+            else:
+                layers = backend.resolve("expert_gate", self._sample)
+                getattr(layers, "cut_rows", cut_rows)(self._tensors, rows, out)
         else:
             with self._staging.buffers(out) as staged:
-                _cut(self._tensors, rows, staged)
+                cut_rows(self._tensors, rows, staged)
                 for buffer, part in zip(out, staged, strict=True):
                     buffer.copy_(part, non_blocking=True)
 
@@ -260,7 +276,8 @@ def as_batch(layout: Layout, tensors: Sequence[Tensor]) -> tuple[ColumnBatch, Te
     return x, tensors[m] if len(tensors) > m else None
 
 
-def _cut(tensors: Sequence[Tensor], rows: Tensor | slice, out: Sequence[Tensor]) -> None:
+def cut_rows(tensors: Sequence[Tensor], rows: Tensor | slice, out: Sequence[Tensor]) -> None:
+    """Write ``tensor[rows]`` of each tensor ``[N, ...]`` into its buffer ``[B, ...]``."""
     for tensor, buffer in zip(tensors, out, strict=True):
         if isinstance(rows, slice):
             buffer.copy_(tensor[rows])

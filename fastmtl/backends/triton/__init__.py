@@ -189,6 +189,13 @@ def note_losses(*arguments: Any) -> None:
     run(*arguments)
 
 
+def cut_rows(tensors: Sequence[Tensor], rows: Tensor, out: Sequence[Tensor]) -> None:
+    """See :func:`fastmtl.backends.triton.cut.cut_rows`."""
+    from .cut import cut_rows as run
+
+    run(tensors, rows, out)
+
+
 def expert_gate_fwd(
     x: Tensor, params: ExpertGateParams, spec: ExpertGateSpec, training: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
