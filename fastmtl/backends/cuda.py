@@ -70,6 +70,7 @@ task_losses = triton.task_losses
 tower_losses = triton.tower_losses
 advance = triton.advance
 note_losses = triton.note_losses
+cut_rows = triton.cut_rows
 dense_step = triton.dense_step
 
 

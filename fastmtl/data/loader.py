@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from ..errors import BadDataError, ConfigError
 from .datasets import PredictDataset, TorchDataset
 from .schema import Schema
-from .shuffle import Shuffle
+from .shuffle import Memory, Shuffle
 
 __all__ = ["ColumnLoader", "PredictDataset", "TorchDataset"]
 
@@ -94,17 +95,25 @@ class ColumnLoader(DataLoader):
         """Whether an epoch's order is known when it begins; a sampler of the user's may draw it row by row."""
         return type(self.sampler) is SequentialSampler or _is_plain(self.sampler)
 
-    def row_batches(self, dtype: torch.dtype = torch.int64) -> Iterator[torch.Tensor | slice]:
+    @property
+    def draws_rows(self) -> bool:
+        """Whether all rows are taken, as they are or in an order that is drawn here: no number comes from elsewhere."""
+        return self._rows is None and self.draws_at_once
+
+    def row_batches(
+        self, dtype: torch.dtype = torch.int64, memory: Memory | None = None
+    ) -> Iterator[torch.Tensor | slice]:
         """The rows of each batch of an epoch, as numbers ``[B]`` in :attr:`source` or a slice of it.
 
         What is drawn from torch's random numbers, and when, is what an iteration over the batches draws.
 
         Args:
             dtype: of an order that is drawn here, int32 or int64. Numbers that come from elsewhere are int64.
+            memory: where such an order may be drawn, kept from epoch to epoch.
         """
         # torch's iterator draws its workers' seed when it is made; ours must leave the same random state behind.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        rows = self._row_batches(dtype)
+        rows = self._row_batches(dtype, memory)
         if self._rows is not None:
             rows = map(self._rows.__getitem__, rows)
         if self.num_workers > 0:
@@ -116,7 +125,7 @@ class ColumnLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self._source.take, self.row_batches())
 
-    def _row_batches(self, dtype: torch.dtype) -> Iterator[torch.Tensor | slice]:
+    def _row_batches(self, dtype: torch.dtype, memory: Memory | None) -> Iterator[torch.Tensor | slice]:
         """Row numbers of each batch within this loader's rows: a slice where they follow one another."""
         sampler, step = self.sampler, self._step
         n = len(self.dataset)  # type: ignore[arg-type]
@@ -126,9 +135,9 @@ class ColumnLoader(DataLoader):
                 yield slice(start, min(start + step, end))
         elif _is_plain(sampler):
             seed = int(torch.empty((), dtype=torch.int64).random_().item())
-            order = Shuffle(n, seed, dtype)
-            for start in range(0, end, step):
-                yield order.rows(start, min(start + step, end))
+            with closing(Shuffle(n, seed, dtype, memory)) as order:
+                for start in range(0, end, step):
+                    yield order.rows(start, min(start + step, end))
         else:
             for indices in BatchSampler(sampler, step, self.drop_last):
                 yield torch.as_tensor(indices, dtype=torch.int64)

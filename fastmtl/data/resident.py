@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..basic.batch import ColumnBatch, Layout
-from ..errors import ConfigError
+from ..errors import BadDataError, ConfigError
 from . import shuffle
 from .columns import to_tensor
 from .datasets import PredictDataset, TorchDataset
@@ -25,7 +26,7 @@ from .schema import ColumnInfo, Schema
 BUDGET = 0.5
 #: Rows that are narrowed and sent at a time.
 _CHUNK = 1 << 20
-#: Row numbers that are sent at a time: as many as are drawn.
+#: Row numbers that are sent at a time, at most: as many as are drawn.
 PIECE = shuffle.PIECE
 #: Shape and dtype of each tensor of a batch.
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -104,6 +105,8 @@ class ResidentLoader:
         #: That of row numbers on the device.
         self.row_dtype = torch.int32 if self._n_rows < 2**31 else torch.int64
         self._known_shapes: dict[int, Shapes] = {}
+        self._memory = shuffle.Memory()
+        self._sample = torch.empty(0, device=device)
 
     @property
     def n_bytes(self) -> int:
@@ -150,24 +153,38 @@ class ResidentLoader:
 
     def batches(self) -> Iterator[RowBatch]:
         """The batches of an epoch, not yet cut: each is written into buffers where they are wanted."""
-        cut: Iterator[Any] = self.loader.row_batches(self.row_dtype)
+        cut: Iterator[Any] = self.loader.row_batches(self.row_dtype, self._memory)
         if self.is_resident:
             cut = self._numbers_on_device(cut)
         return (RowBatch(self, rows) for rows in cut)
 
     def _numbers_on_device(self, cut: Iterator[Tensor | slice]) -> Iterator[Tensor | slice]:
         """Row numbers go to the device some batches at a time, where the epoch's order is known when it begins: a copy
-        for each batch costs the host more than the batch's step."""
-        at_once = PIECE if self.loader.draws_at_once else 1
+        for each batch costs the host more than the batch's step. The first one's go alone, since the device waits for
+        them, then as many as went before."""
+        at_once, n_sent = PIECE if self.loader.draws_at_once else 1, 0
         for first in cut:
             if isinstance(first, slice):
                 yield first
                 continue
-            ahead = max(1, at_once // max(1, len(first))) - 1
+            ahead = max(1, min(at_once, n_sent) // max(1, len(first))) - 1
             pieces = [first, *(rows for rows in islice(cut, ahead) if isinstance(rows, Tensor))]
             sizes = [len(rows) for rows in pieces]
+            if not self.loader.draws_rows:
+                self._check(pieces)
             sent = torch.empty(sum(sizes), dtype=self.row_dtype, pin_memory=self.device.type == "cuda")
-            yield from torch.cat(pieces, out=sent).to(self.device, non_blocking=True).split(sizes)
+            # NumPy: torch.cat wakes its threads, which takes longer than the copy
+            np.concatenate([rows.numpy() for rows in pieces], out=sent.numpy(), casting="same_kind")
+            n_sent += len(sent)
+            yield from sent.to(self.device, non_blocking=True).split(sizes)
+
+    def _check(self, pieces: list[Tensor]) -> None:
+        """Numbers that others gave: on the device nobody looks at them any more."""
+        for rows in pieces:
+            low, high = (0, 0) if not len(rows) else map(int, rows.aminmax())
+            if low < 0 or high >= self._n_rows:
+                bad = low if low < 0 else high
+                raise BadDataError(f"the loader asks for row {bad} of a data set of {self._n_rows} rows")
 
     def shapes(self, n_rows: int) -> Shapes:
         """Shape and dtype of each tensor of a batch: the layout's blocks, its wide columns, the labels."""
@@ -183,10 +200,14 @@ class ResidentLoader:
     def write(self, rows: Tensor | slice, out: Sequence[Tensor]) -> None:
         """Write the batch of these rows into buffers on the device, one for each tensor."""
         if self.is_resident:
-            _cut(self._tensors, rows, out)
+            if isinstance(rows, slice):
+                cut_rows(self._tensors, rows, out)
+            else:
+                layers = backend.resolve("expert_gate", self._sample)
+                getattr(layers, "cut_rows", cut_rows)(self._tensors, rows, out)
         else:
             with self._staging.buffers(out) as staged:
-                _cut(self._tensors, rows, staged)
+                cut_rows(self._tensors, rows, staged)
                 for buffer, part in zip(out, staged, strict=True):
                     buffer.copy_(part, non_blocking=True)
 
@@ -255,7 +276,8 @@ def as_batch(layout: Layout, tensors: Sequence[Tensor]) -> tuple[ColumnBatch, Te
     return x, tensors[m] if len(tensors) > m else None
 
 
-def _cut(tensors: Sequence[Tensor], rows: Tensor | slice, out: Sequence[Tensor]) -> None:
+def cut_rows(tensors: Sequence[Tensor], rows: Tensor | slice, out: Sequence[Tensor]) -> None:
+    """Write ``tensor[rows]`` of each tensor ``[N, ...]`` into its buffer ``[B, ...]``."""
     for tensor, buffer in zip(tensors, out, strict=True):
         if isinstance(rows, slice):
             buffer.copy_(tensor[rows])

@@ -152,15 +152,18 @@ class DeviceEpochs:
             watching(self.watch),
             bar.bar,
         ):
-            slots = self._begin()
+            filled = self._filled(self._places(), loader)
+            slot = next(filled, None)
+            self._begin()  # meanwhile the device cuts the first batch
             try:
-                for slot in self._filled(slots, loader):
+                while slot is not None:
                     self._look(self.watch.seen())
                     self.step(slot)
                     self.watch.post()
                     rows += slot.n_rows
                     batches += 1
                     bar.update(slot.n_rows, self._losses)
+                    slot = next(filled, None)
             finally:
                 if self._graphs is not None:
                     self._graphs.show()
@@ -169,17 +172,22 @@ class DeviceEpochs:
             raise BadDataError("the training loader has no rows")
         return (self._total / batches).tolist(), rows
 
-    def _begin(self) -> Slots:
-        """Places for batches, and graphs where steps can be recorded."""
-        reason = why_plain(self.model, self.strategy, self.optimizer)
-        if reason and not self._was_told and self._progress is not False:
-            tell(reason)
-            self._was_told = True
+    def _places(self) -> Slots:
+        """Places for batches."""
         is_ready = self.model is self.inner and is_unwatched(self.model)
         if self._slots is None or is_ready != self._slots.is_ready:
             optimizer = self.optimizer if isinstance(self.optimizer, DeviceOptimizer) else None
             self._slots = Slots(self.device, self.inner, optimizer, is_ready, self._fills, self.streams)
             self._graphs = None
+        return self._slots
+
+    def _begin(self) -> None:
+        """Look at how steps are taken in this epoch, and make graphs where they can be recorded."""
+        assert self._slots is not None
+        reason = why_plain(self.model, self.strategy, self.optimizer)
+        if reason and not self._was_told and self._progress is not False:
+            tell(reason)
+            self._was_told = True
         with self._autocast():
             self._chain = ChainGradients.of(self.model, self.strategy) if self.penalty.is_zero else None
         layers = backend.resolve("expert_gate", *(p for p in self.model.parameters() if p.is_floating_point()))
@@ -194,17 +202,20 @@ class DeviceEpochs:
             factors = None if self.strategy.weights() is not None else self.strategy.factors()
             stamp = precision, self._chain is None, None if factors is None else factors.tolist()
             self._graphs.begin_epoch(self._slots.live(), stamp, self._chain)
-        return self._slots
 
     def _filled(self, slots: Slots, loader: Iterable) -> Iterator[Slot]:
-        """Each batch in its place; the next one is put into its own while the step on this one runs."""
-        batches = self._batches(loader)
+        """Each batch in its place; the next one is put into its own while the step on this one runs: it is when that
+        step has been queued, so that the first one is not behind two batches. One that was made on the device is put
+        there before: it waits for what was queued before it."""
         before: Slot | None = None
-        for batch in batches:
+        for batch in self._batches(loader):
             slot = slots.fill(batch)
             if before is not None:
                 yield before
             before = slot
+            if not batch.is_on_device:
+                yield slot
+                before = None
         if before is not None:
             yield before
 

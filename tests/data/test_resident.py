@@ -67,6 +67,27 @@ def test_the_same_batches_in_the_same_order(kind, is_resident, seed):
             assert torch.equal(y, ys.float())
 
 
+def test_epochs_that_are_given_up_or_run_at_once_disturb_none(seed):
+    """The order's memory is kept from epoch to epoch."""
+    loader, right = LOADERS["shuffled"](data(seed)), []
+    held = ResidentLoader(loader, CPU)
+    for epoch in range(5):
+        torch.manual_seed(seed + epoch)
+        right.append(torch.cat([y for _, y in LOADERS["shuffled"](data(seed))]))
+    for epochs in ((0,), (1, 2), (3,), (4,)):
+        running = []
+        for epoch in epochs:
+            torch.manual_seed(seed + epoch)
+            batches = iter(held)
+            running.append((epoch, batches, [next(batches)]))
+        for epoch, batches, found in running:
+            if epoch != 3:
+                found += batches
+            y = torch.cat([y for _, y in found])
+            assert torch.equal(y, right[epoch][: len(y)].float())
+            assert len(y) == (10 if epoch == 3 else N)
+
+
 def test_what_fits_is_a_question_of_bytes(seed):
     one = ResidentLoader(LOADERS["shuffled"](data(seed)), CPU, 0)
     assert one.n_bytes == N * (4 * (3 + 4 + 1 + 3) + 8 + 2 * 4)

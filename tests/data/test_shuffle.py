@@ -7,7 +7,7 @@ import torch
 
 from fastmtl.backends import native
 from fastmtl.data import shuffle
-from fastmtl.data.shuffle import Shuffle
+from fastmtl.data.shuffle import Memory, Shuffle
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -40,7 +40,49 @@ def test_only_what_is_asked_for_is_drawn(monkeypatch):
     for start in range(0, 40, 4):
         order.rows(start, start + 4)
     order.rows(40, 100)
-    assert taken == [(0, 10), (10, 10), (20, 10), (30, 10), (40, 60)]
+    assert taken == [(0, 4), (4, 4), (8, 8), (16, 10), (26, 10), (36, 10), (46, 54)], "few at first"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_memory_is_used_again(dtype, seed, monkeypatch):
+    """Orders that end, are given up, or are drawn at the same time as another; and other numbers of rows."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(shuffle, "PIECE", rng.choice((1, 7, 10_000)))
+    memory, n, places = Memory(), rng.randint(50, 3000), set()
+    for _ in range(12):
+        if rng.random() < 0.2:
+            n, places = rng.randint(50, 3000), set()
+        at_once = [(s, Shuffle(n, s, dtype, memory)) for s in range(rng.choice((1, 1, 2)))]
+        step, given = rng.randint(1, n), []
+        for start in range(0, n, step):
+            end = min(start + step, n)
+            if rng.random() < 0.1:
+                break
+            given.append([order.rows(start, end) for _, order in at_once])
+        places |= {order._order.data_ptr() for _, order in at_once}
+        for _, order in at_once:
+            order.close()
+            order.close()
+        for (s, _), rows in zip(at_once, zip(*given, strict=True), strict=False):
+            found = torch.cat(rows)
+            assert torch.equal(found, randperm(n, s, dtype)[: len(found)])
+    assert len(memory._kept) == 1
+    assert memory._kept[0].order.data_ptr() in places
+
+
+def test_memory_is_not_written_whole_for_each_order(monkeypatch):
+    memory, mend = Memory(), shuffle._Work.mend
+    for s in range(3):
+        order = Shuffle(1000, s, torch.int32, memory)
+        work, mended = order._work, []
+        monkeypatch.setattr(shuffle._Work, "mend", lambda w, upto, m=mended: (m.append((w.whole, upto)), mend(w, upto)))
+        for start in range(0, 1000, 100):
+            order.rows(start, start + 100)
+        order.close()
+        monkeypatch.undo()
+        assert mended == [(start, start + 100) for start in range(0, 1000, 100)]
+        assert torch.equal(work.order, torch.arange(1000, dtype=torch.int32))
+        assert memory._kept == [work]
 
 
 @pytest.mark.parametrize("why", ["long", "no library", "another torch"])

@@ -33,7 +33,7 @@ _TYPES = {
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 #: Kernels whose instructions are looked at.
-DISASSEMBLED = re.compile("expert_gate_folded|expert_gate_wgrad|embedding_bag_fwd|dense_step")
+DISASSEMBLED = re.compile("expert_gate_folded|expert_gate_wgrad|embedding_bag_fwd|dense_step|cut_rows")
 #: The instructions that multiply matrices on tensor cores, in SASS: of a warp, of a warp group, of a multiprocessor.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 #: What optimizer_quick.py makes quotients and square roots of.
@@ -110,7 +110,7 @@ def _describe(kernel: Any, grid: tuple[int, ...], warps: launching.Warps, argume
     signature, constants, aligned = [], [], []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and not parameter.is_constexpr:
             signature.append((name, tuple(map(_type_of, value))))
             aligned += [(name, i) for i, one in enumerate(value) if _is_aligned(one)]
         elif isinstance(value, Tensor):

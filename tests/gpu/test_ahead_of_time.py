@@ -27,6 +27,7 @@ LIMITS = {
     "table_rows_kernel": (128, 3),
     "advance_kernel": (64, 1),
     "note_losses_kernel": (48, 1),
+    "cut_rows_kernel": (96, 1),
     "expert_gate_pieces_kernel": (80, 33),
     "expert_gate_back_kernel": (168, 33),
     "dense_numbers_kernel": (48, 1),
@@ -136,6 +137,13 @@ def test_lookups_load_sixteen_bytes_at_a_time(reports):
         "DIM=4",
         "DIM=16",
     }
+    assert [f"{name(row)}: {row['wide']}" for row in rows if row["wide"] < 0.02] == []
+
+
+def test_batches_are_cut_sixteen_bytes_at_a_time(reports):
+    """Out of blocks whose rows are multiples of that: 8 and 4 numbers, not 23 and 2."""
+    rows = [row for row in reports if row["kernel"] == "cut_rows_kernel"]
+    assert len(rows) >= 6
     assert [f"{name(row)}: {row['wide']}" for row in rows if row["wide"] < 0.02] == []
 
 

@@ -97,6 +97,14 @@ def _updates(rules: tuple[str, ...], rows: int, dim: int, touched: int) -> None:
         optimizer.table_step(*table, listed, grads, True, 0, 0)
 
 
+def _batch(n_rows: int, batch: int, numbers: torch.dtype, *widths: tuple[int, torch.dtype]) -> None:
+    """A batch of columns on the device; a last one that is shorter."""
+    for n in (batch, batch - 7):
+        rows = torch.empty(n, dtype=numbers, device="meta")
+        tensors, out = ([torch.empty(m, w, dtype=d, device="meta") for w, d in widths] for m in (n_rows, n))
+        backend.cut_rows(tensors, rows, out)
+
+
 def _dense_steps(rules: tuple[str, ...], *layers: ExpertGateSpec) -> None:
     """The step of a model's layers, vetoed or not."""
     params = [p for spec in layers for p in _parameters(spec).learned()]
@@ -203,6 +211,18 @@ WORKLOADS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "embedding ali-ccp bf16": (partial(_embedding, ALI_CCP, 16, 8, 4096, torch.bfloat16, ("adam",)), (80, 100)),
     "embedding census": (partial(_embedding, (91, 9, 52, 47, 17, 1240) * 5, 4, 7, 1024, torch.float32, RULES), ()),
     "embedding wide": (partial(_embedding, (1 << 30, 1 << 30), 128, 0, 65536, torch.float32, ("adamw",)), ()),
+    "a batch ali-ccp": (
+        partial(_batch, 1 << 23, 65536, torch.int32, (23, torch.int32), (8, torch.float32), (2, torch.float32)),
+        (80, 100),
+    ),
+    "a batch ali-ccp of few rows": (
+        partial(_batch, 1 << 23, 4096, torch.int32, (23, torch.int32), (8, torch.float32), (2, torch.float32)),
+        (),
+    ),
+    "a batch of many rows": (
+        partial(_batch, 1 << 32, 1024, torch.int64, (2, torch.int64), (50, torch.int64), (64, torch.float32)),
+        (),
+    ),
     "updates ali-ccp": (partial(_updates, ("adam",), sum(ALI_CCP), 16, 65536), (80, 100)),
     "updates of every rule": (partial(_updates, RULES, sum(ALI_CCP), 16, 65536), ()),
     "updates wide": (partial(_updates, ("adamw", "rowwise_adagrad"), 1 << 26, 128, 65536), ()),

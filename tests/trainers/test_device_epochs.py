@@ -19,7 +19,7 @@ from fastmtl.data.loader import ColumnLoader
 from fastmtl.data.resident import ResidentLoader
 from fastmtl.errors import BadDataError, BadIdError
 from fastmtl.models import AITM, ESMM, MMOE
-from fastmtl.trainers import MTLTrainer, device_optimizer, graph_step
+from fastmtl.trainers import MTLTrainer, device_optimizer, graph_step, slots
 from fastmtl.trainers.device_epoch import DeviceEpochs, epochs_of
 from fastmtl.trainers.device_scores import main_scores
 
@@ -151,6 +151,30 @@ def test_steps_are_recorded_for_each_place(seed, tmp_path):
     first = dict(run._graphs._recordings)
     run.run(loader_of(one, seed))
     assert run._graphs._recordings == first, "nothing has changed: nothing is recorded anew"
+
+
+def test_a_step_is_queued_before_the_next_batch_is_cut(seed, tmp_path, monkeypatch):
+    """But for batches from the device, which wait for what was queued before them."""
+    one, done = trainer(seed, tmp_path), []
+    run = epochs(one)
+    fill, step = slots.Slots.fill, DeviceEpochs.step
+    monkeypatch.setattr(slots.Slots, "fill", lambda self, batch: (done.append("fill"), fill(self, batch))[1])
+    monkeypatch.setattr(DeviceEpochs, "step", lambda self, slot: (done.append("step"), step(self, slot))[1])
+    data = loader(seed, 48)
+    run.run(data)
+    assert done == ["fill", "step"] * 3
+    done.clear()
+    monkeypatch.setattr(slots.GivenBatch, "__init__", _on_device(slots.GivenBatch.__init__))
+    run.run(list(data))
+    assert done == ["fill", "fill", "step", "fill", "step", "step"]
+
+
+def _on_device(init):
+    def made(self, *parts):
+        init(self, *parts)
+        self.is_on_device = True
+
+    return made
 
 
 _held = {}

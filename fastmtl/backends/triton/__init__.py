@@ -196,6 +196,13 @@ def weights_ahead(layers: Sequence[tuple[ExpertGateParams, ExpertGateSpec]]) -> 
     return run(layers)
 
 
+def cut_rows(tensors: Sequence[Tensor], rows: Tensor, out: Sequence[Tensor]) -> None:
+    """See :func:`fastmtl.backends.triton.cut.cut_rows`."""
+    from .cut import cut_rows as run
+
+    run(tensors, rows, out)
+
+
 def expert_gate_fwd(
     x: Tensor,
     params: ExpertGateParams,
