@@ -34,6 +34,7 @@ LIMITS = {
     "dense_step_kernel": (128, 1),
     "operands_kernel": (48, 1),
     "expert_gate_dz_kernel": (144, 8),
+    "expert_gate_mixed_dz_kernel": (144, 1),
     "expert_gate_wgrad_kernel": (176, 97),
     "expert_gate_statistics_kernel": (128, 1),
     "expert_gate_mix_kernel": (128, 1),

@@ -32,6 +32,9 @@ LIMITS = {
     "tiny_tables_kernel": 176,
     "tiny_tables_sum_kernel": 80,
     "table_rows_kernel": 96,
+    "up_kernel": 255,  # one program a multiprocessor, of two warpgroups
+    "down_sums_kernel": 255,
+    "down_gradients_kernel": 255,
     "folded_kernel": 168,  # what a third of a program starts with: two of them take the third's
 }
 
@@ -102,15 +105,20 @@ def test_what_it_takes_from_torch_is_there(library):
     assert not [name for name in taken if name.startswith("_Z")]
 
 
-def test_rows_are_loaded_sixteen_bytes_at_a_time(library):
-    """The kernels of tables whose width is a multiple of four; a gradient in bf16 is half as wide."""
+@pytest.fixture(scope="module")
+def hopper(library):
+    """``{mangled name: its SASS}`` for sm_90a."""
     listing = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", "sm_90a", library], capture_output=True, text=True, check=True
     ).stdout
     kernels = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
+    return dict(body.split("\n", 1) for body in kernels)
+
+
+def test_rows_are_loaded_sixteen_bytes_at_a_time(hopper):
+    """The kernels of tables whose width is a multiple of four; a gradient in bf16 is half as wide."""
     seen = 0
-    for body in kernels:
-        name = body.split("\n", 1)[0]
+    for name, body in hopper.items():
         if re.search(r"fastmtl4cuda\d+(short_segments|table_rows)_kernelILi[0-5]ELi4E", name):
             seen += 1
             assert re.search(r"\bLDG\S*\.128", body), name
@@ -118,14 +126,21 @@ def test_rows_are_loaded_sixteen_bytes_at_a_time(library):
     assert seen == 12
 
 
-def test_predictions_multiply_by_warpgroups(library):
+def test_predictions_multiply_by_warpgroups(hopper):
     """One kernel an activation; ptxas has not put the products one behind the other (it would say so, C7510)."""
-    listing = subprocess.run(
-        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", library], capture_output=True, text=True, check=True
-    ).stdout
-    kernels = re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]
-    bodies = [body for body in kernels if "folded_kernel" in body.split("\n", 1)[0]]
+    bodies = [body for name, body in hopper.items() if "folded_kernel" in name]
     assert len(bodies) == 3
     for body in bodies:
         assert len(re.findall(r"\bHGMMA\.64x256x16\.", body)) >= 4
         assert re.search(r"\bUBLKCP", body)
+
+
+@pytest.mark.parametrize("kernel", ["up", "down_sums", "down_gradients"])
+def test_hidden_layers_multiply_beside_other_work(kernel, hopper):
+    """One kernel an activation. Products are waited for where the source says so: one behind the other (C7514), ptxas
+    waits for each."""
+    bodies = [body for name, body in hopper.items() if re.search(rf"cuda\d+{kernel}_kernel", name)]
+    assert len(bodies) == 3
+    for body in bodies:
+        assert len(re.findall(r"\bHGMMA\.64x128x16\.", body)) in (16, 24)
+        assert len(re.findall(r"\bWARPGROUP\.DEPBAR", body)) <= 4

@@ -367,7 +367,7 @@ def _tail(
         Members_ptr=hidden.stat if plan is None else plan.members,
         Share_ptr=share,
         Dg_ptr=dg,
-        D_ptr=d,
+        D_ptr=d if writes else hidden.z,
         Part_ptr=part,
         n_rows=n_rows,
         run_rows=config.run,
