@@ -378,7 +378,26 @@ class ExpertGateConfig:
 
 EXPERT_GATE = ExpertGateConfig()
 
+
+@dataclass(frozen=True)
+class Cut:
+    """Words that a program writes: ``least`` to ``most``, so that all programs, ``resident`` of them a multiprocessor,
+    are on the machine at once where that can be. Each word is a wait for its row's number and one for itself, and a
+    program waits for all of its words at the same time."""
+
+    least: int
+    most: int
+    resident: int
+    warps: Warps
+
+    def block(self, n_words: int) -> int:
+        """For so many words."""
+        return min(self.most, power_of_two(cdiv(n_words, self.resident * PROGRAMS), self.least))
+
+
 #: Of the dense parameters' step: few programs for a million of them, since each first looks for its tensor.
 DENSE_STEP = Elements(1024, Warps(4, contract=False))
 #: Of the weights' copies for products.
 OPERANDS = Elements(1024, Warps(4))
+#: Of a batch that is cut. 2,048 words of four warps are 16 a lane: 8 KiB on their way in a program, 64 in eight of them.
+CUT = Cut(512, 2048, 8, Warps(4))

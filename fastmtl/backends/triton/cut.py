@@ -8,38 +8,17 @@ reads several words of one at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import PROGRAMS, Warps
-from .launch import cdiv, launch, power_of_two
+from . import configs
+from .launch import cdiv, launch
 
 #: Tensors of a launch: each is asked by every program whether it is the one.
 MOST_TENSORS = 32
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Words that a program writes: ``least`` to ``most``, so that all programs, ``resident`` of them a multiprocessor,
-    are on the machine at once where that can be. Each word is a wait for its row's number and one for itself, and a
-    program waits for all of its words at the same time."""
-
-    least: int
-    most: int
-    resident: int
-    warps: Warps
-
-    def block(self, n_words: int) -> int:
-        """For so many words."""
-        return min(self.most, power_of_two(cdiv(n_words, self.resident * PROGRAMS), self.least))
-
-
-#: 2,048 words of four warps are 16 a lane: 8 KiB on their way in a program, 64 in eight of them.
-CUT = Cut(512, 2048, 8, Warps(4))
 
 
 @triton.jit
@@ -105,11 +84,11 @@ def cut_rows(tensors: Sequence[Tensor], rows: Tensor, out: Sequence[Tensor]) -> 
     for start in range(0, len(pairs), MOST_TENSORS):
         part = pairs[start : start + MOST_TENSORS]
         widths = tuple(buffer.shape[1] for _, buffer in part)
-        block = CUT.block(len(rows) * sum(widths))
+        block = configs.CUT.block(len(rows) * sum(widths))
         launch(
             cut_rows_kernel,
             (sum(cdiv(len(rows) * width, block) for width in widths),),
-            CUT.warps,
+            configs.CUT.warps,
             Rows_ptr=rows,
             From=tuple(tensor for tensor, _ in part),
             To=tuple(buffer for _, buffer in part),

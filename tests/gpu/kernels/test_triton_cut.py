@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from fastmtl import backend as backends
 from fastmtl.backends import triton as backend
-from fastmtl.backends.triton import cut
+from fastmtl.backends.triton import configs, cut
 from fastmtl.backends.triton import launch as launching
 from fastmtl.data.datasets import PredictDataset, TorchDataset
 from fastmtl.data.loader import ColumnLoader
@@ -21,8 +21,8 @@ from fastmtl.errors import BadDataError
 def small_programs(monkeypatch):
     """So few words a program that each tensor has several, where nothing compiles them."""
     if launching.INTERPRET.value:
-        monkeypatch.setattr(cut, "CUT", cut.Cut(16, 64, 1, cut.CUT.warps))
-        monkeypatch.setattr(cut, "PROGRAMS", 3)
+        monkeypatch.setattr(configs, "CUT", configs.Cut(16, 64, 1, configs.CUT.warps))
+        monkeypatch.setattr(configs, "PROGRAMS", 3)
         monkeypatch.setattr(cut, "MOST_TENSORS", 4)
 
 
