@@ -399,5 +399,5 @@ class Cut:
 DENSE_STEP = Elements(1024, Warps(4, contract=False))
 #: Of the weights' copies for products.
 OPERANDS = Elements(1024, Warps(4))
-#: Of a batch that is cut. 2,048 words of four warps are 16 a lane: 8 KiB on their way in a program, 64 in eight of them.
+#: Of a batch that is cut. 2,048 words of four warps are 16 a lane: 8 KiB on their way in a program, 64 in eight.
 CUT = Cut(512, 2048, 8, Warps(4))
