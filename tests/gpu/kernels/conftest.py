@@ -22,6 +22,12 @@ collect_ignore_glob = [] if RUNS else ["*"]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+if DEVICE == "cpu" and RUNS:
+    import interpreter
+
+    interpreter.quicken()
+
+
 def pytest_configure(config):
     """NumPy, which multiplies for the interpreter, warns of lanes too that nobody reads: what lies behind a matrix's
     end may be anything."""
