@@ -84,13 +84,16 @@ def test_the_benchmark_goes_on_behind_a_case_that_took_the_gpu_away(tmp_path):
 
 
 #: On the interpreter a row of a tiny table takes a tenth of a second to move: few tables are tiny there.
-FEW_TINY = "from fastmtl.backends.triton import configs\nconfigs.EMBEDDING = configs.EmbeddingConfig(tiny_vocab=8)\n"
+INTERPRETED = (
+    "import interpreter\ninterpreter.quicken()\n"
+    "from fastmtl.backends.triton import configs\nconfigs.EMBEDDING = configs.EmbeddingConfig(tiny_vocab=8)\n"
+)
 
 
 def only(chosen, tmp_path, *options, **variables):
     """A dry run of the plan's cases that ``chosen`` says, and its report."""
     words = (
-        f"import sys\nfrom bench import gpu\n{FEW_TINY * bool(variables)}"
+        f"import sys\nfrom bench import gpu\n{INTERPRETED * bool(variables)}"
         f"cases = [case for case in gpu.plan() if {chosen}][:1]\n"
         "gpu.plan = lambda: cases\n"
         f"sys.argv[1:] = ['--dry-run', '--folder', {str(tmp_path)!r}, *{options!r}]\n"
@@ -98,7 +101,7 @@ def only(chosen, tmp_path, *options, **variables):
     )
     done = subprocess.run(
         [sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), **variables},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found, _ = report(tmp_path)
@@ -443,7 +446,7 @@ def test_the_sanitizers_command_is_whole(tmp_path, monkeypatch):
 def test_rows_of_reliability_run_on_triton(seed):
     """On the interpreter, a few cases: random configurations, several backwards, bad ids, a training."""
     words = (
-        f"{FEW_TINY}from reliability import against_float64 as a, bad_ids, gradients, repeatability as r\n"
+        f"{INTERPRETED}from reliability import against_float64 as a, bad_ids, gradients, repeatability as r\n"
         f"[a.KINDS[kind][0]({seed}, 'triton') for kind in ('lookups', 'layers')]\n"
         f"gradients.check_several_backwards({seed}, 'triton')\n"
         f"a.check_chain({seed}, 'triton')\n"

@@ -22,6 +22,12 @@ collect_ignore_glob = [] if RUNS else ["*"]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+if DEVICE == "cpu" and RUNS:
+    import interpreter
+
+    interpreter.quicken()
+
+
 def pytest_configure(config):
     """NumPy, which multiplies for the interpreter, warns of lanes too that nobody reads: what lies behind a matrix's
     end may be anything."""
@@ -47,11 +53,11 @@ def small_blocks(monkeypatch):
     if DEVICE == "cpu":
         from fastmtl.backends.triton import configs
 
-        monkeypatch.setattr(configs, "DENSE_STEP", configs.Elements(16, configs.DENSE_STEP.warps))
-        monkeypatch.setattr(configs, "OPERANDS", configs.Elements(64, configs.OPERANDS.warps))
+        monkeypatch.setattr(configs, "DENSE_STEP", configs.Elements(64, configs.DENSE_STEP.warps))
+        monkeypatch.setattr(configs, "OPERANDS", configs.Elements(256, configs.OPERANDS.warps))
         monkeypatch.setattr(configs, "EXPERT_GATE", configs.ExpertGateConfig(cap=16))
-        sizes = {"indexed": 8, "most_runs": 4, "resident": 4, "multiprocessors": 1, "stitched": 2}
-        blocks = {"tiny_vocab": 8, "sliced": 4, "looked_up": 32, "elements": 32, "max_block_d": 4}
+        sizes = {"indexed": 16, "most_runs": 4, "resident": 4, "multiprocessors": 1, "stitched": 2}
+        blocks = {"tiny_vocab": 8, "sliced": 4, "looked_up": 64, "elements": 64, "max_block_d": 4}
         monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(**blocks, **sizes))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fastmtl import backend as backends
 from fastmtl import optim
+from fastmtl.backends.triton import configs
 from fastmtl.trainers import dense_steps, device_optimizer
 
 #: torch's class, ours, the CPU's, and settings; rates are numbers of fp32, as the device has them.
@@ -21,6 +22,13 @@ CASES = {
     "nesterov": ("SGD", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}),
     "adagrad": ("Adagrad", {"lr_decay": 0.01, "weight_decay": 0.02, "initial_accumulator_value": 0.1}),
 }
+
+
+@pytest.fixture(autouse=True)
+def smaller_blocks(small_blocks, device, monkeypatch):
+    """On the interpreter: the few tensors here have blocks of fewer elements than a model's many."""
+    if device.type == "cpu":
+        monkeypatch.setattr(configs, "DENSE_STEP", configs.Elements(16, configs.DENSE_STEP.warps))
 
 
 def random_params(rng, n=None):
