@@ -8,7 +8,6 @@ compiled with the specialisation Triton's own launcher would choose. Run as a pr
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
 import subprocess
@@ -229,7 +228,6 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--text", action="store_true", help="a table to read, not JSON")
     arguments = parser.parse_args()
-    gc.disable()  # else a sixth of the time: what the compiler makes of a program is looked through over and over
     reports: list[Report] = []
     seen: set[tuple] = set()
     for workload in arguments.workloads:
@@ -246,7 +244,6 @@ def main() -> None:
                 reports.append(report)
                 if arguments.text:
                     print(*asdict(report).values(), sep=" | ", flush=True)
-            gc.collect()
     if not arguments.text:
         json.dump([asdict(report) for report in reports], sys.stdout)
 
