@@ -271,8 +271,15 @@ class Bench:
 
 
 def _told(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    """In one line: the first and the last line of what it says, where compilers have the reason, and of its causes."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = str(cause).strip().splitlines() or [""]
+        ends = dict.fromkeys(line.strip()[:200] for line in (lines[0], lines[-1]))
+        found.append(f"{type(cause).__name__}: {' ... '.join(ends)}")
+        cause = cause.__cause__
+    return "; from ".join(found)
 
 
 def _apart(mine: Tensor, agreed: Tensor, case: Case) -> str | None:
