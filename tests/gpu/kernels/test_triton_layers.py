@@ -220,8 +220,8 @@ def test_pieces_are_added_up(n_pieces, seed, device):
         gate_part = torch.randn(draw(1, 257), batch_norm.SUMS, pitch, generator=rng).to(device)
         grads = torch.full((batch_norm.SUMS + 1, pitch), torch.nan, device=device)
         coef, head = grads[:2].clone(), grads.new_full((2, spec.n_experts), torch.nan)
-        gates = (gate_part, plan.gate_places) if kind == "gates" else None
         is_head = kind == "heads"
+        gates = None if is_head else batch_norm.GateSums(gate_part, plan.gate_places, stat, grads, coef)
         batch_norm.add_up(part, hidden, grads, coef, columns, True, head if is_head else None, is_head, gates)
         wanted = part.cpu().double().sum(0)
         written = [*range(columns)]
