@@ -21,7 +21,8 @@ TESTS = "tests/gpu/kernels"
 #: tool -> which of them it looks at: few, small calls, since each takes many times as long. The barriers of Triton's
 #: kernels are its compiler's business.
 TOOLS = {
-    "memcheck": "sanitized or test_a_row_with_many_lookups or test_a_step_of_a_model or (test_triton_hopper and 0-True)",
+    "memcheck": "sanitized or test_a_row_with_many_lookups or test_a_step_of_a_model"
+    " or (test_triton_hopper and 0-True)",
     "racecheck": "sanitized",
 }
 FOUND = 9
