@@ -2,8 +2,8 @@
 // for Hopper's tensor cores: a program goes through tiles of 128 rows, 64 for each of two warpgroups.
 //
 // A third warpgroup's first thread brings the weights, in stages of 16 KiB that lie in memory as products read them and
-// in the order in which they are read (stages.py): a ring of kStages holds what comes next. Both warpgroups read each
-// stage. A warpgroup's rows of x stay in its half of the shared memory; the next tile's come while it mixes.
+// in the order in which they are read (folded_stages.py): a ring of kStages holds what comes next. Both warpgroups read
+// each stage. A warpgroup's rows of x stay in its half of the shared memory; the next tile's come while it mixes.
 //
 // What an expert leaves goes to memory that stays in the L2 cache, in the order of a thread's registers: a thread reads
 // back what it wrote itself.

@@ -1,10 +1,11 @@
 // From z of a hidden layer to z of the next one, for Hopper's tensor cores: activations are made in the registers from
-// which they are multiplied, and written for the weight's gradient; mean and M2 (the sum of squared distances from it)
-// of the next z over a run of rows are left for its BatchNorm (fastmtl/backends/triton/batch_norm.py).
+// which they are multiplied; mean and M2 (the sum of squared distances from it) of the next z over a run of rows are
+// left for its BatchNorm (fastmtl/backends/triton/batch_norm.py).
 //
 // A program owns an expert and a run of rows; the weight stays in shared memory. A tile is 128 rows, 16 for each of
-// eight warps, whose strips of it are their own: z comes into a strip while another is worked on, gives way to the
-// activations and these to the next z, which leave from it a row at a time.
+// eight warps, whose strips of it are their own. 64 columns of a strip are filled again, for the tile after the next,
+// as soon as they are in registers, so that memory always has something to bring. The next z leaves from a strip of its
+// own.
 //
 // Sums in fp32, operands bf16; deterministic.
 #pragma once
@@ -23,7 +24,6 @@ struct Up {
   const char* below;   // [n_rows, pitch_below] bf16: z
   const float* stat;   // [4, pitch_below]: mean, 1 / sigma, gamma / sigma, beta
   const char* weight;  // [columns, pitch_weight] bf16
-  char* h;             // [n_rows, pitch_below] bf16: the activations, written
   char* z;             // [n_rows, pitch] bf16, written
   float* part;         // [runs, 2, pitch]
   int64_t pitch_below, pitch_weight, pitch;
