@@ -81,12 +81,15 @@ void folded(const Tensor& x, std::vector<Tensor> stages, std::optional<Tensor> i
   });
 }
 
+constexpr int64_t kMostPitch = int64_t{1} << 24;  // what kernels step by, some rows of bf16, is of 32 bits
+
 // A matrix [n_rows, at least n] of bf16 that kernels read and write 16 bytes at a time.
 char* checked_matrix(const Tensor& matrix, int64_t n_rows, int64_t n, const char* name) {
   STD_TORCH_CHECK(matrix.is_cuda() && matrix.dim() == 2 && matrix.scalar_type() == ScalarType::BFloat16 &&
                       matrix.size(0) == n_rows && matrix.size(1) >= n && matrix.stride(1) == 1 &&
-                      matrix.stride(0) % 8 == 0 && aligned(matrix.mutable_data_ptr()),
-                  name, " must be bfloat16 on a GPU, ", n_rows, " rows of ", n, " or more at multiples of 16 bytes");
+                      matrix.stride(0) % 8 == 0 && matrix.stride(0) <= kMostPitch && aligned(matrix.mutable_data_ptr()),
+                  name, " must be bfloat16 on a GPU, ", n_rows, " rows of ", n,
+                  " or more at multiples of 16 bytes, at most ", kMostPitch, " numbers apart");
   return data<char>(matrix);
 }
 
@@ -125,7 +128,7 @@ void expert_gate_up(const Tensor& below, const Tensor& stat, const Tensor& weigh
                   [&]<int ACT>() { gpu.run_threads(up_kernel<ACT>, programs, kUpThreads, UpRoom::bytes, f); });
 }
 
-// What both ways down are told: dz of a layer, its weight, z of the layer below and its statistics; the programs a run.
+// What both ways down are told: dz of a layer, its weight, z of the layer below and its statistics.
 Down checked_down(const Tensor& dz, const Tensor& weight, const Tensor& z, const Tensor& stat, int64_t n_experts,
                   int64_t n_units, int64_t n_above, int64_t run_rows) {
   checked_units(n_units, std::numeric_limits<int32_t>::max(), "units");
