@@ -146,9 +146,10 @@ def tower_losses(
 
 def _walk_down(x: Tensor, layers: _Layers, kept: Saved, needs_x: bool) -> Tensor | None:
     """From D of the last layer to the gradients of all weights and of x."""
-    plan, dz, first = layers.plan, x, layers.hidden[0]
-    if len(layers.hidden) > 1 and hopper.takes(first):  # its experts' columns become dz by themselves
+    plan, first = layers.plan, layers.hidden[0]
+    if len(layers.hidden) > 1 and hopper.takes(first):  # its experts' columns become dz by themselves, the gates' so
         branches.beside(branches.WEIGHTS, gates_gradient, layers.d[0], first, layers.coef[0])
+    dz = layers.d[-1]  # of no meaning yet
     for hidden in reversed(layers.hidden):
         layer = hidden.layer
         dz = _gradient(dz, layers, kept, hidden)

@@ -71,10 +71,17 @@ def takes(under: Hidden) -> bool:
     )
 
 
-def _run(n_rows: int, n_experts: int, tile: int) -> int:
-    """Rows of a program: one for each multiprocessor."""
-    runs = max(configs.PROGRAMS // n_experts, 1)
-    return round_up(cdiv(n_rows, runs), tile)
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # what stands in for a GPU
+        return configs.PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _run(under: Hidden, tile: int) -> int:
+    """Rows of a program, of which there is at most one a multiprocessor: a second one would wait for the first."""
+    runs = max(min(_multiprocessors(under.z.device), configs.PIECES) // under.spec.n_experts, 1)
+    return round_up(cdiv(len(under.z), runs), tile)
 
 
 def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, int]:
@@ -89,8 +96,9 @@ def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, int]:
         z ``[B, pitch]``, the pieces ``[runs, 2, pitch]`` of its statistics, and the rows of a run.
     """
     n_rows, spec = len(under.z), under.spec
-    run = _run(n_rows, spec.n_experts, _ROWS_UP)
-    z = under.z.new_empty(n_rows, pitch)
+    run = _run(under, _ROWS_UP)
+    n_columns = spec.n_experts * spec.dims[under.layer + 1]
+    z = (under.z.new_empty if n_columns == pitch else under.z.new_zeros)(n_rows, pitch)  # what pads a row is 0
     part = under.stat.new_empty(cdiv(n_rows, run), 2, pitch)
     call(
         _UP, Below_ptr=under.z, Stat_ptr=under.stat, Weight_ptr=weight, n_experts=spec.n_experts, n_below=under.units,
@@ -103,7 +111,7 @@ def up(under: Hidden, weight: Tensor, pitch: int) -> tuple[Tensor, Tensor, int]:
 def sums(dz: Tensor, weight: Tensor, under: Hidden) -> Tensor:
     """The pieces ``[runs, SUMS, pitch]`` of the sums of D of ``under``, from ``dz [B, pitch above]`` of the layer above
     and its weight."""
-    run = _run(len(dz), under.spec.n_experts, _ROWS_DOWN)
+    run = _run(under, _ROWS_DOWN)
     part = under.stat.new_empty(cdiv(len(dz), run), SUMS, under.pitch)
     call(_SUMS, **_down(dz, weight, under, run), Part_ptr=part)
     return part
@@ -113,7 +121,7 @@ def gradients(dz: Tensor, weight: Tensor, under: Hidden, coef: Tensor, out: Tens
     """dz of the experts' columns of ``under``, written to ``out [B, pitch]``; and returned the parts ``[runs, E, H
     above, H]`` of the gradient of the weight above, to be added up. ``coef``: see batch_norm.add_up."""
     spec = under.spec
-    run = _run(len(dz), spec.n_experts, _ROWS_DOWN)
+    run = _run(under, _ROWS_DOWN)
     shape = cdiv(len(dz), run), spec.n_experts, spec.dims[under.layer + 1], under.units
     parts = under.stat.new_empty(shape)
     call(_DOWN, **_down(dz, weight, under, run), Coef_ptr=coef, Out_ptr=out, Parts_ptr=parts)
