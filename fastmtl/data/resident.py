@@ -184,7 +184,9 @@ class ResidentLoader:
             low, high = (0, 0) if not len(rows) else map(int, rows.aminmax())
             if low < 0 or high >= self._n_rows:
                 bad = low if low < 0 else high
-                raise BadDataError(f"the loader asks for row {bad} of a data set of {self._n_rows} rows; look at its sampler or subset")
+                raise BadDataError(
+                    f"the loader asks for row {bad} of a data set of {self._n_rows} rows; look at its sampler or subset"
+                )
 
     def shapes(self, n_rows: int) -> Shapes:
         """Shape and dtype of each tensor of a batch: the layout's blocks, its wide columns, the labels."""
